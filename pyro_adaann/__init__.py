@@ -1,0 +1,34 @@
+"""Annealed variational inference with normalizing flows for Pyro."""
+
+from pyro_adaann.guides import AutoFlow, AutoPlanar, AutoRealNVP
+from pyro_adaann.results import AnnealingHistory, AnnealingStage
+from pyro_adaann.schedules import (
+    AdaAnnSchedule,
+    AnnealingSchedule,
+    ConstantSchedule,
+    LinearSchedule,
+    SequenceSchedule,
+)
+from pyro_adaann.svi import AdaAnnSVI
+from pyro_adaann.tempering import BRIDGE, JOINT, LIKELIHOOD, Path, TemperedTrace_ELBO
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BRIDGE",
+    "JOINT",
+    "LIKELIHOOD",
+    "AdaAnnSVI",
+    "AdaAnnSchedule",
+    "AnnealingHistory",
+    "AnnealingSchedule",
+    "AnnealingStage",
+    "AutoFlow",
+    "AutoPlanar",
+    "AutoRealNVP",
+    "ConstantSchedule",
+    "LinearSchedule",
+    "Path",
+    "SequenceSchedule",
+    "TemperedTrace_ELBO",
+]

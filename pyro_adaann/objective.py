@@ -1,0 +1,142 @@
+"""The tempered loss of one stage, with a look at every particle."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer import ELBO, Trace_ELBO
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_adaann.particles import (
+    draw_log_factors,
+    drop_broken,
+    log_factors,
+    with_num_particles,
+    with_traces,
+)
+from pyro_adaann.tempering import Path, Tempering
+
+__all__ = ["Objective"]
+
+#: Fewest recycled draws behind a variance, once as many have been made: with fewer, the sd is itself
+#: uncertain by more than 1 / sqrt(2 * 100) = 7 %.
+_MIN_RECYCLED_DRAWS = 100
+
+
+class Objective:
+    """A loss of Pyro's, evaluated on the tempered model and guide.
+
+    At inverse temperature 1 the loss sees model and guide themselves.
+
+    :param loss: an ELBO or a callable ``loss(model, guide, *args, **kwargs)``.
+    :param evaluate: that loss as `SVI` calls it.
+    :param evaluate_and_grads: likewise, with gradients.
+    :param path: the path of tempered densities.
+    :param num_final_particles: particles in the final stage, None for those of the ELBO.
+    :param num_recycled_steps: of how many training steps the log factors are remembered; of more
+        where these make fewer than 100 draws; 0 for none.
+    """
+
+    def __init__(
+        self,
+        loss: Any,
+        evaluate: Callable[..., Any],
+        evaluate_and_grads: Callable[..., Any],
+        path: Path,
+        num_final_particles: int | None,
+        num_recycled_steps: int,
+    ) -> None:
+        self.path = path
+        num_draws = num_recycled_steps * getattr(loss, "num_particles", 1)
+        self.num_recycled_draws = max(num_draws, _MIN_RECYCLED_DRAWS) if num_draws else 0
+        self.inverse_temperature = 1.0
+        self.is_final = False
+        #: Broken and all particles of the evaluations since `start_stage`.
+        self.num_broken = 0
+        self.num_particles = 0
+        self._recent: deque[Tensor] = deque()
+        self._num_recent = 0
+        self._tempering: Tempering | None = None
+        self._is_training = False
+        self._drops_broken = type(loss) is Trace_ELBO
+        self._loss = loss
+        self._calls = [(evaluate, evaluate_and_grads)] * 2
+        if isinstance(loss, ELBO):
+            final = loss
+            if num_final_particles is not None:
+                final = with_num_particles(loss, num_final_particles)
+            seen = [with_traces(elbo, self._look) for elbo in (loss, final)]
+            self._calls = [(elbo.loss, elbo.loss_and_grads) for elbo in seen]
+
+    def start_stage(self, inverse_temperature: float, *, is_final: bool) -> None:
+        """Evaluate at this inverse temperature from now on."""
+        self.inverse_temperature = inverse_temperature
+        self.is_final = is_final
+        self.num_broken = self.num_particles = 0
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss; call it under `torch.no_grad`."""
+        return self._evaluate(False, model, guide, args, kwargs)
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss and add its gradient to the parameters' ``grad``."""
+        return self._evaluate(True, model, guide, args, kwargs)
+
+    def _evaluate(self, is_training: bool, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        self._is_training = is_training
+        self._tempering = None
+        if self.inverse_temperature < 1:
+            self._tempering = Tempering(model, guide, self.path, self.inverse_temperature)
+            model, guide = self._tempering.model, self._tempering.guide
+        before = self.num_broken, self.num_particles
+        loss = self._calls[self.is_final][is_training](model, guide, *args, **kwargs)
+        num_broken, num_particles = self.num_broken - before[0], self.num_particles - before[1]
+        if not is_training:
+            self.num_broken, self.num_particles = before
+        # With every particle left out, the sum is an empty one, not a loss of zero.
+        return math.nan if 0 < num_particles == num_broken else loss
+
+    def _look(self, model_trace: Trace, guide_trace: Trace) -> None:
+        if self._tempering is not None:
+            if not any(_is_latent(site) for site in guide_trace.nodes.values()):
+                raise ValueError(
+                    "Expected a guide with at least one latent site; got none. Without latent "
+                    "variables there is no posterior to anneal: use pyro.infer.SVI."
+                )
+            if self._is_training and self.num_recycled_draws:
+                self._remember(log_factors(self._tempering, model_trace, guide_trace))
+        if self._drops_broken:
+            num_broken, num_particles = drop_broken(model_trace, guide_trace)
+            self.num_broken += num_broken
+            self.num_particles += num_particles
+
+    def _remember(self, draws: Tensor | None) -> None:
+        if draws is None:
+            return
+        self._recent.append(draws)
+        self._num_recent += draws.numel()
+        while self._num_recent - self._recent[0].numel() >= self.num_recycled_draws:
+            self._num_recent -= self._recent.popleft().numel()
+
+    def draw_log_factors(
+        self, num_samples: int | None, model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> Tensor:
+        """Return draws of d/dt log p_t under the guide, shape ``(num_draws,)``.
+
+        :param num_samples: how many fresh draws; None for those that training has made, or 100
+            fresh ones if it has made none.
+        """
+        if num_samples is None and self._recent:
+            return torch.cat(list(self._recent))
+        num_samples = num_samples or _MIN_RECYCLED_DRAWS
+        t = self.inverse_temperature
+        return draw_log_factors(self._loss, model, guide, self.path, t, num_samples, args, kwargs)
+
+
+def _is_latent(site: Any) -> bool:
+    return site["type"] == "sample" and not site["is_observed"]

@@ -1,0 +1,71 @@
+"""Records of what an annealed fit did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["AnnealingHistory", "AnnealingStage"]
+
+
+@dataclass
+class AnnealingStage:
+    """A block of optimizer steps at one inverse temperature.
+
+    ``losses`` holds the loss of every step *of the tempered objective*: losses of different stages
+    are not comparable. The last four fields are known when the stage has ended.
+    """
+
+    inverse_temperature: float
+    losses: list[float] = field(default_factory=list)
+    #: Steps whose loss or gradient was not finite; they changed no parameter.
+    num_rejected: int = 0
+    #: Particles left out of an update because their log density was not finite.
+    num_broken: int = 0
+    #: Particles of all steps.
+    num_particles: int = 0
+    #: Standard deviation of the log factor under the guide; None where no draws were asked for.
+    log_factor_sd: float | None = None
+    #: Draws that the sd is of, and those among them left out as not finite.
+    num_draws: int = 0
+    num_nonfinite_draws: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        """Number of optimizer steps, rejected ones included."""
+        return len(self.losses)
+
+    @property
+    def broken_share(self) -> float:
+        """Share of the particles that were broken."""
+        return self.num_broken / self.num_particles if self.num_particles else 0.0
+
+
+@dataclass
+class AnnealingHistory:
+    """The stages of a fit, from the first inverse temperature to the last."""
+
+    stages: list[AnnealingStage] = field(default_factory=list)
+
+    @property
+    def inverse_temperatures(self) -> list[float]:
+        """Inverse temperature of every stage."""
+        return [stage.inverse_temperature for stage in self.stages]
+
+    @property
+    def losses(self) -> list[float]:
+        """Loss of every step, through all stages."""
+        return [loss for stage in self.stages for loss in stage.losses]
+
+    @property
+    def num_steps(self) -> int:
+        """Number of optimizer steps so far."""
+        return sum(stage.num_steps for stage in self.stages)
+
+    def __repr__(self) -> str:
+        if not self.stages:
+            return "AnnealingHistory(no step yet)"
+        first, last = self.stages[0], self.stages[-1]
+        return (
+            f"AnnealingHistory({len(self.stages)} stages, {self.num_steps} steps, inverse "
+            f"temperature {first.inverse_temperature:.3g} to {last.inverse_temperature:.3g})"
+        )

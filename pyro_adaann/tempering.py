@@ -1,0 +1,354 @@
+r"""Tempering a model and a guide, as effect handlers around both.
+
+The tempered density at inverse temperature t moves along a *path* from a density at t = 0 to the
+joint density at t = 1. With the log prior, the log likelihood and the log density of the guide's
+base, each in the **unconstrained** coordinates z,
+
+.. math:: \log p_t(z) = w_\mathrm{prior}(t) \log p(z) + w_\mathrm{lik}(t) \log p(x \mid z)
+          + w_\mathrm{base}(t) \log q_0(z),
+
+where the weights go linearly in t from the path's own values at t = 0 to 1, 1 and 0. A handler
+multiplies the scale of every site of the model by its weight, so whatever Pyro does with scales
+(plates, subsampling, enumeration, any ELBO) holds for tempered densities too: in particular a scale
+common to enumerated sites is applied outside their sum, which makes :math:`(\sum_k p)^t` exact.
+
+**Coordinates.** Pyro's autoguides report the Jacobian of a constraint as the density of `Delta` sites
+in the guide. Scaling the model alone would temper the density of the *constrained* values; a
+half-Cauchy prior then has no normalizable tempered density at small t and the fit runs off to
+infinity. So the `Delta` densities get the weight of the prior. For a guide that samples constrained
+values itself, the Jacobian is added on the side of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+from pyro import poutine
+from pyro.distributions.util import sum_rightmost
+from pyro.infer import (
+    EnergyDistance,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    Trace_ELBO,
+    Trace_MMD,
+    TraceMeanField_ELBO,
+)
+from pyro.infer.autoguide import AutoContinuous, AutoDiscreteParallel, AutoGuideList
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+__all__ = [
+    "BRIDGE",
+    "JOINT",
+    "LIKELIHOOD",
+    "Path",
+    "TemperedTrace_ELBO",
+    "Tempering",
+    "check_can_temper",
+    "get_path",
+]
+
+
+@dataclass(frozen=True)
+class Path:
+    """A path of tempered densities, given by the density at t = 0.
+
+    That density is ``prior^prior * likelihood^likelihood * base^base`` with the exponents given
+    here, each in [0, 1].
+
+    :param name: what the user calls it.
+    :param prior: weight of the log prior at t = 0; it ends at 1.
+    :param likelihood: weight of the log likelihood (observed, `pyro.factor` and model-enumerated
+        sites) at t = 0; it ends at 1.
+    :param base: weight of the log density of the guide's base at t = 0; it ends at 0.
+
+    Example::
+
+        >>> Path("half a prior", prior=0.5, likelihood=0.0).prior_weight(0.5)
+        0.75
+    """
+
+    name: str
+    prior: float
+    likelihood: float
+    base: float = 0.0
+
+    def prior_weight(self, inverse_temperature: float) -> float:
+        """Weight of the log prior and of the Jacobians."""
+        return self.prior + (1 - self.prior) * inverse_temperature
+
+    def likelihood_weight(self, inverse_temperature: float) -> float:
+        """Weight of the log likelihood."""
+        return self.likelihood + (1 - self.likelihood) * inverse_temperature
+
+    def base_weight(self, inverse_temperature: float) -> float:
+        """Weight of the log density of the guide's base."""
+        return self.base * (1 - inverse_temperature)
+
+
+#: p(x, z)^t: the paper's path, alpha-annealing. At t = 0 the density is flat.
+JOINT = Path("joint", prior=0.0, likelihood=0.0)
+#: p(z) p(x | z)^t: proper at every t if the prior is; at t = 0 it is the prior.
+LIKELIHOOD = Path("likelihood", prior=1.0, likelihood=0.0)
+#: q0(z)^(1 - t) p(x, z)^t: proper at every t; at t = 0 it is the base of the guide.
+BRIDGE = Path("bridge", prior=0.0, likelihood=0.0, base=1.0)
+
+_PATHS = {path.name: path for path in (JOINT, LIKELIHOOD, BRIDGE)}
+
+
+def get_path(path: str | Path) -> Path:
+    """Return the path of this name, or the path itself.
+
+    :raises ValueError: if there is no path of this name.
+    """
+    if isinstance(path, Path):
+        return path
+    if path not in _PATHS:
+        raise ValueError(f"Expected `path` to be one of {sorted(_PATHS)} or a Path; got {path!r}.")
+    return _PATHS[path]
+
+
+class Tempering:
+    """A model and a guide tempered at one inverse temperature below 1.
+
+    Run ``guide`` and then ``model`` as often as needed; both are ordinary Pyro callables. After a
+    run, ``guide_rates`` and ``model_rates`` hold for every site the factor that turns its scaled log
+    density into its part of d/dt log p_t.
+
+    :param model: a Pyro model.
+    :param guide: its guide.
+    :param path: the path.
+    :param inverse_temperature: t in (0, 1).
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        path: Path,
+        inverse_temperature: float,
+    ) -> None:
+        self.path = path
+        self.inverse_temperature = inverse_temperature
+        self.guide_rates: dict[str, float] = {}
+        self.model_rates: dict[str, float] = {}
+        #: Continuous sites whose Jacobian the guide reports, and the guide's other sites.
+        self.delta_sites: set[str] = set()
+        self.other_sites: set[str] = set()
+        parts = _flow_parts(guide) if path.base else []
+        self.guide = _TemperGuide(self, parts)(guide)
+        self.model = _TemperModel(self)(model)
+
+    def scale(self, msg: Any, weight: float, rate: float, rates: dict[str, float]) -> None:
+        """Multiply the scale of a site by its weight and note its part of d/dt log p_t."""
+        if weight != 1:
+            msg["scale"] = msg["scale"] * weight
+        rates[msg["name"]] = rate / weight
+
+
+class _TemperGuide(Messenger):
+    def __init__(self, tempering: Tempering, flow_parts: list[AutoContinuous]) -> None:
+        super().__init__()
+        self.tempering = tempering
+        self.flow_parts = flow_parts
+        self.bases: dict[str, AutoContinuous] = {}
+
+    def __enter__(self) -> Any:
+        tempering = self.tempering
+        tempering.guide_rates.clear()
+        tempering.delta_sites.clear()
+        tempering.other_sites.clear()
+        self.bases = {f"_{part._pyro_name}_latent": part for part in self.flow_parts}
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or msg["infer"].get("is_auxiliary") or site_is_subsample(msg):
+            return
+        tempering, path, t = self.tempering, self.tempering.path, self.tempering.inverse_temperature
+        if _is_delta(msg["fn"]):
+            tempering.delta_sites.add(msg["name"])
+            tempering.scale(msg, path.prior_weight(t), 1 - path.prior, tempering.guide_rates)
+        else:
+            tempering.other_sites.add(msg["name"])
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        part = self.bases.get(msg["name"])
+        if part is None:
+            return
+        # In the guide, minus the weighted log density of the base: the loss is log q - log p_t.
+        path, t = self.tempering.path, self.tempering.inverse_temperature
+        weight = path.base_weight(t)
+        name = f"{msg['name']}_base"
+        self.tempering.guide_rates[name] = -path.base / weight
+        pyro.factor(name, -weight * part.get_base_dist().log_prob(msg["value"]), has_rsample=True)
+
+
+class _TemperModel(Messenger):
+    def __init__(self, tempering: Tempering) -> None:
+        super().__init__()
+        self.tempering = tempering
+        self.jacobian_sites: set[str] = set()
+
+    def __enter__(self) -> Any:
+        self.tempering.model_rates.clear()
+        self.jacobian_sites.clear()
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name in self.jacobian_sites or site_is_subsample(msg):
+            return
+        tempering, path, t = self.tempering, self.tempering.path, self.tempering.inverse_temperature
+        enumerated = msg["infer"].get("enumerate") == "parallel" and not (
+            name in tempering.other_sites or name in tempering.delta_sites
+        )
+        if msg["is_observed"] or enumerated:
+            weight, rate = path.likelihood_weight(t), 1 - path.likelihood
+        else:
+            weight, rate = path.prior_weight(t), 1 - path.prior
+        tempering.scale(msg, weight, rate, tempering.model_rates)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        tempering, path = self.tempering, self.tempering.path
+        if msg["name"] not in tempering.other_sites or msg["is_observed"]:
+            return
+        weight = path.prior_weight(tempering.inverse_temperature)
+        if weight == 1 or not _has_jacobian(msg["fn"]):
+            return
+        # The guide's density is one of constrained values: so is p_t, with |dz/du|^(weight - 1).
+        name = f"_{msg['name']}_jacobian"
+        log_jacobian = _log_jacobian(msg["fn"], msg["value"])
+        self.jacobian_sites.add(name)
+        tempering.model_rates[name] = (1 - path.prior) / (weight - 1)
+        factor = dist.Unit((weight - 1) * log_jacobian, validate_args=False)
+        pyro.sample(name, factor, obs=factor.sample(), infer={"is_auxiliary": True})
+
+
+def _is_delta(fn: Any) -> bool:
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
+
+
+def _has_jacobian(fn: Any) -> bool:
+    support = fn.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return not (support.is_discrete or support is constraints.real)
+
+
+def _log_jacobian(fn: Any, value: Tensor) -> Tensor:
+    """Return log |d constrained / d unconstrained| at a constrained value, in batch shape."""
+    transform = biject_to(fn.support)
+    result = transform.log_abs_det_jacobian(transform.inv(value), value)
+    return sum_rightmost(result, result.dim() - value.dim() + fn.event_dim)
+
+
+class TemperedTrace_ELBO(Trace_ELBO):
+    r"""`Trace_ELBO` of the tempered posterior, for those who keep `pyro.infer.SVI`.
+
+    .. math:: \mathcal{L} = E_q[\log q(z) - \log p_t(z)]
+
+    ``inverse_temperature`` may be assigned between steps.
+
+    :param inverse_temperature: t in (0, 1].
+    :param path: ``"joint"``, ``"likelihood"``, ``"bridge"`` or a :class:`Path`.
+    :param kwargs: those of `pyro.infer.Trace_ELBO`.
+    :raises ValueError: if t is outside (0, 1] or the path is unknown; at the first step, if the
+        path needs a flow guide and the guide is none.
+
+    Source: Cobian et al., *AdaAnn*, arXiv 2202.00792, Eq. 15.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro.infer import SVI
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0, 1)), 1), obs=torch.ones(()))
+        >>> elbo = TemperedTrace_ELBO(inverse_temperature=0.1, num_particles=10)
+        >>> svi = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.01}), elbo)
+        >>> for t in (0.1, 0.5, 1.0):
+        ...     elbo.inverse_temperature = t
+        ...     loss = svi.step()
+    """
+
+    def __init__(
+        self, inverse_temperature: float = 1.0, *, path: str | Path = "joint", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.path = get_path(path)
+        self.inverse_temperature = inverse_temperature
+
+    @property
+    def inverse_temperature(self) -> float:
+        """The inverse temperature t of the next evaluation."""
+        return self._inverse_temperature
+
+    @inverse_temperature.setter
+    def inverse_temperature(self, value: float) -> None:
+        if not 0 < value <= 1:
+            raise ValueError(f"Expected `inverse_temperature` in (0, 1]; got {value}.")
+        self._inverse_temperature = float(value)
+
+    def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+        if self.inverse_temperature < 1:
+            check_can_temper(guide, self, self.path)
+            tempering = Tempering(model, guide, self.path, self.inverse_temperature)
+            model, guide = tempering.model, tempering.guide
+        yield from super()._get_traces(model, guide, args, kwargs)
+
+
+def check_can_temper(guide: Callable[..., Any], loss: Any, path: Path) -> None:
+    """Raise a `ValueError` that names the way out if this guide or loss cannot be tempered."""
+    kind = type(loss).__name__
+    if isinstance(
+        loss, JitTrace_ELBO | JitTraceGraph_ELBO | JitTraceEnum_ELBO | JitTraceMeanField_ELBO
+    ):
+        raise ValueError(
+            f"Expected a loss that is computed anew at every step; got {kind}, whose trace would "
+            f"freeze the inverse temperature. Use {kind.removeprefix('Jit')}."
+        )
+    if isinstance(loss, Trace_MMD | EnergyDistance):
+        raise ValueError(
+            f"Expected a loss made of log densities; got {kind}, which compares samples and does "
+            f"not see an inverse temperature. Use Trace_ELBO."
+        )
+    if isinstance(loss, TraceMeanField_ELBO) and path.prior != 1:
+        raise ValueError(
+            f"Expected a loss that sees the scale of the prior on path {path.name!r}; got {kind}, "
+            f"whose analytic KL does not. Use Trace_ELBO, or path='likelihood'."
+        )
+    if isinstance(poutine.unwrap(guide), Messenger):
+        raise ValueError(
+            f"Expected a guide that runs apart from the model; got a {type(guide).__name__}, an "
+            f"effect handler that runs the model itself. Use AutoPlanar, AutoNormal or another "
+            f"guide of Pyro's."
+        )
+    if path.base and not _flow_parts(guide):
+        raise ValueError(
+            f"Expected a guide with a base distribution (`get_base_dist`) on path {path.name!r}; "
+            f"got {getattr(guide, '__name__', type(guide).__name__)}. Use AutoPlanar, AutoRealNVP "
+            f"or AutoMultivariateNormal, or path='likelihood'."
+        )
+
+
+def _flow_parts(guide: Callable[..., Any]) -> list[AutoContinuous]:
+    """Return the parts of a guide that have a base density, or none if one has not."""
+    parts = [guide]
+    if isinstance(guide, AutoGuideList):
+        parts = [part for part in guide if not isinstance(part, AutoDiscreteParallel)]
+    has_base = (
+        isinstance(part, AutoContinuous)
+        and type(part).get_base_dist is not AutoContinuous.get_base_dist
+        for part in parts
+    )
+    return parts if all(has_base) else []

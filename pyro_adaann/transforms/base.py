@@ -1,0 +1,100 @@
+"""What every flow of this package shares: one batched kernel, a cached log-determinant, clean copies."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from pyro.distributions.torch_transform import TransformModule
+from torch import Tensor
+from torch.distributions import constraints
+
+__all__ = ["FlowTransform"]
+
+
+class FlowTransform(TransformModule):
+    """A trainable bijection of R^d whose kernel works on a flat batch of points.
+
+    A new flow implements two methods on matrices of shape ``(num_points, input_dim)``:
+    :meth:`_forward` returns the image *and* ``log|det J|``, which a flow has at hand when it has
+    computed the image, and :meth:`_backward_map` the inverse image. Both must be differentiable in
+    the points and in the parameters.
+
+    The last pair (x, y) and its log-determinant are remembered, so that sampling and scoring a
+    draw costs one pass. The memory is dropped when a parameter changes, and is neither copied nor
+    pickled.
+
+    :param input_dim: the dimension d of the points.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, input_dim: int) -> None:
+        super().__init__(cache_size=1)
+        self.input_dim = input_dim
+        self._forget()
+
+    @abstractmethod
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the image ``(num_points, d)`` of ``x`` and ``log|det dy/dx|``, ``(num_points,)``."""
+
+    @abstractmethod
+    def _backward_map(self, y: Tensor) -> Tensor:
+        """Return the point ``(num_points, d)`` whose image is ``y``."""
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``x`` of shape ``(..., d)``; also return ``log|det dy/dx|`` of shape ``(...)``."""
+        y, log_det = self._forward(x.reshape(-1, self.input_dim))
+        return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self._forget_if_updated()
+        return super().__call__(x)
+
+    def _call(self, x: Tensor) -> Tensor:
+        y, self._cached_log_det = self.forward_and_log_det(x)
+        return y
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        self._forget_if_updated()
+        return super()._inv_call(y)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        self._cached_log_det = None
+        return self._backward_map(y.reshape(-1, self.input_dim)).reshape(y.shape)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``log|det dy/dx|`` of shape ``(...)`` for points of shape ``(..., d)``."""
+        self._forget_if_updated()
+        x_cached, y_cached = self._cached_x_y
+        if x is x_cached and y is y_cached and self._cached_log_det is not None:
+            return self._cached_log_det
+        return self.forward_and_log_det(x)[1]
+
+    def _forget(self) -> None:
+        self._cached_x_y = (None, None)
+        self._cached_log_det: Tensor | None = None
+        self._cached_versions: tuple[int, ...] = ()
+
+    def _forget_if_updated(self) -> None:
+        # An optimizer changes parameters in place; torch's cache compares the points alone.
+        versions = tuple(parameter._version for parameter in self.parameters())
+        if versions != self._cached_versions:
+            self._forget()
+            self._cached_versions = versions
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A cached draw hangs on a graph, and Pyro's parameter store leaves weak references on the
+        # parameters: neither can be pickled.
+        state = self.__dict__.copy()
+        state.update(
+            _inv=None, _cached_x_y=(None, None), _cached_log_det=None, _cached_versions=()
+        )
+        for name in ("_parameters", "_modules"):
+            state[name] = copy.deepcopy(state[name])
+        return state
+
