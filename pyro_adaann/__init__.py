@@ -11,8 +11,7 @@ from pyro_adaann.schedules import (
 )
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.tempering import BRIDGE, JOINT, LIKELIHOOD, Path, TemperedTrace_ELBO
-
-__version__ = "0.1.0"
+from pyro_adaann.version import __version__
 
 __all__ = [
     "BRIDGE",
@@ -31,4 +30,5 @@ __all__ = [
     "Path",
     "SequenceSchedule",
     "TemperedTrace_ELBO",
+    "__version__",
 ]

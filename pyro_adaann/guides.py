@@ -129,9 +129,7 @@ class AutoFlow(AutoContinuous):
         return {name: value[0] for name, value in quantiles.items()}
 
     @torch.no_grad()
-    def quantiles(
-        self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any
-    ) -> dict[str, Tensor]:
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the posterior quantiles of every latent variable.
 
         :param quantiles: numbers in [0, 1].
@@ -202,9 +200,7 @@ class AutoPlanar(AutoFlow):
         torch.Size([3])
     """
 
-    def __init__(
-        self, model: Callable[..., Any], num_transforms: int = 50, **kwargs: Any
-    ) -> None:
+    def __init__(self, model: Callable[..., Any], num_transforms: int = 50, **kwargs: Any) -> None:
         _check_count("num_transforms", num_transforms)
         super().__init__(model, **kwargs)
         self.num_transforms = num_transforms

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import pyro
 import torch
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.poutine import Trace
@@ -15,6 +17,7 @@ from torch import Tensor
 from pyro_adaann.particles import (
     draw_log_factors,
     drop_broken,
+    has_nonfinite_parameter,
     log_factors,
     with_num_particles,
     with_traces,
@@ -63,6 +66,7 @@ class Objective:
         self._num_recent = 0
         self._tempering: Tempering | None = None
         self._is_training = False
+        self._validates = True
         self._drops_broken = type(loss) is Trace_ELBO
         self._loss = loss
         self._calls = [(evaluate, evaluate_and_grads)] * 2
@@ -81,11 +85,34 @@ class Objective:
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the loss; call it under `torch.no_grad`."""
-        return self._evaluate(False, model, guide, args, kwargs)
+        return self._insist(lambda: self._evaluate(False, model, guide, args, kwargs))
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the loss and add its gradient to the parameters' ``grad``."""
+        """Return the loss and add its gradient to the parameters' ``grad``.
+
+        If it raises an error that :meth:`forgives` is true of, clear the gradients and call again.
+        """
         return self._evaluate(True, model, guide, args, kwargs)
+
+    def forgives(self, error: ValueError) -> bool:
+        """Whether the error says no more than that a particle is broken; then validate no longer.
+
+        Torch's validation raises when a distribution gets a parameter that is not finite: one
+        trajectory that overflows would end the run. Without validation its log density is NaN, and
+        the particle is left out and counted like any other.
+        """
+        if not self._validates or not has_nonfinite_parameter(error):
+            return False
+        self._validates = False
+        return True
+
+    def _insist(self, run: Callable[[], Any]) -> Any:
+        try:
+            return run()
+        except ValueError as error:
+            if not self.forgives(error):
+                raise
+            return run()
 
     def _evaluate(self, is_training: bool, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         self._is_training = is_training
@@ -94,12 +121,16 @@ class Objective:
             self._tempering = Tempering(model, guide, self.path, self.inverse_temperature)
             model, guide = self._tempering.model, self._tempering.guide
         before = self.num_broken, self.num_particles
-        loss = self._calls[self.is_final][is_training](model, guide, *args, **kwargs)
+        with self._validation():
+            loss = self._calls[self.is_final][is_training](model, guide, *args, **kwargs)
         num_broken, num_particles = self.num_broken - before[0], self.num_particles - before[1]
         if not is_training:
             self.num_broken, self.num_particles = before
         # With every particle left out, the sum is an empty one, not a loss of zero.
         return math.nan if 0 < num_particles == num_broken else loss
+
+    def _validation(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._validates else pyro.validation_enabled(False)
 
     def _look(self, model_trace: Trace, guide_trace: Trace) -> None:
         if self._tempering is not None:
@@ -135,7 +166,14 @@ class Objective:
             return torch.cat(list(self._recent))
         num_samples = num_samples or _MIN_RECYCLED_DRAWS
         t = self.inverse_temperature
-        return draw_log_factors(self._loss, model, guide, self.path, t, num_samples, args, kwargs)
+
+        def draw() -> Tensor:
+            with self._validation():
+                return draw_log_factors(
+                    self._loss, model, guide, self.path, t, num_samples, args, kwargs
+                )
+
+        return self._insist(draw)
 
 
 def _is_latent(site: Any) -> bool:

@@ -24,7 +24,14 @@ from torch import Tensor
 
 from pyro_adaann.tempering import Path, Tempering
 
-__all__ = ["draw_log_factors", "drop_broken", "log_factors", "with_num_particles", "with_traces"]
+__all__ = [
+    "draw_log_factors",
+    "drop_broken",
+    "has_nonfinite_parameter",
+    "log_factors",
+    "with_num_particles",
+    "with_traces",
+]
 
 _PARTICLE_PLATE = "num_particles_vectorized"
 
@@ -162,6 +169,24 @@ def _mask(site: Any, broken: Tensor) -> None:
     site["log_prob_sum"] = site["log_prob"].sum()
     if "score_parts" in site:
         site["score_parts"] = type(site["score_parts"])(*map(mask, site["score_parts"]))
+
+
+def has_nonfinite_parameter(error: BaseException) -> bool:
+    """Whether torch refused a distribution's parameter for numbers that are not finite alone."""
+    while error.__cause__ is not None:  # Pyro raises anew, with the shapes of the trace
+        error = error.__cause__
+    traceback = error.__traceback__
+    if traceback is None or not str(error).startswith("Expected parameter"):
+        return False
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    found = traceback.tb_frame.f_locals
+    value, valid = found.get("value"), found.get("valid")
+    if not (torch.is_tensor(value) and torch.is_tensor(valid)):
+        return False
+    # A constraint on vectors or matrices has one verdict per event.
+    is_finite = torch.isfinite(value).reshape(*valid.shape, -1).all(-1)
+    return bool((valid | ~is_finite).all())
 
 
 def draw_log_factors(

@@ -39,9 +39,7 @@ class ProgressBar:
         self.num_steps_per_stage = num_steps_per_stage
         self.num_final_steps = num_final_steps
         self._num_stages = 0
-        self._bar = tqdm(
-            disable=not is_shown, unit="step", initial=history.num_steps, dynamic_ncols=True
-        )
+        self._bar = tqdm(disable=not is_shown, unit="step", initial=history.num_steps, dynamic_ncols=True)
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -90,6 +88,4 @@ class ProgressBar:
         num_stages = (end - t) / rate
         if power > 0.5:
             num_stages = math.log(end / t) * (len(times) - 1) / math.log(times[-1] / times[0])
-        return self.history.num_steps + int(
-            num_stages * self.num_steps_per_stage + self.num_final_steps
-        )
+        return self.history.num_steps + int(num_stages * self.num_steps_per_stage + self.num_final_steps)

@@ -12,7 +12,8 @@ class AnnealingStage:
     """A block of optimizer steps at one inverse temperature.
 
     ``losses`` holds the loss of every step *of the tempered objective*: losses of different stages
-    are not comparable. The last four fields are known when the stage has ended.
+    are not comparable. What is said of the log factor is known when the
+    stage has ended.
     """
 
     inverse_temperature: float
@@ -23,9 +24,11 @@ class AnnealingStage:
     num_broken: int = 0
     #: Particles of all steps.
     num_particles: int = 0
-    #: Standard deviation of the log factor under the guide; None where no draws were asked for.
+    #: Mean and standard deviation of the log factor under the guide; None where the schedule asked
+    #: for no draws, or too few were finite.
+    log_factor_mean: float | None = None
     log_factor_sd: float | None = None
-    #: Draws that the sd is of, and those among them left out as not finite.
+    #: Draws that they are of, and those among them left out as not finite.
     num_draws: int = 0
     num_nonfinite_draws: int = 0
 
@@ -62,8 +65,6 @@ class AnnealingHistory:
         return sum(stage.num_steps for stage in self.stages)
 
     def __repr__(self) -> str:
-        if not self.stages:
-            return "AnnealingHistory(no step yet)"
         first, last = self.stages[0], self.stages[-1]
         return (
             f"AnnealingHistory({len(self.stages)} stages, {self.num_steps} steps, inverse "

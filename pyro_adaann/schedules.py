@@ -87,7 +87,7 @@ class AnnealingSchedule(ABC):
                 raise ValueError(
                     f"Expected draws of the log factor, which {type(self).__name__} reads; got None."
                 )
-            draws = torch.as_tensor(log_factor).detach().double().flatten().cpu()
+            draws = torch.as_tensor(log_factor, dtype=torch.float64).detach().flatten().cpu()
         proposal = float(self.propose(current, draws))
         if math.isnan(proposal):
             proposal = current
@@ -130,9 +130,7 @@ class AdaAnnSchedule(AnnealingSchedule):
 
     needs_log_factor = True
 
-    def __init__(
-        self, tolerance: float = 0.01, *, initial_inverse_temperature: float = 0.01
-    ) -> None:
+    def __init__(self, tolerance: float = 0.01, *, initial_inverse_temperature: float = 0.01) -> None:
         super().__init__(initial_inverse_temperature)
         if not 0 < tolerance < math.inf:
             raise ValueError(f"Expected `tolerance` > 0; got {tolerance}.")
@@ -164,9 +162,7 @@ class LinearSchedule(AnnealingSchedule):
         0.2
     """
 
-    def __init__(
-        self, num_increments: int, *, initial_inverse_temperature: float = 0.01
-    ) -> None:
+    def __init__(self, num_increments: int, *, initial_inverse_temperature: float = 0.01) -> None:
         super().__init__(initial_inverse_temperature)
         if not isinstance(num_increments, int) or num_increments < 1:
             raise ValueError(f"Expected `num_increments` an integer >= 1; got {num_increments!r}.")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
+import pyro
 import pyro.infer.util
 import torch
 from pyro import poutine
@@ -163,9 +164,12 @@ class AdaAnnSVI(SVI):
             steps in a row. The parameters then are what they were before.
         """
         self._advance(args, kwargs)
-        with poutine.trace(param_only=True) as param_capture:
-            loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        params = {site["value"].unconstrained() for site in param_capture.trace.nodes.values()}
+        try:
+            loss, params = self._loss_and_params(args, kwargs)
+        except ValueError as error:
+            if not self._objective.forgives(error):
+                raise
+            loss, params = self._loss_and_params(args, kwargs)
         loss = _to_float(loss)
         is_accepted = _is_finite(loss, params)
         if is_accepted:
@@ -189,6 +193,19 @@ class AdaAnnSVI(SVI):
                 bar.update()
         return self.history
 
+    def _loss_and_params(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, set[Tensor]]:
+        """Return the loss and the parameters it has met, which hold its gradient."""
+        with poutine.trace(param_only=True) as capture:
+            try:
+                loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+            except ValueError:
+                # Particles before the one at fault may have left their gradients.
+                pyro.infer.util.zero_grads(_captured(capture))
+                raise
+        return loss, _captured(capture)
+
     def _advance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start the next stage if the present one has all its steps.
 
@@ -205,9 +222,11 @@ class AdaAnnSVI(SVI):
             draws = self._objective.draw_log_factors(
                 self.num_variance_samples, self.model, self.guide, args, kwargs
             )
+            finite = draws[torch.isfinite(draws)]
             stage.num_draws = draws.numel()
-            stage.num_nonfinite_draws = int((~torch.isfinite(draws)).sum())
-            stage.log_factor_sd = standard_deviation(draws)
+            stage.num_nonfinite_draws = draws.numel() - finite.numel()
+            stage.log_factor_mean = float(finite.mean()) if finite.numel() else None
+            stage.log_factor_sd = standard_deviation(finite)
         self._start_stage(self.schedule.next(stage.inverse_temperature, draws))
 
     def _start_stage(self, inverse_temperature: float) -> None:
@@ -215,9 +234,7 @@ class AdaAnnSVI(SVI):
         is_final = inverse_temperature >= self.schedule.final_inverse_temperature
         self._objective.start_stage(inverse_temperature, is_final=is_final)
 
-    def _count(
-        self, loss: Any, is_accepted: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _count(self, loss: Any, is_accepted: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stage = self._stage
         stage.losses.append(loss[0] if isinstance(loss, tuple) else loss)
         stage.num_broken = self._objective.num_broken
@@ -242,8 +259,7 @@ class AdaAnnSVI(SVI):
 
     def _finds_finite_loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return any(
-            _is_finite(_to_float(self.evaluate_loss(*args, **kwargs)), ())
-            for _ in range(_MAX_REJECTED - 1)
+            _is_finite(_to_float(self.evaluate_loss(*args, **kwargs)), ()) for _ in range(_MAX_REJECTED - 1)
         )
 
     def _step_lr_scheduler(self, loss: float) -> None:
@@ -254,9 +270,11 @@ class AdaAnnSVI(SVI):
             self.optim.step(loss) if needs_loss else self.optim.step()
 
 
-def _check_parts(
-    guide: Any, optim: Any, loss: Any, schedule: AnnealingSchedule, path: Path
-) -> None:
+def _captured(capture: Any) -> set[Tensor]:
+    return {site["value"].unconstrained() for site in capture.trace.nodes.values()}
+
+
+def _check_parts(guide: Any, optim: Any, loss: Any, schedule: AnnealingSchedule, path: Path) -> None:
     if not isinstance(optim, PyroOptim):
         raise ValueError(
             f"Expected `optim` to be a pyro.optim.PyroOptim; got {type(optim).__name__}. Use for "
@@ -299,13 +317,15 @@ def _is_finite(loss: Any, params: Collection[Tensor]) -> bool:
 
 
 def _nonfinite_sites(model: Any, guide: Any, args: Any, kwargs: Any) -> list[str]:
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     names = []
-    for trace in (guide_trace, model_trace):
-        for name, site in trace.nodes.items():
-            if site["type"] == "sample" and name not in names:
-                log_prob = site["fn"].log_prob(site["value"])
-                if not torch.isfinite(torch.as_tensor(log_prob)).all():
-                    names.append(name)
+    with pyro.validation_enabled(False), torch.no_grad():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        for trace in (guide_trace, model_trace):
+            for name, site in trace.nodes.items():
+                if site["type"] == "sample" and name not in names:
+                    log_prob = torch.as_tensor(site["fn"].log_prob(site["value"]))
+                    if not torch.isfinite(log_prob).all():
+                        names.append(name)
     return names

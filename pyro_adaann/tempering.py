@@ -310,9 +310,7 @@ class TemperedTrace_ELBO(Trace_ELBO):
 def check_can_temper(guide: Callable[..., Any], loss: Any, path: Path) -> None:
     """Raise a `ValueError` that names the way out if this guide or loss cannot be tempered."""
     kind = type(loss).__name__
-    if isinstance(
-        loss, JitTrace_ELBO | JitTraceGraph_ELBO | JitTraceEnum_ELBO | JitTraceMeanField_ELBO
-    ):
+    if isinstance(loss, JitTrace_ELBO | JitTraceGraph_ELBO | JitTraceEnum_ELBO | JitTraceMeanField_ELBO):
         raise ValueError(
             f"Expected a loss that is computed anew at every step; got {kind}, whose trace would "
             f"freeze the inverse temperature. Use {kind.removeprefix('Jit')}."
@@ -347,8 +345,7 @@ def _flow_parts(guide: Callable[..., Any]) -> list[AutoContinuous]:
     if isinstance(guide, AutoGuideList):
         parts = [part for part in guide if not isinstance(part, AutoDiscreteParallel)]
     has_base = (
-        isinstance(part, AutoContinuous)
-        and type(part).get_base_dist is not AutoContinuous.get_base_dist
+        isinstance(part, AutoContinuous) and type(part).get_base_dist is not AutoContinuous.get_base_dist
         for part in parts
     )
     return parts if all(has_base) else []

@@ -91,10 +91,7 @@ class FlowTransform(TransformModule):
         # A cached draw hangs on a graph, and Pyro's parameter store leaves weak references on the
         # parameters: neither can be pickled.
         state = self.__dict__.copy()
-        state.update(
-            _inv=None, _cached_x_y=(None, None), _cached_log_det=None, _cached_versions=()
-        )
+        state.update(_inv=None, _cached_x_y=(None, None), _cached_log_det=None, _cached_versions=())
         for name in ("_parameters", "_modules"):
             state[name] = copy.deepcopy(state[name])
         return state
-

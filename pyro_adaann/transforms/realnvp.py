@@ -59,9 +59,7 @@ class _CouplingNetworks(nn.Module):
         return list(zip(*matrices, strict=True))
 
 
-def _scale_and_shift(
-    layer: tuple[tuple[Tensor, Tensor], ...], copied: Tensor
-) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(layer: tuple[tuple[Tensor, Tensor], ...], copied: Tensor) -> tuple[Tensor, Tensor]:
     (weight, bias), *rest = layer
     hidden = torch.baddbmm(bias, copied.expand(2, *copied.shape), weight)
     for weight, bias in rest:

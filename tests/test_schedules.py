@@ -1,0 +1,152 @@
+"""Laws of every schedule, and AdaAnn's increments in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyro_adaann import (
+    AdaAnnSchedule,
+    AnnealingSchedule,
+    ConstantSchedule,
+    LinearSchedule,
+    SequenceSchedule,
+)
+from pyro_adaann.schedules import standard_deviation
+
+
+class Stubborn(AnnealingSchedule):
+    """A schedule that proposes whatever it is told."""
+
+    def __init__(self, proposal: float) -> None:
+        super().__init__(0.1)
+        self.proposal = proposal
+
+    def propose(self, inverse_temperature: float, log_factor: object) -> float:
+        return self.proposal
+
+
+NUMBERS = st.one_of(
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1.0, 1e300, -1e300, 1e-300]),
+)
+DRAWS = st.one_of(
+    st.lists(NUMBERS, max_size=8),
+    st.builds(lambda value, n: [value] * n, NUMBERS, st.integers(0, 8)),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.floats(1e-8, 1, exclude_max=True), DRAWS, st.floats(1e-6, 1e6), st.sampled_from(["f", "d"])
+)
+def test_adaann_rises_and_stays_finite_whatever_it_is_given(t, draws, tolerance, dtype):
+    dtype = {"f": torch.float32, "d": torch.float64}[dtype]
+    following = AdaAnnSchedule(tolerance).next(t, torch.tensor(draws, dtype=torch.float64).to(dtype))
+    assert math.isfinite(following)
+    assert t < following <= 1.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(DRAWS, min_size=1, max_size=5), st.floats(1e-3, 10))
+def test_adaann_ends_at_exactly_one_whatever_it_is_given(cycle, tolerance):
+    schedule = AdaAnnSchedule(tolerance, initial_inverse_temperature=0.5)
+    t = 0.5
+    # The smallest increment is tolerance * t / 100, so log(2) / log(1 + tolerance / 100) stages do.
+    limit = math.ceil(math.log(2) / math.log1p(tolerance / 100)) + 1
+    for stage in range(limit):
+        t = schedule.next(t, cycle[stage % len(cycle)])
+        if t == 1.0:
+            break
+    assert t == 1.0
+    assert schedule.next(t, cycle[0]) == 1.0
+
+
+@pytest.mark.parametrize("bad", [[], [1.0], [3.0] * 50, [math.nan] * 9, [math.inf, -math.inf, 2.0]])
+@pytest.mark.parametrize("t", [0.001, 0.3, 0.85])
+def test_adaann_never_jumps_on_draws_that_say_nothing(t, bad):
+    assert AdaAnnSchedule(tolerance=1.0).next(t, bad) <= 1.1 * t + 1e-12
+
+
+def test_adaann_leaves_out_draws_that_are_not_finite():
+    good = torch.randn(500, dtype=torch.float64)
+    bad = torch.tensor([math.nan, math.inf, -math.inf], dtype=torch.float64)
+    schedule = AdaAnnSchedule(0.01)
+    assert schedule.next(0.2, torch.cat([good, bad])) == schedule.next(0.2, good)
+
+
+@pytest.mark.parametrize("dim", [1, 3, 20])
+@pytest.mark.parametrize("t", [0.01, 0.3, 0.7])
+def test_adaann_increment_of_a_standard_normal(dim, t):
+    # log p has variance d / (2 t^2) under p^t = N(0, I / t). A sample sd of n normal-theory draws has
+    # a relative error of sqrt((kurtosis - 1) / 4n) = sqrt((2 + 12 / d) / 4n) <= 0.42 % here, and 5 of
+    # those leave a false-failure rate below 1e-6.
+    n = 200_000
+    z = torch.randn(n, dim, dtype=torch.float64) / math.sqrt(t)
+    log_p = -0.5 * (z**2).sum(-1)
+    increment = AdaAnnSchedule(tolerance=0.01).next(t, log_p) - t
+    bound = 5 * math.sqrt((2 + 12 / dim) / (4 * n))
+    assert increment == pytest.approx(0.01 * t * math.sqrt(2 / dim), rel=bound)
+
+
+def test_adaann_uses_the_sample_sd_with_n_minus_one():
+    assert AdaAnnSchedule(0.03).next(0.1, [0.0, 2.0]) == pytest.approx(0.1 + 0.03 / math.sqrt(2))
+
+
+def test_standard_deviation_survives_squares_that_overflow():
+    assert standard_deviation(torch.tensor([1e200, -1e200, 0.0], dtype=torch.float64)) == pytest.approx(1e200)
+
+
+def test_linear_schedule_has_the_papers_temperatures():
+    schedule = LinearSchedule(9900, initial_inverse_temperature=0.01)
+    t, visited = 0.01, []
+    while t < 1:
+        t = schedule.next(t)
+        visited.append(t)
+    assert len(visited) == 9900
+    assert visited[-1] == 1.0
+    expected = [0.01 + j * 0.99 / 9900 for j in range(1, 9901)]
+    assert visited == pytest.approx(expected, abs=1e-12)
+
+
+def test_sequence_schedule_visits_its_values_and_joins_from_between():
+    schedule = SequenceSchedule([0.1, 0.4, 1.0])
+    assert [schedule.next(0.1), schedule.next(0.4), schedule.next(1.0)] == [0.4, 1.0, 1.0]
+    assert schedule.next(0.2) == 0.4
+
+
+def test_constant_schedule_stays():
+    assert ConstantSchedule().next(1.0) == 1.0
+    assert ConstantSchedule(0.3).next(0.3) == 0.3
+
+
+@pytest.mark.parametrize("proposal", [math.nan, -1.0, 0.1, math.inf, 7.0, -math.inf])
+def test_base_class_guards_any_proposal(proposal):
+    following = Stubborn(proposal).next(0.1)
+    assert 0.1 < following <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AdaAnnSchedule(0.0), "Expected `tolerance` > 0; got 0.0"),
+        (lambda: AdaAnnSchedule(-1.0), "Expected `tolerance` > 0; got -1.0"),
+        (lambda: AdaAnnSchedule(math.nan), "Expected `tolerance` > 0; got nan"),
+        (lambda: AdaAnnSchedule(initial_inverse_temperature=0.0), "in \\(0, 1\\]; got 0.0"),
+        (lambda: AdaAnnSchedule(initial_inverse_temperature=1.5), "in \\(0, 1\\]; got 1.5"),
+        (lambda: LinearSchedule(0), "Expected `num_increments` an integer >= 1; got 0"),
+        (lambda: SequenceSchedule([]), "got none"),
+        (lambda: SequenceSchedule([0.5, 0.2, 1.0]), "strictly increasing"),
+        (lambda: SequenceSchedule([0.1, 0.5]), "Append 1.0"),
+        (lambda: ConstantSchedule(0.0), "in \\(0, 1\\]"),
+        (lambda: AdaAnnSchedule().next(0.5), "Expected draws of the log factor"),
+        (lambda: AdaAnnSchedule().next(0.0, [1.0, 2.0]), "in \\(0, 1\\]; got 0.0"),
+    ],
+)
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
