@@ -10,7 +10,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceTailAdaptive_ELBO
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from pyro_adaann.particles import (
     drop_broken,
     has_nonfinite_parameter,
     log_factors,
+    tame_gradients,
     with_num_particles,
     with_traces,
 )
@@ -43,6 +44,8 @@ class Objective:
     :param num_final_particles: particles in the final stage, None for those of the ELBO.
     :param num_recycled_steps: of how many training steps the log factors are remembered; of more
         where these make fewer than 100 draws; 0 for none.
+    :param max_gradient_ratio: bound on the gradient of one particle, see
+        :func:`~pyro_adaann.particles.tame_gradients`.
     """
 
     def __init__(
@@ -53,8 +56,10 @@ class Objective:
         path: Path,
         num_final_particles: int | None,
         num_recycled_steps: int,
+        max_gradient_ratio: float,
     ) -> None:
         self.path = path
+        self.max_gradient_ratio = max_gradient_ratio
         num_draws = num_recycled_steps * getattr(loss, "num_particles", 1)
         self.num_recycled_draws = max(num_draws, _MIN_RECYCLED_DRAWS) if num_draws else 0
         self.inverse_temperature = 1.0
@@ -68,6 +73,8 @@ class Objective:
         self._is_training = False
         self._validates = True
         self._drops_broken = type(loss) is Trace_ELBO
+        #: Whether the loss is a number to go by; that of TraceTailAdaptive_ELBO is always infinite.
+        self.reports_loss = not isinstance(loss, TraceTailAdaptive_ELBO)
         self._loss = loss
         self._calls = [(evaluate, evaluate_and_grads)] * 2
         if isinstance(loss, ELBO):
@@ -141,6 +148,8 @@ class Objective:
                 )
             if self._is_training and self.num_recycled_draws:
                 self._remember(log_factors(self._tempering, model_trace, guide_trace))
+        if self._is_training:
+            tame_gradients(guide_trace, self.max_gradient_ratio)
         if self._drops_broken:
             num_broken, num_particles = drop_broken(model_trace, guide_trace)
             self.num_broken += num_broken
@@ -169,9 +178,7 @@ class Objective:
 
         def draw() -> Tensor:
             with self._validation():
-                return draw_log_factors(
-                    self._loss, model, guide, self.path, t, num_samples, args, kwargs
-                )
+                return draw_log_factors(self._loss, model, guide, self.path, t, num_samples, args, kwargs)
 
         return self._insist(draw)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +23,17 @@ from pyro.ops.rings import SampleRing
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_adaann.tempering import Path, Tempering
+from pyro_adaann.tempering import Path, Tempering, is_delta
 
 __all__ = [
     "draw_log_factors",
     "drop_broken",
     "has_nonfinite_parameter",
     "log_factors",
+    "marginal_log_density",
+    "per_particle",
+    "sites_of",
+    "tame_gradients",
     "with_num_particles",
     "with_traces",
 ]
@@ -60,7 +65,7 @@ def with_num_particles(loss: ELBO, num_particles: int) -> ELBO:
     return result
 
 
-def _per_particle(site: Any, log_prob: Tensor) -> Tensor:
+def per_particle(site: Any, log_prob: Tensor) -> Tensor:
     """Sum the log density of a site over everything but the particles."""
     for frame in site["cond_indep_stack"]:
         if frame.name == _PARTICLE_PLATE and log_prob.dim() >= -frame.dim:
@@ -75,35 +80,36 @@ def log_factors(tempering: Tempering, model_trace: Trace, guide_trace: Trace) ->
 
     None if discrete sites are enumerated in the guide: such a trace has no single value per particle.
     """
-    if any("_enumerate_dim" in s["infer"] or "_enum_total" in s["infer"] for s in _sites(guide_trace)):
+    if any("_enumerate_dim" in s["infer"] or "_enum_total" in s["infer"] for s in sites_of(guide_trace)):
         return None
     with torch.no_grad():
         total: Any = 0.0
         model_rates = tempering.model_rates
-        if any("_enumerate_dim" in site["infer"] for site in _sites(model_trace)):
+        if any("_enumerate_dim" in site["infer"] for site in sites_of(model_trace)):
             # The marginal of the enumerated sites moves with the likelihood; correct the others.
             path, t = tempering.path, tempering.inverse_temperature
             common = (1 - path.likelihood) / path.likelihood_weight(t)
-            total = common * _marginal_log_density(model_trace, guide_trace)
+            total = common * marginal_log_density(model_trace, guide_trace)
             model_rates = {name: rate - common for name, rate in model_rates.items()}
-        for site in _sites(model_trace):
+        for site in sites_of(model_trace):
             rate = model_rates.get(site["name"], 0.0)
             if rate and "_enumerate_dim" not in site["infer"]:
-                total = total + rate * _per_particle(site, site["log_prob"])
-        for site in _sites(guide_trace):
+                total = total + rate * per_particle(site, site["log_prob"])
+        for site in sites_of(guide_trace):
             rate = tempering.guide_rates.get(site["name"], 0.0)
             if rate:
-                total = total - rate * _per_particle(site, site["log_prob"])
+                total = total - rate * per_particle(site, site["log_prob"])
     return torch.as_tensor(total).reshape(-1)
 
 
-def _sites(trace: Trace) -> Iterator[Any]:
+def sites_of(trace: Trace) -> Iterator[Any]:
+    """Yield the sample sites of a trace."""
     for site in trace.nodes.values():
         if site["type"] == "sample":
             yield site
 
 
-def _marginal_log_density(model_trace: Trace, guide_trace: Trace) -> Tensor:
+def marginal_log_density(model_trace: Trace, guide_trace: Trace) -> Tensor:
     """Sum the enumerated sites of a model out, as `TraceEnum_ELBO` does; one value per particle."""
     costs, factors, _, enum_dims, scale = _compute_model_factors(model_trace, guide_trace)
     terms = [term for group in costs.values() for term in group]
@@ -129,28 +135,56 @@ def drop_broken(model_trace: Trace, guide_trace: Trace) -> tuple[int, int]:
     """Take particles whose log density is not finite out of a pair of traces of `Trace_ELBO`.
 
     They add zero to the loss and to its gradient; the other particles' parts are what they are
-    without them. Rows of a latent variable's gradient that are not finite are cut as well: a masked
-    loss alone would send zero times infinity, which is NaN, to the parameters that all share.
+    without them.
 
     :return: the number of broken particles and of all particles.
     """
-    sites = list(_sites(model_trace)) + list(_sites(guide_trace))
+    sites = [*sites_of(model_trace), *sites_of(guide_trace)]
     with torch.no_grad():
-        total = sum(_per_particle(site, site["log_prob"]) for site in sites)
+        total = sum(per_particle(site, site["log_prob"]) for site in sites)
         broken = ~torch.isfinite(torch.as_tensor(total)).reshape(-1)
     num_broken = int(broken.sum())
     if num_broken:
         for site in sites:
             _mask(site, broken)
-    for site in _sites(guide_trace):
-        value = site["value"]
-        if value.requires_grad and not value.is_leaf and not site["is_observed"]:
-            value.register_hook(_finite_or_zero)
     return num_broken, broken.numel()
 
 
-def _finite_or_zero(grad: Tensor) -> Tensor:
-    return grad if torch.isfinite(grad.sum()) else torch.where(torch.isfinite(grad), grad, 0.0)
+def tame_gradients(guide_trace: Trace, max_ratio: float) -> None:
+    """Bound what a single particle can do to an update.
+
+    A hook on every draw of the guide cuts rows of its gradient that are not finite: a masked loss
+    alone would send zero times infinity, which is NaN, to the parameters that all particles share.
+    And it shortens rows longer than ``max_ratio`` times the median row. A draw far from the data may
+    have a log density of -1e9; its gradient alone would set the direction of the step, and the
+    optimizer's running averages for a thousand steps to come. Shortened, it still points back.
+
+    :param guide_trace: trace of the guide, before the backward pass.
+    :param max_ratio: bound on a row's largest entry in units of the median row's; infinite for none.
+    """
+    for site in sites_of(guide_trace):
+        value = site["value"]
+        # The draws themselves; `Delta` sites are functions of them.
+        if not value.requires_grad or site["is_observed"] or is_delta(site["fn"]):
+            continue
+        frames = [f for f in site["cond_indep_stack"] if f.name == _PARTICLE_PLATE]
+        dim = frames[0].dim - site["fn"].event_dim if frames else None
+        value.register_hook(partial(_tame, dim=dim, max_ratio=max_ratio))
+
+
+def _tame(grad: Tensor, dim: int | None, max_ratio: float) -> Tensor:
+    rows = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
+    # The largest entry and not the Euclidean length, whose squares overflow.
+    size = rows.reshape(len(rows), -1).abs().amax(-1)
+    finite = size[torch.isfinite(size)]
+    limit = max_ratio * float(finite.median()) if len(finite) else 0.0
+    if len(finite) == len(size) and (not limit > 0 or float(size.max()) <= limit):
+        return grad
+    factor = (limit / size).clamp(max=1.0) if limit > 0 else torch.ones_like(size)
+    factor = factor.reshape(-1, *(1 for _ in rows.shape[1:]))
+    keep = torch.isfinite(size).reshape(factor.shape)
+    tamed = torch.where(keep, rows * factor, 0.0)
+    return tamed.squeeze(0) if dim is None else tamed.movedim(0, dim)
 
 
 def _mask(site: Any, broken: Tensor) -> None:

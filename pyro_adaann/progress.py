@@ -39,7 +39,13 @@ class ProgressBar:
         self.num_steps_per_stage = num_steps_per_stage
         self.num_final_steps = num_final_steps
         self._num_stages = 0
-        self._bar = tqdm(disable=not is_shown, unit="step", initial=history.num_steps, dynamic_ncols=True)
+        self._bar = tqdm(
+            disable=not is_shown,
+            unit="step",
+            initial=history.num_steps,
+            mininterval=0.5,
+            dynamic_ncols=True,
+        )
 
     def __enter__(self) -> ProgressBar:
         return self

@@ -54,6 +54,7 @@ __all__ = [
     "Tempering",
     "check_can_temper",
     "get_path",
+    "is_delta",
 ]
 
 
@@ -173,7 +174,7 @@ class _TemperGuide(Messenger):
         if msg["is_observed"] or msg["infer"].get("is_auxiliary") or site_is_subsample(msg):
             return
         tempering, path, t = self.tempering, self.tempering.path, self.tempering.inverse_temperature
-        if _is_delta(msg["fn"]):
+        if is_delta(msg["fn"]):
             tempering.delta_sites.add(msg["name"])
             tempering.scale(msg, path.prior_weight(t), 1 - path.prior, tempering.guide_rates)
         else:
@@ -232,7 +233,8 @@ class _TemperModel(Messenger):
         pyro.sample(name, factor, obs=factor.sample(), infer={"is_auxiliary": True})
 
 
-def _is_delta(fn: Any) -> bool:
+def is_delta(fn: Any) -> bool:
+    """Whether a distribution is a single point, whatever wraps it."""
     while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
         fn = fn.base_dist
     return isinstance(fn, dist.Delta)

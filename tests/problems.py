@@ -81,9 +81,7 @@ def mixture(data: Tensor) -> None:
     """Two components with a discrete assignment per datum, to be enumerated in the model."""
     locs = pyro.sample("locs", dist.Normal(0.0, 3.0).expand([2]).to_event(1))
     with pyro.plate("data", len(data), dim=-1):
-        k = pyro.sample(
-            "k", dist.Categorical(torch.tensor([0.3, 0.7])), infer={"enumerate": "parallel"}
-        )
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])), infer={"enumerate": "parallel"})
         loc = torch.where(k == 0, locs[..., 0], locs[..., 1])
         pyro.sample("x", dist.Normal(loc, 1.0), obs=data)
 
@@ -103,4 +101,3 @@ def plated(data: Tensor, subsample_size: int | None = None) -> None:
     with pyro.plate("rows", len(data), dim=-1, subsample_size=subsample_size) as index:
         mean = slope.sum(-1) + weights[..., 0]
         pyro.sample("x", dist.Normal(mean, scale), obs=data[index])
-

@@ -35,9 +35,7 @@ LAZY = {"arviz", "arviz_base", "arviz_stats", "matplotlib", "xarray"}
 
 
 def modules() -> list[str]:
-    names = [
-        ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")
-    ]
+    names = [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")]
     return [name for name in names if not name.endswith("__init__")]
 
 

@@ -41,9 +41,7 @@ DRAWS = st.one_of(
 
 
 @settings(max_examples=400, deadline=None)
-@given(
-    st.floats(1e-8, 1, exclude_max=True), DRAWS, st.floats(1e-6, 1e6), st.sampled_from(["f", "d"])
-)
+@given(st.floats(1e-8, 1, exclude_max=True), DRAWS, st.floats(1e-6, 1e6), st.sampled_from(["f", "d"]))
 def test_adaann_rises_and_stays_finite_whatever_it_is_given(t, draws, tolerance, dtype):
     dtype = {"f": torch.float32, "d": torch.float64}[dtype]
     following = AdaAnnSchedule(tolerance).next(t, torch.tensor(draws, dtype=torch.float64).to(dtype))
@@ -150,3 +148,22 @@ def test_base_class_guards_any_proposal(proposal):
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_one_absurd_draw_does_not_set_the_increment():
+    draws = -0.5 * torch.randn(999, 3, dtype=torch.float64).pow(2).sum(-1)
+    absurd = torch.tensor([-1e20], dtype=torch.float64)
+    schedule = AdaAnnSchedule(0.1)
+    plain = schedule.next(0.1, draws) - 0.1
+    # 50 median distances are 27 sds here; one draw in a thousand that far has half of the variance.
+    assert plain > schedule.next(0.1, torch.cat([draws, absurd])) - 0.1 > 0.5 * plain
+
+
+@pytest.mark.parametrize("dim", [1, 2, 10])
+def test_outlier_rule_leaves_normal_posteriors_alone(dim):
+    log_p = -0.5 * torch.randn(1_000_000, dim, dtype=torch.float64).pow(2).sum(-1)
+    assert standard_deviation(log_p) == pytest.approx(log_p.std().item(), rel=5e-4)
+
+
+def test_draws_that_are_mostly_equal_keep_their_spread():
+    assert standard_deviation(torch.tensor([0.0, 0.0, 0.0, 4.0])) == pytest.approx(2.0)

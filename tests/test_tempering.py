@@ -253,7 +253,7 @@ def test_log_factors_of_particles_are_single_values_on_every_plate():
         lambda m, g: seen.append((log_factors(tempering, m, g), g.nodes["z"]["value"])),
     )
     elbo.loss(tempering.model, tempering.guide)
-    (draws, z), = seen
+    ((draws, z),) = seen
     z = z.reshape(4, 1).detach()
     expected = problem.log_prior(z) + problem.log_likelihood(z)
     torch.testing.assert_close(draws, expected, rtol=1e-4, atol=1e-4)

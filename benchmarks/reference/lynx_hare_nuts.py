@@ -4,7 +4,7 @@ The posterior has a second, flat mode (noise sds of 0.65 instead of 0.25, about 
 chain from a random start adapts and then stalls. The chains therefore start at the posterior means
 of the Stan case study, with a dense mass matrix.
 
-    python benchmarks/reference/lynx_hare_nuts.py --seed 0 --num-samples 2500 --out chain_0.json
+    python benchmarks/reference/lynx_hare_nuts.py --seed 0 --num-samples 1500 --num-warmup 400 --out chain_0.json
 
 Each chain is one process; ``--merge chain_*.json`` pools them into ``lynx_hare_nuts.json`` with
 the posterior means and sds, the bulk effective sample sizes and R-hat by ArviZ.

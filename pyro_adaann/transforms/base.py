@@ -33,6 +33,8 @@ class FlowTransform(TransformModule):
     codomain = constraints.real_vector
     bijective = True
 
+    _cached_log_det: Tensor | None
+
     def __init__(self, input_dim: int) -> None:
         super().__init__(cache_size=1)
         self.input_dim = input_dim
@@ -77,7 +79,7 @@ class FlowTransform(TransformModule):
 
     def _forget(self) -> None:
         self._cached_x_y = (None, None)
-        self._cached_log_det: Tensor | None = None
+        self._cached_log_det = None
         self._cached_versions: tuple[int, ...] = ()
 
     def _forget_if_updated(self) -> None:

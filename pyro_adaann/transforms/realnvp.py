@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ class RealNVPStack(FlowTransform):
         )
 
     def _layers(self) -> list[tuple[tuple[Tensor, Tensor], ...]]:
-        by_parity = [networks.by_layer() for networks in self.networks]
+        by_parity = [cast(_CouplingNetworks, networks).by_layer() for networks in self.networks]
         return [by_parity[i % 2][i // 2] for i in range(self.num_transforms)]
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
