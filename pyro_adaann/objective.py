@@ -77,6 +77,7 @@ class Objective:
         self.reports_loss = not isinstance(loss, TraceTailAdaptive_ELBO)
         self._loss = loss
         self._calls = [(evaluate, evaluate_and_grads)] * 2
+        self._variance_loss: ELBO | None = None
         if isinstance(loss, ELBO):
             final = loss
             if num_final_particles is not None:
@@ -153,6 +154,8 @@ class Objective:
         if self._drops_broken:
             num_broken, num_particles = drop_broken(model_trace, guide_trace)
             self.num_broken += num_broken
+            # Pyro would warn of each of them, at every step.
+            self._validates &= not num_broken
             self.num_particles += num_particles
 
     def _remember(self, draws: Tensor | None) -> None:
@@ -173,12 +176,16 @@ class Objective:
         """
         if num_samples is None and self._recent:
             return torch.cat(list(self._recent))
-        num_samples = num_samples or _MIN_RECYCLED_DRAWS
-        t = self.inverse_temperature
+        if self._variance_loss is None:
+            # Once, so that Pyro guesses the nesting of plates once.
+            elbo = self._loss if isinstance(self._loss, ELBO) else Trace_ELBO()
+            self._variance_loss = with_num_particles(elbo, num_samples or _MIN_RECYCLED_DRAWS)
+        loss, t = self._variance_loss, self.inverse_temperature
 
         def draw() -> Tensor:
             with self._validation():
-                return draw_log_factors(self._loss, model, guide, self.path, t, num_samples, args, kwargs)
+                tempering = Tempering(model, guide, self.path, t)
+                return draw_log_factors(loss, tempering, args, kwargs)
 
         return self._insist(draw)
 

@@ -8,6 +8,8 @@ d/dt log p_t of every particle, and takes broken particles out before they reach
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from opt_einsum import shared_intermediates
 from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import ELBO
 from pyro.infer.traceenum_elbo import _compute_model_factors
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
@@ -23,7 +25,7 @@ from pyro.ops.rings import SampleRing
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_adaann.tempering import Path, Tempering, is_delta
+from pyro_adaann.tempering import Tempering, is_delta
 
 __all__ = [
     "draw_log_factors",
@@ -141,13 +143,13 @@ def drop_broken(model_trace: Trace, guide_trace: Trace) -> tuple[int, int]:
     """
     sites = [*sites_of(model_trace), *sites_of(guide_trace)]
     with torch.no_grad():
-        total = sum(per_particle(site, site["log_prob"]) for site in sites)
-        broken = ~torch.isfinite(torch.as_tensor(total)).reshape(-1)
-    num_broken = int(broken.sum())
-    if num_broken:
-        for site in sites:
-            _mask(site, broken)
-    return num_broken, broken.numel()
+        total = torch.as_tensor(sum(per_particle(site, site["log_prob"]) for site in sites))
+        if math.isfinite(float(total.sum())):  # and so is every term
+            return 0, total.numel()
+        broken = ~torch.isfinite(total).reshape(-1)
+    for site in sites:
+        _mask(site, broken)
+    return int(broken.sum()), broken.numel()
 
 
 def tame_gradients(guide_trace: Trace, max_ratio: float) -> None:
@@ -173,13 +175,16 @@ def tame_gradients(guide_trace: Trace, max_ratio: float) -> None:
 
 
 def _tame(grad: Tensor, dim: int | None, max_ratio: float) -> Tensor:
+    if max_ratio == math.inf and math.isfinite(float(grad.sum())):
+        return grad
     rows = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
     # The largest entry and not the Euclidean length, whose squares overflow.
     size = rows.reshape(len(rows), -1).abs().amax(-1)
+    median, largest = torch.stack([size.median(), size.max()]).tolist()
+    if largest <= max_ratio * median:
+        return grad
     finite = size[torch.isfinite(size)]
     limit = max_ratio * float(finite.median()) if len(finite) else 0.0
-    if len(finite) == len(size) and (not limit > 0 or float(size.max()) <= limit):
-        return grad
     factor = (limit / size).clamp(max=1.0) if limit > 0 else torch.ones_like(size)
     factor = factor.reshape(-1, *(1 for _ in rows.shape[1:]))
     keep = torch.isfinite(size).reshape(factor.shape)
@@ -224,27 +229,16 @@ def has_nonfinite_parameter(error: BaseException) -> bool:
 
 
 def draw_log_factors(
-    loss: Any,
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    path: Path,
-    inverse_temperature: float,
-    num_draws: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    loss: ELBO, tempering: Tempering, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    """Return ``num_draws`` fresh draws of the log factor under the guide, vectorized as the loss is.
+    """Return a fresh draw of the log factor for every particle of ``loss``.
 
-    The paper's way (M draws per stage); it costs that many model evaluations.
+    The paper's way (M draws per stage); it costs that many model evaluations, vectorized if ``loss``
+    is. Sites that the guide would enumerate are drawn: one value per particle.
     """
-    loss = with_num_particles(loss if isinstance(loss, ELBO) else Trace_ELBO(), num_draws)
-    if isinstance(loss, TraceEnum_ELBO):
-        loss.strict_enumeration_warning = False
-    # Sites that the guide would enumerate are drawn here: one value per particle.
-    guide = poutine.infer_config(guide, lambda site: {"enumerate": None})
-    tempering = Tempering(model, guide, path, inverse_temperature)
-    draws = []
-    with torch.no_grad():
-        for traces in loss._get_traces(tempering.model, tempering.guide, args, kwargs):
-            draws.append(log_factors(tempering, *traces))
+    guide = poutine.infer_config(tempering.guide, lambda site: {"enumerate": None})
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TraceEnum_ELBO found no sample sites")
+        traces = loss._get_traces(tempering.model, guide, args, kwargs)
+        draws = [log_factors(tempering, *pair) for pair in traces]
     return torch.cat([draw for draw in draws if draw is not None])

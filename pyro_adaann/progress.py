@@ -66,9 +66,9 @@ class ProgressBar:
             self._show()
 
     def _show(self) -> None:
-        if not self.history.stages:
-            return
         stage = self.history.stages[-1]
+        if not stage.losses:  # the first step has failed
+            return
         text = (
             f"inverse temperature {stage.inverse_temperature:.3g}, "
             f"stage {len(self.history.stages)}, loss {stage.losses[-1]:.4g}"

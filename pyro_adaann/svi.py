@@ -127,6 +127,7 @@ class AdaAnnSVI(SVI):
             )
         super().__init__(model, guide, optim, loss, loss_and_grads)
         self.schedule = schedule
+        self.path = path
         self.num_initial_steps = num_initial_steps
         self.num_steps_per_stage = num_steps_per_stage
         self.num_final_steps = num_final_steps

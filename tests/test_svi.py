@@ -376,6 +376,15 @@ def test_reweighted_wake_sleep_returns_its_tuple():
     assert len(svi.step()) == 2
 
 
+def test_fresh_draws_on_the_bridge_see_the_base_of_the_guide():
+    problem = conjugate_normal()
+    schedule = AdaAnnSchedule(0.5, initial_inverse_temperature=0.1)
+    guide = AutoPlanar(problem.model, 3)
+    svi = quick(problem.model, guide, path="bridge", schedule=schedule, num_variance_samples=50)
+    svi.run(progress_bar=False)
+    assert {stage.num_draws for stage in svi.history.stages[:-1]} == {50}
+
+
 def test_enumerated_sites_on_every_path_to_the_end():
     for path in ("joint", "likelihood", "bridge"):
         pyro.clear_param_store()

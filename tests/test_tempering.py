@@ -212,8 +212,9 @@ def test_guide_enumeration_is_drawn_for_the_variance():
         pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
 
-    elbo = TraceEnum_ELBO(max_plate_nesting=0)
-    draws = draw_log_factors(elbo, model, guide, JOINT, 0.3, 20, (torch.tensor(0.5),), {})
+    elbo = TraceEnum_ELBO(num_particles=20, max_plate_nesting=0)
+    tempering = Tempering(model, guide, JOINT, 0.3)
+    draws = draw_log_factors(elbo, tempering, (torch.tensor(0.5),), {})
     assert draws.shape == (20,)
     assert torch.isfinite(draws).all()
 

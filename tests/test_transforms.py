@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyro_adaann.transforms import FlowTransform, PlanarStack, RealNVPStack
 from pyro_adaann.transforms.planar import _layer_by_layer, constrain
+from pyro_adaann.transforms.realnvp import _by_layer, _couple
 
 FLOWS = {
     "planar-1d": lambda: PlanarStack(1, 12),
@@ -97,6 +98,9 @@ def test_gradients_of_the_inverse(name):
 
 def test_gradient_reaches_every_number_of_every_parameter(name):
     flow = trained(name)
+    for parameter_name, parameter in flow.named_parameters():
+        if "biases" in parameter_name:
+            parameter.data.add_(1.0)  # few dead ReLU units
     y, log_det = flow.forward_and_log_det(points(flow, 200))
     (y.pow(2).sum() - log_det.sum()).backward()
     for parameter_name, parameter in flow.named_parameters():
@@ -140,6 +144,24 @@ def test_stack_is_its_layers_one_by_one():
     x = points(flow, 50)
     expected = _layer_by_layer(x, constrain(flow.u, flow.w), flow.w, flow.b)
     torch.testing.assert_close(flow.forward_and_log_det(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_coupling_stack_is_its_definition():
+    for name in ("realnvp-2d", "realnvp-5d-odd", "realnvp-one-layer"):
+        flow = trained(name)
+        x = points(flow, 30)
+        layers = _by_layer(flow._matrices(), len(flow.networks))
+        *halves, log_det = _couple(*x.split(flow.split_sizes, -1), layers)
+        y, actual = flow.forward_and_log_det(x)
+        expected = torch.cat(halves if flow.num_transforms % 2 == 0 else halves[::-1], -1)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(actual, log_det)
+        grads = []
+        for image, log in ((y, actual), (expected, log_det)):
+            flow.zero_grad()
+            (image.pow(3).sum() - log.sum()).backward()
+            grads.append([parameter.grad.clone() for parameter in flow.parameters()])
+        torch.testing.assert_close(*grads)
 
 
 def test_every_output_depends_on_every_input_after_two_coupling_layers():
@@ -193,8 +215,8 @@ def test_copies_after_use(name):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")  # Pyro's JIT uses it
-def test_jit_trace_records_the_planar_stack():
-    flow = trained("planar-2d")
+def test_jit_trace_records_the_stack(name):
+    flow = trained(name).requires_grad_(False)
     x = points(flow, 6)
     traced = torch.jit.trace(lambda z: flow.forward_and_log_det(z), (x,), check_trace=False)
     other = points(flow, 6)

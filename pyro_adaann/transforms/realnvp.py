@@ -7,6 +7,9 @@ units, s with a final tanh [2]. The weights of all layers that copy the same hal
 tensor per matrix, s and t side by side: a network is one batched product per matrix, and an optimizer
 sees 12 tensors (two hidden layers) whatever the number of layers.
 
+With networks this small, half of the time of a step would be autograd's own. The stack is therefore one
+node of the graph, with the gradient of a fully connected network written out.
+
 [1] L. Dinh, J. Sohl-Dickstein and S. Bengio, *Density estimation using Real NVP*, ICLR 2017.
 [2] E. R. Cobian et al., *AdaAnn*, arXiv 2202.00792, Eqs. 8 and 9, Section 4.3.
 """
@@ -15,14 +18,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pyro_adaann.transforms.base import FlowTransform
 
 __all__ = ["RealNVPStack"]
+
+
+#: The (weight, bias) pairs of one layer's networks, from the first matrix to the last; the weights of
+#: shape ``(2, fan_in, fan_out)``, the biases ``(2, 1, fan_out)``, s first and t second.
+Layer = tuple[tuple[Tensor, Tensor], ...]
 
 
 class _CouplingNetworks(nn.Module):
@@ -51,22 +60,101 @@ class _CouplingNetworks(nn.Module):
             self.weights[-1].normal_(0, 0.01)
             self.biases[-1].zero_()
 
-    def by_layer(self) -> list[tuple[tuple[Tensor, Tensor], ...]]:
-        """Return for every layer its (weight, bias) pairs, from the first matrix to the last."""
-        matrices = [
-            list(zip(weight.unbind(0), bias.unbind(0), strict=True))
-            for weight, bias in zip(self.weights, self.biases, strict=True)
-        ]
-        return list(zip(*matrices, strict=True))
+    def matrices(self) -> list[Tensor]:
+        """Return the parameters in pairs (weight, bias), from the first matrix to the last."""
+        pairs = zip(self.weights, self.biases, strict=True)
+        return [parameter for pair in pairs for parameter in pair]
 
 
-def _scale_and_shift(layer: tuple[tuple[Tensor, Tensor], ...], copied: Tensor) -> tuple[Tensor, Tensor]:
+def _by_layer(matrices: Sequence[Tensor], num_networks: int) -> list[Layer]:
+    """Sort the stacked parameters of both kinds of layers by layer, in the order of application."""
+    size = len(matrices) // num_networks
+    kinds = []
+    for start in range(0, len(matrices), size):
+        unbound = [matrix.unbind(0) for matrix in matrices[start : start + size]]
+        pairs = [list(zip(w, b, strict=True)) for w, b in zip(unbound[::2], unbound[1::2], strict=True)]
+        kinds.append(list(zip(*pairs, strict=True)))
+    num_layers = sum(map(len, kinds))
+    return [kinds[i % num_networks][i // num_networks] for i in range(num_layers)]
+
+
+def _scale_and_shift(layer: Layer, copied: Tensor) -> tuple[Tensor, Tensor]:
     (weight, bias), *rest = layer
     hidden = torch.baddbmm(bias, copied.expand(2, *copied.shape), weight)
     for weight, bias in rest:
         hidden = torch.baddbmm(bias, torch.relu(hidden), weight)
     log_scale, shift = hidden.unbind(0)
     return torch.tanh(log_scale), shift
+
+
+def _couple(copied: Tensor, mapped: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition, with autograd's gradient: the two halves and the log-determinant.
+
+    After an even number of layers the first half comes first, else the second.
+    """
+    log_det = mapped.new_zeros(mapped.shape[:-1])
+    for layer in layers:
+        log_scale, shift = _scale_and_shift(layer, copied)
+        mapped = torch.addcmul(shift, mapped, log_scale.exp())
+        log_det = log_det + log_scale.sum(-1)
+        copied, mapped = mapped, copied
+    return copied, mapped, log_det
+
+
+def _split(tensors: Sequence[Tensor], index: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    return tensors[:index], tensors[index:]
+
+
+class _Stack(torch.autograd.Function):
+    """:func:`_couple` with its gradient written out; the parameters as lists them `matrices`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, copied: Tensor, mapped: Tensor, num_networks: int, *matrices: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        log_det = mapped.new_zeros(mapped.shape[:-1])
+        saved: list[Tensor] = []
+        for layer in _by_layer(matrices, num_networks):
+            inputs = [copied.expand(2, *copied.shape)]
+            for weight, bias in layer[:-1]:
+                inputs.append(torch.baddbmm(bias, inputs[-1], weight).relu_())
+            log_scale, shift = torch.baddbmm(layer[-1][1], inputs[-1], layer[-1][0]).unbind(0)
+            log_scale = torch.tanh(log_scale)
+            scale = log_scale.exp()
+            log_det += log_scale.sum(-1)
+            saved += [*inputs, mapped, log_scale, scale]
+            copied, mapped = torch.addcmul(shift, mapped, scale), copied
+        ctx.num_networks, ctx.num_matrices = num_networks, len(matrices)
+        ctx.save_for_backward(*matrices, *saved)
+        return copied, mapped, log_det
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_copied: Tensor, grad_mapped: Tensor, grad_log_det: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        matrices, saved = _split(ctx.saved_tensors, ctx.num_matrices)
+        grads = [torch.empty_like(matrix) for matrix in matrices]
+        layers = _by_layer(matrices, ctx.num_networks)
+        layer_grads = _by_layer(grads, ctx.num_networks)
+        grad_log_det = grad_log_det.unsqueeze(-1)
+        for i in range(len(layers) - 1, -1, -1):
+            saved, (*inputs, mapped, log_scale, scale) = _split(saved, -len(layers[i]) - 3)
+            # The halves as this layer leaves them: what it has mapped is copied next.
+            grad_mapped, grad_copied = grad_copied, grad_mapped
+            grad_log_scale = torch.addcmul(grad_log_det, grad_mapped * scale, mapped)
+            grad = torch.stack([grad_log_scale * (1 - log_scale * log_scale), grad_mapped])
+            for k in range(len(inputs) - 1, -1, -1):
+                weight, _ = layers[i][k]
+                grad_weight, grad_bias = layer_grads[i][k]
+                torch.bmm(inputs[k].transpose(1, 2), grad, out=grad_weight)
+                torch.sum(grad, 1, keepdim=True, out=grad_bias)
+                grad = torch.bmm(grad, weight.transpose(1, 2))
+                if k:  # the gradient of ReLU, fused
+                    grad = torch.ops.aten.threshold_backward(grad, inputs[k], 0)
+            grad_copied = grad_copied + grad.sum(0)
+            grad_mapped = grad_mapped * scale
+        return grad_copied, grad_mapped, None, *grads
 
 
 class RealNVPStack(FlowTransform):
@@ -111,26 +199,22 @@ class RealNVPStack(FlowTransform):
             if num_layers > 0
         )
 
-    def _layers(self) -> list[tuple[tuple[Tensor, Tensor], ...]]:
-        by_parity = [cast(_CouplingNetworks, networks).by_layer() for networks in self.networks]
-        return [by_parity[i % 2][i // 2] for i in range(self.num_transforms)]
+    def _matrices(self) -> list[Tensor]:
+        return [m for networks in self.networks for m in cast(_CouplingNetworks, networks).matrices()]
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        copied, mapped = x.split(self.split_sizes, dim=-1)
-        log_det = x.new_zeros(x.shape[:-1])
-        for layer in self._layers():
-            log_scale, shift = _scale_and_shift(layer, copied)
-            mapped = torch.addcmul(shift, mapped, log_scale.exp())
-            log_det = log_det + log_scale.sum(-1)
-            copied, mapped = mapped, copied
-        # After an even number of layers the first half is the next to be copied again.
-        halves = (copied, mapped) if self.num_transforms % 2 == 0 else (mapped, copied)
-        return torch.cat(halves, dim=-1), log_det
+        first, second = x.split(self.split_sizes, dim=-1)
+        if torch._C._get_tracing_state():
+            layers = _by_layer(self._matrices(), len(self.networks))
+            *halves, log_det = _couple(first, second, layers)
+        else:
+            *halves, log_det = _Stack.apply(first, second, len(self.networks), *self._matrices())
+        return torch.cat(halves if self.num_transforms % 2 == 0 else halves[::-1], dim=-1), log_det
 
     def _backward_map(self, y: Tensor) -> Tensor:
         halves = y.split(self.split_sizes, dim=-1)
         copied, mapped = halves if self.num_transforms % 2 == 0 else halves[::-1]
-        for layer in reversed(self._layers()):
+        for layer in reversed(_by_layer(self._matrices(), len(self.networks))):
             copied, mapped = mapped, copied
             log_scale, shift = _scale_and_shift(layer, copied)
             mapped = (mapped - shift) * torch.exp(-log_scale)

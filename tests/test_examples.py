@@ -1,0 +1,64 @@
+"""Every example runs with a few steps; an example that no test lists fails."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+#: Script, its arguments, and the files it writes.
+SCRIPTS = {
+    "bimodal": ([], {"bimodal.png"}),
+    "lynx_hare": ([], {"posterior.nc", "trajectories.png", "pairs.png", "schedule.png"}),
+}
+#: What other test files run, and modules that the examples share.
+ELSEWHERE = {"lorenz", "hiv", "ode", "posterior"}
+
+mpl.use("Agg")
+
+
+def test_every_example_is_listed():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SCRIPTS) | ELSEWHERE
+
+
+@pytest.mark.parametrize("name", list(SCRIPTS))
+def test_example_runs(name, tmp_path, capsys):
+    arguments, files = SCRIPTS[name]
+    module = importlib.import_module(name)
+    module.main([*arguments, "--fast", "--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_lynx_hare_agrees_with_nuts(seed):
+    import json
+
+    import lynx_hare
+    import pyro
+
+    from pyro_adaann import to_arviz
+
+    path = EXAMPLES.parent / "benchmarks" / "reference" / "lynx_hare_nuts.json"
+    reference = json.loads(path.read_text())
+    pyro.set_rng_seed(seed)
+    svi = lynx_hare.make_svi(fast=False)
+    svi.run(lynx_hare.PELTS, progress_bar=False)
+    data = to_arviz(svi, lynx_hare.PELTS, num_samples=20_000, log_likelihood=False)
+    for name, exact in reference.items():
+        draws = data["posterior"][name]
+        axis = tuple(range(draws.ndim - len(draws.shape[2:])))
+        values = draws.values.reshape(-1, *draws.shape[2:])
+        assert axis == (0, 1)
+        for i, (mean, sd) in enumerate(
+            zip([exact["mean"]] if values.ndim == 1 else exact["mean"],
+                [exact["sd"]] if values.ndim == 1 else exact["sd"], strict=True)
+        ):
+            column = values if values.ndim == 1 else values[:, i]
+            # The reference itself is uncertain by 0.015 sd and 1 %.
+            assert abs(column.mean() - mean) < 0.15 * sd, name
+            assert column.std() == pytest.approx(sd, rel=0.15), name

@@ -1,0 +1,28 @@
+"""Every Python block of the README runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_there_are_blocks():
+    assert BLOCKS
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_block_runs(block, capsys):
+    exec(compile(block, str(README), "exec"), {"__name__": "readme"})
+    assert "Verdict" in capsys.readouterr().out
+
+
+def test_links_to_files_hold():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text())
+    assert links
+    for link in links:
+        assert (README.parent / link).exists(), link
