@@ -67,9 +67,7 @@ class ScaleAndShift(torch.nn.Module):
         return self.shift(x), torch.tanh(self.log_scale(x))
 
 
-def stock_guide(
-    model: Callable[[], None], flow: str, num_transforms: int, width: int
-) -> AutoNormalizingFlow:
+def stock_guide(model: Callable[[], None], flow: str, num_transforms: int, width: int) -> AutoNormalizingFlow:
     def make(dim: int) -> ComposeTransformModule:
         if flow == "planar":
             return ComposeTransformModule([planar(dim) for _ in range(num_transforms)])
@@ -83,9 +81,7 @@ def stock_guide(
     return AutoNormalizingFlow(model, make)
 
 
-def our_guide(
-    model: Callable[[], None], flow: str, num_transforms: int, width: int
-) -> AutoGuide:
+def our_guide(model: Callable[[], None], flow: str, num_transforms: int, width: int) -> AutoGuide:
     if flow == "planar":
         return AutoPlanar(model, num_transforms, base_loc=0.0)
     return AutoRealNVP(model, num_transforms, [width, width], base_loc=0.0)

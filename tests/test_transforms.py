@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_adaann.transforms import FlowTransform, PlanarStack, RealNVPStack
+from pyro_adaann.transforms import FlowTransform, PlanarStack, RealNVPStack, planar
 from pyro_adaann.transforms.planar import _layer_by_layer, constrain
 from pyro_adaann.transforms.realnvp import _by_layer, _couple
 
@@ -144,6 +144,20 @@ def test_stack_is_its_layers_one_by_one():
     x = points(flow, 50)
     expected = _layer_by_layer(x, constrain(flow.u, flow.w), flow.w, flow.b)
     torch.testing.assert_close(flow.forward_and_log_det(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_recursions_in_torch_are_those_in_numpy(monkeypatch):
+    flow = trained("planar-3d-deep")
+    x = points(flow, 50).requires_grad_()
+    results = []
+    for on_numpy in (True, False):
+        monkeypatch.setattr(planar, "_on_numpy", lambda tensor, on_numpy=on_numpy: on_numpy)
+        flow.zero_grad()
+        x.grad = None
+        y, log_det = flow.forward_and_log_det(x)
+        (y.pow(2).sum() - log_det.sum()).backward()
+        results.append([y, log_det, x.grad.clone(), *(p.grad.clone() for p in flow.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
 def test_coupling_stack_is_its_definition():
