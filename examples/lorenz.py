@@ -83,9 +83,7 @@ def model(data: Tensor, noise_variance: float) -> None:
     trajectory = solve(lorenz, [s, b, r], TIMES.to(s), NUM_SUBSTEPS)[1:]
     # Far from the data a trajectory may overflow; the driver handles such draws, so Pyro's check of
     # the location, which would stop the run, is off here.
-    noise = dist.Normal(
-        trajectory.movedim((0, 1), (-2, -1)), noise_variance**0.5, validate_args=False
-    )
+    noise = dist.Normal(trajectory.movedim((0, 1), (-2, -1)), noise_variance**0.5, validate_args=False)
     pyro.sample("data", noise.to_event(2), obs=data)
 
 
@@ -137,9 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the fit")
     parser.add_argument("--data-seed", type=int, default=DATA_SEED, help="seed of the data")
     parser.add_argument("--fast", action="store_true", help="tiny settings, to see that it runs")
-    parser.add_argument(
-        "--out", type=Path, default=Path("lorenz_results"), help="folder of the figures"
-    )
+    parser.add_argument("--out", type=Path, default=Path("lorenz_results"), help="folder of the figures")
     args = parser.parse_args(argv)
 
     data = simulate(args.noise_variance, args.data_seed).float()

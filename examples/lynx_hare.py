@@ -138,7 +138,7 @@ def make_svi(fast: bool) -> AdaAnnSVI:
 def stacked(data: Any) -> dict[str, np.ndarray]:
     """Return the posterior draws by name, vectors by component, each of shape ``(num_draws,)``."""
     posterior = data["posterior"]
-    draws = {}
+    draws: dict[str, np.ndarray] = {}
     for name in ("alpha", "beta", "gamma", "delta", "initial", "sigma"):
         values = np.asarray(posterior[name])
         values = values.reshape(-1, 2) if name in ("initial", "sigma") else values.reshape(-1, 1)
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     coords = {"species": ["hare", "lynx"], "year": YEARS.tolist()}
     dims = {"initial": ["species"], "sigma": ["species"], "pelts": ["year", "species"]}
     data = to_arviz(svi, PELTS, coords=coords, dims=dims, log_likelihood=False)
-    options = {} if hasattr(az, "InferenceData") else {"sample_dims": ["sample"]}
+    options: dict[str, Any] = {} if hasattr(az, "InferenceData") else {"sample_dims": ["sample"]}
     print(az.summary(data, kind="stats", round_to=3, **options))
     print(diagnose(svi, PELTS))
 

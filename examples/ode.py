@@ -42,9 +42,7 @@ Rhs = Callable[[Tensor, Tensor], Tensor]
 Problem = Callable[..., tuple[Rhs, Tensor]]
 
 
-def solve(
-    problem: Problem, params: Sequence[Tensor], times: Tensor, num_substeps: int = 1
-) -> Tensor:
+def solve(problem: Problem, params: Sequence[Tensor], times: Tensor, num_substeps: int = 1) -> Tensor:
     """Solve y' = rhs(t, y), y(times[0]) = y0 by RK4 for every particle at once.
 
     The result is differentiable in the parameters. A trajectory that overflows has values that are
@@ -110,18 +108,14 @@ def _rk4(rhs: Rhs, y0: Tensor, times: Tensor, num_substeps: int) -> Tensor:
     fractions = torch.arange(num_substeps, dtype=times.dtype, device=times.device) / num_substeps
     inner = times[:-1, None] + times.diff()[:, None] * fractions
     grid = torch.cat([inner.flatten(), times[-1:]])
-    return odeint(
-        rhs, y0, times, method="rk4", options={"grid_constructor": lambda rhs, y0, t: grid}
-    )
+    return odeint(rhs, y0, times, method="rk4", options={"grid_constructor": lambda rhs, y0, t: grid})
 
 
 class _Solve(torch.autograd.Function):
     """:func:`solve` as one node of the graph."""
 
     @staticmethod
-    def forward(
-        ctx: Any, params: Tensor, problem: Problem, times: Tensor, num_substeps: int
-    ) -> Tensor:
+    def forward(ctx: Any, params: Tensor, problem: Problem, times: Tensor, num_substeps: int) -> Tensor:
         trajectory, jacobian = solve_with_jacobian(problem, params, times, num_substeps)
         ctx.save_for_backward(jacobian)
         return trajectory

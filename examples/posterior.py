@@ -98,9 +98,7 @@ def plot_pairs(draws: Mapping[str, Tensor], truth: Mapping[str, float], path: Pa
             if j > i:
                 panel.axis("off")
             elif i == j:
-                panel.hist(
-                    draws[row].numpy(), bins=60, density=True, histtype="stepfilled", alpha=0.6
-                )
+                panel.hist(draws[row].numpy(), bins=60, density=True, histtype="stepfilled", alpha=0.6)
                 panel.axvline(truth[row], color="black", linewidth=0.8)
                 panel.set_yticks([])
             else:

@@ -1,6 +1,17 @@
 """Annealed variational inference with normalizing flows for Pyro."""
 
+from pyro_adaann import plots
+from pyro_adaann.diagnostics import Diagnosis, diagnose
 from pyro_adaann.guides import AutoFlow, AutoPlanar, AutoRealNVP
+from pyro_adaann.importance import (
+    WeightedDraws,
+    effective_sample_size,
+    importance_draws,
+    pareto_smooth,
+    resample,
+    weighted_mean,
+)
+from pyro_adaann.io_arviz import to_arviz
 from pyro_adaann.results import AnnealingHistory, AnnealingStage
 from pyro_adaann.schedules import (
     AdaAnnSchedule,
@@ -26,9 +37,19 @@ __all__ = [
     "AutoPlanar",
     "AutoRealNVP",
     "ConstantSchedule",
+    "Diagnosis",
     "LinearSchedule",
     "Path",
     "SequenceSchedule",
     "TemperedTrace_ELBO",
+    "WeightedDraws",
     "__version__",
+    "diagnose",
+    "effective_sample_size",
+    "importance_draws",
+    "pareto_smooth",
+    "plots",
+    "resample",
+    "to_arviz",
+    "weighted_mean",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -143,12 +143,58 @@ class AutoFlow(AutoContinuous):
         latents = self.transform(self._base_net(_NUM_QUANTILE_POINTS))
         # One coordinate at a time: torch.quantile takes at most 2^24 numbers.
         columns = torch.stack([c.quantile(levels) for c in latents.unbind(-1)], dim=-1)
-        result: dict[str, list[Tensor]] = {}
-        for latent in columns:
-            for site, value in self._unpack_latent(latent):
-                constrained = biject_to(site["fn"].support)(value)
-                result.setdefault(site["name"], []).append(constrained)
-        return {name: torch.stack(values) for name, values in result.items()}
+        return {site["name"]: value for site, _, value in self._constrain(columns)}
+
+    @torch.no_grad()
+    def sample_posterior(
+        self, num_samples: int, *args: Any, batch_size: int = 100_000, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Draw every latent variable ``num_samples`` times, without running the model.
+
+        :param num_samples: number of draws.
+        :param batch_size: how many pass through the flow at a time.
+        :return: for every site its draws along a new first dimension.
+        :raises ValueError: if a count is below 1.
+        """
+        _check_count("num_samples", num_samples)
+        _check_count("batch_size", batch_size)
+        posterior = self.get_posterior(*args, **kwargs)
+        sizes = [min(batch_size, num_samples - i) for i in range(0, num_samples, batch_size)]
+        latents = torch.cat([posterior.sample(torch.Size([size])) for size in sizes])
+        return {site["name"]: value for site, _, value in self._constrain(latents)}
+
+    def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        r"""Return the log density of the guide at any values of the latent variables.
+
+        .. math:: \log q(c) = \log q(z) - \log|\det dc / dz|, \qquad z = \text{unconstrained } c
+
+        :param values: for every site a tensor of its draws along a first dimension, as
+            :meth:`sample_posterior` returns them.
+        :return: shape ``(num_draws,)``, in the coordinates of the model.
+        :raises ValueError: if a site is missing.
+        """
+        posterior = self.get_posterior(*args, **kwargs)
+        sites = [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
+        missing = [site["name"] for site in sites if site["name"] not in values]
+        if missing:
+            raise ValueError(f"Expected values of all latent variables; got none of {', '.join(missing)}.")
+        parts = [biject_to(site["fn"].support).inv(values[site["name"]]) for site in sites]
+        latents = torch.cat([part.reshape(len(part), -1) for part in parts], dim=-1)
+        log_prob = posterior.log_prob(latents)
+        for site, unconstrained, value in self._constrain(latents):
+            transform = biject_to(site["fn"].support)
+            log_jacobian = transform.log_abs_det_jacobian(unconstrained, value)
+            log_prob = log_prob - log_jacobian.reshape(len(latents), -1).sum(-1)
+        return log_prob
+
+    def _constrain(self, latents: Tensor) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """Yield every site with its values of ``latents``, ``(n, latent_dim)``: free, constrained."""
+        position = 0
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            shape = self._unconstrained_shapes[name]
+            column = latents[:, position : position + shape.numel()].reshape(-1, *shape)
+            position += shape.numel()
+            yield site, column, biject_to(site["fn"].support)(column)
 
     def _base_net(self, num_points: int) -> Tensor:
         """Return a low-discrepancy sample of the base, the same in every call."""

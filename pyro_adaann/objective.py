@@ -19,6 +19,7 @@ from pyro_adaann.particles import (
     drop_broken,
     has_nonfinite_parameter,
     log_factors,
+    log_weights,
     tame_gradients,
     with_num_particles,
     with_traces,
@@ -148,7 +149,8 @@ class Objective:
                     "variables there is no posterior to anneal: use pyro.infer.SVI."
                 )
             if self._is_training and self.num_recycled_draws:
-                self._remember(log_factors(self._tempering, model_trace, guide_trace))
+                factors = log_factors(self._tempering, model_trace, guide_trace)
+                self._remember(factors, log_weights(model_trace, guide_trace))
         if self._is_training:
             tame_gradients(guide_trace, self.max_gradient_ratio)
         if self._drops_broken:
@@ -158,24 +160,29 @@ class Objective:
             self._validates &= not num_broken
             self.num_particles += num_particles
 
-    def _remember(self, draws: Tensor | None) -> None:
-        if draws is None:
+    def _remember(self, factors: Tensor | None, weights: Tensor) -> None:
+        if factors is None:
             return
-        self._recent.append(draws)
-        self._num_recent += draws.numel()
-        while self._num_recent - self._recent[0].numel() >= self.num_recycled_draws:
-            self._num_recent -= self._recent.popleft().numel()
+        # The log weight is linear in the inverse temperature, with the log factor as its slope: its
+        # value at zero serves the stages that follow.
+        self._recent.append(torch.stack([factors, weights - self.inverse_temperature * factors]))
+        self._num_recent += factors.numel()
+        while self._num_recent - self._recent[0].shape[1] >= self.num_recycled_draws:
+            self._num_recent -= self._recent.popleft().shape[1]
 
     def draw_log_factors(
         self, num_samples: int | None, model: Any, guide: Any, args: Any, kwargs: Any
     ) -> Tensor:
-        """Return draws of d/dt log p_t under the guide, shape ``(num_draws,)``.
+        """Return d/dt log p_t of guide draws and their log weights, shape ``(2, num_draws)``.
+
+        The weights are against the density at the present inverse temperature.
 
         :param num_samples: how many fresh draws; None for those that training has made, or 100
             fresh ones if it has made none.
         """
         if num_samples is None and self._recent:
-            return torch.cat(list(self._recent))
+            factors, offsets = torch.cat(list(self._recent), dim=1)
+            return torch.stack([factors, offsets + self.inverse_temperature * factors])
         if self._variance_loss is None:
             # Once, so that Pyro guesses the nesting of plates once.
             elbo = self._loss if isinstance(self._loss, ELBO) else Trace_ELBO()

@@ -32,6 +32,7 @@ __all__ = [
     "drop_broken",
     "has_nonfinite_parameter",
     "log_factors",
+    "log_weights",
     "marginal_log_density",
     "per_particle",
     "sites_of",
@@ -102,6 +103,17 @@ def log_factors(tempering: Tempering, model_trace: Trace, guide_trace: Trace) ->
             if rate:
                 total = total - rate * per_particle(site, site["log_prob"])
     return torch.as_tensor(total).reshape(-1)
+
+
+def log_weights(model_trace: Trace, guide_trace: Trace) -> Tensor:
+    """Return log p_t - log q of every particle of a pair of traces, detached, shape ``(n,)``."""
+    with torch.no_grad():
+        if any("_enumerate_dim" in site["infer"] for site in sites_of(model_trace)):
+            log_p: Any = marginal_log_density(model_trace, guide_trace)
+        else:
+            log_p = sum(per_particle(site, site["log_prob"]) for site in sites_of(model_trace))
+        log_q = sum(per_particle(site, site["log_prob"]) for site in sites_of(guide_trace))
+    return torch.as_tensor(log_p - log_q).reshape(-1)
 
 
 def sites_of(trace: Trace) -> Iterator[Any]:
@@ -231,7 +243,7 @@ def has_nonfinite_parameter(error: BaseException) -> bool:
 def draw_log_factors(
     loss: ELBO, tempering: Tempering, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    """Return a fresh draw of the log factor for every particle of ``loss``.
+    """Return a fresh log factor and log weight for every particle of ``loss``, shape ``(2, n)``.
 
     The paper's way (M draws per stage); it costs that many model evaluations, vectorized if ``loss``
     is. Sites that the guide would enumerate are drawn: one value per particle.
@@ -240,5 +252,6 @@ def draw_log_factors(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TraceEnum_ELBO found no sample sites")
         traces = loss._get_traces(tempering.model, guide, args, kwargs)
-        draws = [log_factors(tempering, *pair) for pair in traces]
-    return torch.cat([draw for draw in draws if draw is not None])
+        pairs = [(log_factors(tempering, *pair), log_weights(*pair)) for pair in traces]
+    draws = [torch.stack([f, w.expand_as(f)]) for f, w in pairs if f is not None]
+    return torch.cat(draws, dim=1)

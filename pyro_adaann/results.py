@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 __all__ = ["AnnealingHistory", "AnnealingStage"]
 
@@ -28,9 +32,32 @@ class AnnealingStage:
     #: for no draws, or too few were finite.
     log_factor_mean: float | None = None
     log_factor_sd: float | None = None
+    #: The same under the tempered density: the draws weighted by p_t / q.
+    weighted_log_factor_mean: float | None = None
+    weighted_log_factor_sd: float | None = None
+    #: Log of the normalizing constant of the tempered density, and effective number of draws, by the
+    #: same weights.
+    log_normalizer: float | None = None
+    ess: float | None = None
     #: Draws that they are of, and those among them left out as not finite.
     num_draws: int = 0
     num_nonfinite_draws: int = 0
+
+    def record(self, log_factors: Tensor, log_weights: Tensor) -> None:
+        """Note what draws of the log factor say, and their log weights against the tempered density."""
+        self.num_draws = log_factors.numel()
+        is_finite = torch.isfinite(log_factors + log_weights)
+        self.num_nonfinite_draws = self.num_draws - int(is_finite.sum())
+        factors, logs = log_factors[is_finite].double(), log_weights[is_finite].double()
+        if factors.numel() < 2:
+            return
+        self.log_factor_mean, self.log_factor_sd = float(factors.mean()), float(factors.std())
+        weights = logs.softmax(0)
+        mean = weights @ factors
+        self.weighted_log_factor_mean = float(mean)
+        self.weighted_log_factor_sd = float((weights @ (factors - mean).square()).sqrt())
+        self.log_normalizer = float(logs.logsumexp(0)) - math.log(self.num_draws)
+        self.ess = 1 / float(weights.square().sum())
 
     @property
     def num_steps(self) -> int:

@@ -22,6 +22,7 @@ and, if it reads the draws, set ``needs_log_factor = True``::
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -197,7 +198,7 @@ class SequenceSchedule(AnnealingSchedule):
         if not values:
             raise ValueError("Expected at least one inverse temperature; got none.")
         super().__init__(values[0])
-        if any(not a < b for a, b in zip(values[:-1], values[1:], strict=True)):
+        if any(not a < b for a, b in itertools.pairwise(values)):
             raise ValueError(f"Expected strictly increasing inverse temperatures; got {values}.")
         if values[-1] != 1.0:
             raise ValueError(

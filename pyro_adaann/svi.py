@@ -228,14 +228,11 @@ class AdaAnnSVI(SVI):
             return
         draws = None
         if self.schedule.needs_log_factor:
-            draws = self._objective.draw_log_factors(
+            draws, log_weights = self._objective.draw_log_factors(
                 self.num_variance_samples, self.model, self.guide, args, kwargs
             )
-            finite = draws[torch.isfinite(draws)]
-            stage.num_draws = draws.numel()
-            stage.num_nonfinite_draws = draws.numel() - finite.numel()
-            stage.log_factor_mean = float(finite.mean()) if finite.numel() else None
-            stage.log_factor_sd = standard_deviation(finite)
+            stage.record(draws, log_weights)
+            stage.log_factor_sd = standard_deviation(draws)  # outliers moved in, as for the schedule
         self._start_stage(self.schedule.next(stage.inverse_temperature, draws))
 
     def _start_stage(self, inverse_temperature: float) -> None:

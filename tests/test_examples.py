@@ -55,8 +55,11 @@ def test_lynx_hare_agrees_with_nuts(seed):
         values = draws.values.reshape(-1, *draws.shape[2:])
         assert axis == (0, 1)
         for i, (mean, sd) in enumerate(
-            zip([exact["mean"]] if values.ndim == 1 else exact["mean"],
-                [exact["sd"]] if values.ndim == 1 else exact["sd"], strict=True)
+            zip(
+                [exact["mean"]] if values.ndim == 1 else exact["mean"],
+                [exact["sd"]] if values.ndim == 1 else exact["sd"],
+                strict=True,
+            )
         ):
             column = values if values.ndim == 1 else values[:, i]
             # The reference itself is uncertain by 0.015 sd and 1 %.

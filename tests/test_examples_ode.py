@@ -57,9 +57,7 @@ def plain_solve(problem: Problem, params: Tensor, times: Tensor, num_substeps: i
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("batch_shape", [(), (7,), (2, 3)])
-def test_solution_and_gradient_are_those_of_torchdiffeq(
-    name: str, batch_shape: tuple[int, ...]
-) -> None:
+def test_solution_and_gradient_are_those_of_torchdiffeq(name: str, batch_shape: tuple[int, ...]) -> None:
     problem, plain_problem, truth, times, num_substeps = CASES[name]
     params = particles(truth, batch_shape).requires_grad_()
     expected = plain_solve(plain_problem, params, times, num_substeps)

@@ -26,8 +26,21 @@ ALLOWED = {
     "objective": ({"particles", "tempering"}, True),
     "progress": ({"results", "schedules"}, False),
     "svi": ({"objective", "progress", "results", "schedules", "tempering"}, True),
-    "diagnostics": ({"particles", "results", "svi"}, True),
-    "io_arviz": ({"diagnostics", "results", "svi", "version"}, True),
+    "fits": ({"particles"}, True),
+    "draws": ({"fits", "particles", "tempering"}, True),
+    "importance": ({"draws", "fits"}, False),
+    "thermodynamic": ({"draws", "importance", "particles", "results", "tempering"}, False),
+    "diagnosis": ({"thermodynamic"}, False),
+    "diagnostics": (
+        {"diagnosis", "draws", "fits", "importance", "svi", "tempering", "thermodynamic"},
+        False,
+    ),
+    "pointwise": ({"draws", "particles"}, False),
+    "arviz_groups": ({"draws", "particles", "pointwise"}, True),
+    "io_arviz": (
+        {"arviz_groups", "diagnostics", "draws", "fits", "importance", "results", "svi", "version"},
+        True,
+    ),
     "plots": ({"results"}, False),
 }
 #: Heavy libraries that only functions may import.

@@ -215,7 +215,7 @@ def test_guide_enumeration_is_drawn_for_the_variance():
     elbo = TraceEnum_ELBO(num_particles=20, max_plate_nesting=0)
     tempering = Tempering(model, guide, JOINT, 0.3)
     draws = draw_log_factors(elbo, tempering, (torch.tensor(0.5),), {})
-    assert draws.shape == (20,)
+    assert draws.shape == (2, 20)
     assert torch.isfinite(draws).all()
 
 

@@ -4,7 +4,7 @@ The posterior has a second, flat mode (noise sds of 0.65 instead of 0.25, about 
 chain from a random start adapts and then stalls. The chains therefore start at the posterior means
 of the Stan case study, with a dense mass matrix.
 
-    python benchmarks/reference/lynx_hare_nuts.py --seed 0 --num-samples 1500 --num-warmup 400 --out chain_0.json
+    python benchmarks/reference/lynx_hare_nuts.py --seed 0 --out chain_0.json
 
 Each chain is one process; ``--merge chain_*.json`` pools them into ``lynx_hare_nuts.json`` with
 the posterior means and sds, the bulk effective sample sizes and R-hat by ArviZ.
@@ -25,7 +25,7 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import init_to_value
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from lynx_hare import PELTS, model  # noqa: E402
+from lynx_hare import PELTS, model
 
 HERE = Path(__file__).resolve().parent
 START = {
@@ -72,8 +72,8 @@ def merge(paths: list[Path]) -> dict[str, dict[str, list]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-samples", type=int, default=2500)
-    parser.add_argument("--num-warmup", type=int, default=500)
+    parser.add_argument("--num-samples", type=int, default=1500)
+    parser.add_argument("--num-warmup", type=int, default=400)
     parser.add_argument("--out", type=Path, default=Path("chain.json"))
     parser.add_argument("--merge", type=Path, nargs="+", default=None)
     args = parser.parse_args()

@@ -66,9 +66,7 @@ class Posterior:
         """Return mode and covariance by Gauss-Newton from ``start``, shape ``(num_params,)``."""
         params = start
         for _ in range(50):
-            trajectory, jacobian = solve_with_jacobian(
-                self.problem, params, self.times, self.num_substeps
-            )
+            trajectory, jacobian = solve_with_jacobian(self.problem, params, self.times, self.num_substeps)
             residual = (self.data - self.observe(trajectory)).flatten()
             slope = self.observe(jacobian).reshape(-1, len(params))
             normal_matrix = slope.T @ slope
@@ -79,9 +77,7 @@ class Posterior:
         raise RuntimeError("Gauss-Newton did not converge in 50 steps; start nearer to the mode.")
 
 
-def draw_student_t(
-    mode: Tensor, covariance: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def draw_student_t(mode: Tensor, covariance: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return draws ``(num_params, NUM_DRAWS)`` of the proposal and their log densities."""
     dim, df = len(mode), DEGREES_OF_FREEDOM
     factor = torch.linalg.cholesky(covariance)

@@ -6,7 +6,6 @@ import copy
 from abc import abstractmethod
 from typing import Any
 
-import torch
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions import constraints

@@ -16,6 +16,7 @@ node of the graph, with the gradient of a fully connected network written out.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -42,7 +43,7 @@ class _CouplingNetworks(nn.Module):
         widths = [in_dim, *hidden_dims, out_dim]
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(num_layers, 2, fan_in, fan_out))
-            for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True)
+            for fan_in, fan_out in itertools.pairwise(widths)
         )
         self.biases = nn.ParameterList(
             nn.Parameter(torch.empty(num_layers, 2, 1, fan_out)) for fan_out in widths[1:]

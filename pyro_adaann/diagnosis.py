@@ -1,0 +1,182 @@
+"""The record of a diagnosis and how it reads."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pyro_adaann.thermodynamic import ThermodynamicEstimate
+
+__all__ = ["Diagnosis"]
+
+#: From this divergence on, in nats, a guide is worth correcting: between normal distributions of equal
+#: width it is a shift of the mean by sqrt(2 * 0.05) = 0.3 standard deviations.
+_NOTICEABLE_GAP = 0.05
+#: Two estimates of the log evidence differ if by more than this many nats, a quarter of the evidence, and
+#: by 3 standard errors. A lost mode of half the mass makes log 2 = 0.69.
+_NOTICEABLE_DIFFERENCE = 0.3
+#: Above this share of broken draws the rest says little about the guide.
+_MAX_BROKEN_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    r"""What importance weights of guide draws say about a fit; ``print`` it for a verdict.
+
+    All is measured against the model itself, at inverse temperature 1, whatever the guide was fitted to.
+
+    :param num_samples: number of draws.
+    :param num_broken: draws whose log density was not finite; they count as weight zero.
+    :param k_hat: shape of the tail of the weights, by ArviZ.
+    :param ess: effective sample size of the draws under their smoothed weights.
+    :param log_evidence: :math:`\log p(x)` by the smoothed weights, in nats; a lower bound on average.
+    :param log_evidence_se: its standard error, to be believed if ``k_hat`` is below the threshold.
+    :param elbo: mean of :math:`\log p(x, z) - \log q(z)` over the draws that are not broken.
+    :param elbo_se: its standard error.
+    :param inverse_temperature: where the fit stands; draws are of the posterior at 1 alone.
+    :param is_done: whether the fit has taken all its steps; None where the fit does not say.
+    :param thermodynamic: the log evidence from the temperatures visited, a second opinion; None where
+        the schedule asked for no draws, or nothing was annealed.
+    """
+
+    num_samples: int
+    num_broken: int
+    k_hat: float
+    ess: float
+    log_evidence: float
+    log_evidence_se: float
+    elbo: float
+    elbo_se: float
+    inverse_temperature: float = 1.0
+    is_done: bool | None = None
+    thermodynamic: ThermodynamicEstimate | None = None
+
+    @property
+    def broken_share(self) -> float:
+        """Share of draws whose log density was not finite."""
+        return self.num_broken / self.num_samples
+
+    @property
+    def gap(self) -> float:
+        """Log evidence minus ELBO: the divergence KL(guide || posterior) in nats."""
+        return self.log_evidence - self.elbo
+
+    @property
+    def k_threshold(self) -> float:
+        """The shape up to which this number of draws makes the weights reliable, at most 0.7.
+
+        Source: Vehtari et al., *Pareto smoothed importance sampling*, JMLR 25 (2024).
+        """
+        return min(1 - 1 / math.log10(self.num_samples), 0.7)
+
+    @property
+    def is_annealed(self) -> bool:
+        """Whether the guide was fitted to the posterior, not to a tempered one."""
+        return self.inverse_temperature >= 1
+
+    @property
+    def has_reliable_weights(self) -> bool:
+        """Whether weighted means and the log evidence can be relied on, as far as the draws reach."""
+        # Weights all within 1 % have no tail to speak of, and their shape is one of rounding errors.
+        is_constant = self.ess > self.num_samples * (1 - 1e-4)
+        return self.broken_share <= _MAX_BROKEN_SHARE and (self.k_hat <= self.k_threshold or is_constant)
+
+    @property
+    def lost_share(self) -> float | None:
+        """Share of the evidence that thermodynamic integration sees and the weights do not.
+
+        None unless it sees noticeably more, and the weights themselves are reliable. The reverse, less,
+        comes from a guide that was far from the tempered densities on the way, and says nothing of
+        where it is now.
+        """
+        if self.thermodynamic is None or not self.has_reliable_weights:
+            return None
+        excess = self.thermodynamic.log_evidence - self.log_evidence
+        error = math.hypot(self.thermodynamic.error, self.log_evidence_se)
+        return -math.expm1(-excess) if excess > max(3 * error, _NOTICEABLE_DIFFERENCE) else None
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing here speaks against using the draws of the guide as they are.
+
+        No number computed from the guide's own draws sees a mode that none of them visits.
+        """
+        return (
+            self.is_annealed
+            and self.is_done is not False
+            and self.has_reliable_weights
+            and self.lost_share is None
+            and self.gap <= _NOTICEABLE_GAP
+        )
+
+    @property
+    def verdict(self) -> str:
+        """The verdict, one sentence or a few."""
+        return " ".join(_sentences(self))
+
+    def __str__(self) -> str:
+        paragraphs = [f"Verdict: {self.verdict}", _BLIND_SPOT]
+        text = [textwrap.fill(paragraph, 88) for paragraph in paragraphs]
+        return "\n".join([_table(self), *text])
+
+
+def _table(d: Diagnosis) -> str:
+    sign = "<=" if d.k_hat <= d.k_threshold else ">"
+    rows = [
+        ("inverse temperature", f"{d.inverse_temperature:.3g}"),
+        ("Pareto k-hat", f"{d.k_hat:.2f} ({sign} {d.k_threshold:.2f})"),
+        ("effective sample size", f"{d.ess:.0f} ({d.ess / d.num_samples:.0%} of {d.num_samples} draws)"),
+        ("broken draws", f"{d.num_broken} ({d.broken_share:.1%})"),
+        ("log evidence", f"{d.log_evidence:.3f} +- {d.log_evidence_se:.3f}"),
+        ("ELBO", f"{d.elbo:.3f} +- {d.elbo_se:.3f}, {d.gap:.3f} nats below"),
+    ]
+    if d.thermodynamic is not None:
+        value = f"{d.thermodynamic.log_evidence:.3f} +- {d.thermodynamic.error:.3f}"
+        rows.append(("log evidence, 2nd way", f"{value} (thermodynamic integration, rather too low)"))
+    return "\n".join(f"{name:<22} {value}" for name, value in rows)
+
+
+def _sentences(d: Diagnosis) -> Iterator[str]:
+    if not d.is_annealed:
+        yield (
+            f"NOT ANNEALED. The fit stands at inverse temperature {d.inverse_temperature:.3g}: the guide "
+            f"is of a tempered posterior, wider than the posterior, and its draws are no posterior "
+            f"draws. Go on to inverse temperature 1, for example with svi.run()."
+        )
+        return
+    if d.lost_share is not None:
+        yield (
+            f"WARNING: thermodynamic integration finds more evidence than the guide's draws; "
+            f"{d.lost_share:.0%} of the posterior may be in a part that the guide lost while annealing, "
+            f"such as a mode. Anneal more slowly (smaller tolerance, more steps per stage)."
+        )
+    if d.broken_share > _MAX_BROKEN_SHARE:
+        yield (
+            f"UNRELIABLE. The model has no finite log density at {d.broken_share:.0%} of the draws. Look "
+            f"for the cause there first: overflow, or a guide wider than the support."
+        )
+    elif not d.has_reliable_weights:
+        yield (
+            f"UNRELIABLE. With k-hat {d.k_hat:.2f} the guide misses part of what the draws show of the "
+            f"posterior, often because it is too narrow, and importance weights cannot make up for it: "
+            f"do not use its intervals or the log evidence. A more flexible guide, more final steps or a "
+            f"smaller learning rate at the end may help."
+        )
+    elif d.gap > _NOTICEABLE_GAP:
+        yield (
+            f"USABLE WITH WEIGHTS. The guide is {d.gap:.2f} nats from the posterior, enough to move a "
+            f"mean by up to {math.sqrt(2 * d.gap):.1f} posterior standard deviations, and its weights are "
+            f"reliable: use weighted means or resampled draws (importance_draws)."
+        )
+    elif d.lost_share is None and d.is_done is not False:
+        yield "GOOD. The guide's draws can be used as they are, as far as they reach."
+    if d.is_done is False:
+        yield "The fit has not taken all its final steps: go on with svi.run()."
+
+
+_BLIND_SPOT = (
+    "Not seen by k-hat, nor by any number from the guide's own draws: a mode that none of them visits. "
+    "Fit again from other seeds or a wider base; the fit with the higher log evidence has found more."
+)
