@@ -26,8 +26,6 @@ import pyro.distributions as dist
 import torch
 from ode import Rhs, solve
 from posterior import (
-    draw,
-    ess_share,
     format_table,
     load_reference,
     moments,
@@ -37,7 +35,7 @@ from posterior import (
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
-from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoPlanar
+from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoPlanar, importance_draws, to_arviz
 
 TRUTH = {"p1": 1.2, "p2": 0.8, "x2_start": 1.5}
 P3, P4, P5 = 4.1, 10.2, 2.6
@@ -116,7 +114,6 @@ def make_svi(fast: bool) -> AdaAnnSVI:
         num_steps_per_stage=2 if fast else 5,
         num_final_steps=5 if fast else 5000,
         num_final_particles=10 if fast else 200,
-        num_variance_samples=10 if fast else 100,
     )
 
 
@@ -169,16 +166,18 @@ def main(argv: list[str] | None = None) -> None:
     pyro.clear_param_store()
     svi = make_svi(args.fast)
     history = svi.run(data)
-    draws, log_weights = draw(model, svi.guide, 10_000, data)
+    weighted = importance_draws(svi, data)
+    draws = weighted.samples
 
     report(draws, args.data_seed == DATA_SEED)
     print(f"{len(history.stages)} stages (paper: 4645)")
-    print(f"effective sample size of the draws: {ess_share(log_weights):.3f} of their number")
+    print(f"effective sample size: {weighted.ess:.0f} of {len(weighted.log_p)} draws")
 
     args.out.mkdir(parents=True, exist_ok=True)
+    to_arviz(svi, data, log_likelihood=False).to_netcdf(str(args.out / "posterior.nc"))
     plot_data(data, draws, args.out / "data.png")
     plot_schedule(history, args.out / "schedule.png")
-    plot_pairs(draws, TRUTH, args.out / "posterior.png")
+    plot_pairs(draws, args.out / "posterior.png", TRUTH)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,6 @@ import pyro.distributions as dist
 import torch
 from ode import Rhs, solve
 from posterior import (
-    draw,
-    ess_share,
     format_table,
     load_reference,
     moments,
@@ -36,7 +34,7 @@ from posterior import (
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
-from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoPlanar
+from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoPlanar, importance_draws, to_arviz
 
 TRUTH = {"s": 10.0, "b": 8 / 3, "r": 28.0}
 TIMES = torch.arange(31, dtype=torch.float64) * 0.05
@@ -110,7 +108,6 @@ def make_svi(fast: bool) -> AdaAnnSVI:
         num_steps_per_stage=2 if fast else 5,
         num_final_steps=5 if fast else 5000,
         num_final_particles=10 if fast else 200,
-        num_variance_samples=10 if fast else 100,
     )
 
 
@@ -143,19 +140,21 @@ def main(argv: list[str] | None = None) -> None:
     pyro.clear_param_store()
     svi = make_svi(args.fast)
     history = svi.run(data, args.noise_variance)
-    draws, log_weights = draw(model, svi.guide, 10_000, data, args.noise_variance)
+    weighted = importance_draws(svi, data, args.noise_variance)
+    draws = weighted.samples
 
     is_known = args.data_seed == DATA_SEED
     exact = load_reference("lorenz", f"{args.noise_variance:g}") if is_known else None
     columns = {"this run": moments(draws), "exact": exact, "paper": PAPER[args.noise_variance]}
     print(format_table(TRUTH, columns))
     print(f"{len(history.stages)} stages (paper: {140 if args.noise_variance == 0.2 else 778})")
-    print(f"effective sample size of the draws: {ess_share(log_weights):.3f} of their number")
+    print(f"effective sample size: {weighted.ess:.0f} of {len(weighted.log_p)} draws")
 
     args.out.mkdir(parents=True, exist_ok=True)
+    to_arviz(svi, data, args.noise_variance, log_likelihood=False).to_netcdf(str(args.out / "posterior.nc"))
     plot_data(data, draws, args.out / "data.png")
     plot_schedule(history, args.out / "schedule.png")
-    plot_pairs(draws, TRUTH, args.out / "posterior.png")
+    plot_pairs(draws, args.out / "posterior.png", TRUTH)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 from ode import Rhs, solve
+from posterior import plot_pairs, plot_schedule
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoPlanar, diagnose, plots, to_arviz
+from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoPlanar, diagnose, to_arviz
 
 # Elton & Nicholson (1942), "The ten-year cycle in numbers of the lynx in Canada", Journal of Animal
 # Ecology 11(2), as tabulated by Howard (2009); thousands of pelts, 1900 to 1920.
@@ -135,23 +136,22 @@ def make_svi(fast: bool) -> AdaAnnSVI:
     )
 
 
-def stacked(data: Any) -> dict[str, np.ndarray]:
+def columns_of(data: Any) -> dict[str, Tensor]:
     """Return the posterior draws by name, vectors by component, each of shape ``(num_draws,)``."""
     posterior = data["posterior"]
-    draws: dict[str, np.ndarray] = {}
+    draws: dict[str, Tensor] = {}
     for name in ("alpha", "beta", "gamma", "delta", "initial", "sigma"):
-        values = np.asarray(posterior[name])
-        values = values.reshape(-1, 2) if name in ("initial", "sigma") else values.reshape(-1, 1)
-        labels = [f"{name} hare", f"{name} lynx"] if values.shape[1] == 2 else [name]
-        draws.update(zip(labels, values.T, strict=True))
+        is_vector = name in ("initial", "sigma")
+        values = torch.tensor(np.asarray(posterior[name])).reshape(-1, 2 if is_vector else 1)
+        labels = [f"{name} hare", f"{name} lynx"] if is_vector else [name]
+        draws.update(zip(labels, values.unbind(-1), strict=True))
     return draws
 
 
-def plot_trajectories(draws: dict[str, np.ndarray], path: Path) -> None:
+def plot_trajectories(draws: dict[str, Tensor], path: Path) -> None:
     """Draw the counts over bands of the trajectories: medians and 90 % of the draws."""
-    columns = {name: torch.from_numpy(values.copy()) for name, values in draws.items()}
-    rates = [columns[name] for name in ("alpha", "beta", "gamma", "delta")]
-    initial = [columns["initial hare"].log(), columns["initial lynx"].log()]
+    rates = [draws[name] for name in ("alpha", "beta", "gamma", "delta")]
+    initial = [draws["initial hare"].log(), draws["initial lynx"].log()]
     populations = log_populations([*rates, *initial]).exp()
     bands = torch.quantile(populations, torch.tensor([0.05, 0.5, 0.95]).to(populations), dim=0)
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
@@ -161,39 +161,6 @@ def plot_trajectories(draws: dict[str, np.ndarray], path: Path) -> None:
         axes.plot(YEARS, PELTS[:, i], "o", color=color, markersize=4)
     axes.set(ylabel="pelts (thousands)", xticks=YEARS[::4].tolist())
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def plot_pairs(draws: dict[str, np.ndarray], path: Path) -> None:
-    """Draw the marginal of every parameter and the density of every pair."""
-    names = list(draws)
-    size = len(names)
-    figure, axes = plt.subplots(size, size, figsize=(1.7 * size, 1.7 * size), layout="constrained")
-    columns = [torch.from_numpy(draws[name].copy()) for name in names]
-    for i in range(size):
-        for j in range(size):
-            panel = axes[i, j]
-            if j > i:
-                panel.axis("off")
-            elif i == j:
-                plots.plot_marginal(columns[i], ax=panel, bins=40)
-            else:
-                plots.plot_pair(columns[j], columns[i], ax=panel, bins=40)
-            panel.set(yticks=[], xticks=[], ylabel="")
-            if i == size - 1:
-                panel.set_xlabel(names[j])
-            if j == 0:
-                panel.set_ylabel(names[i])
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def plot_schedule(svi: AdaAnnSVI, path: Path) -> None:
-    """Draw the inverse temperature over the optimizer steps."""
-    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    plots.plot_schedule(svi.history, ax=axes)
-    axes.set_yscale("log")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -220,10 +187,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     data.to_netcdf(str(args.out / "posterior.nc"))
-    draws = stacked(data)
+    draws = columns_of(data)
     plot_trajectories(draws, args.out / "trajectories.png")
     plot_pairs(draws, args.out / "pairs.png")
-    plot_schedule(svi, args.out / "schedule.png")
+    plot_schedule(svi.history, args.out / "schedule.png")
     print(f"wrote posterior.nc and three figures to {args.out}")
 
 

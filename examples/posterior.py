@@ -1,45 +1,20 @@
-"""What the ODE examples do with a fitted guide: draws and their weights, a table, two figures."""
+"""What the ODE examples do with posterior draws: a table beside the exact posterior, two figures."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
-from pyro.infer.importance import vectorized_importance_weights
+import matplotlib.pyplot as plt
 from torch import Tensor
 
-from pyro_adaann import AnnealingHistory
+from pyro_adaann import AnnealingHistory, plots
 
 REFERENCES = Path(__file__).resolve().parents[1] / "benchmarks" / "reference"
 
 #: Mean and standard deviation of every parameter.
 Moments = Mapping[str, tuple[float, float]]
-
-
-def draw(
-    model: Callable[..., Any], guide: Callable[..., Any], num_draws: int, *args: Any
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Draw from the guide.
-
-    :return: the draws by name and their log importance weights log p(x, z) - log q(z), each of
-        shape ``(num_draws,)``.
-    """
-    with torch.no_grad():
-        log_weights, model_trace, _ = vectorized_importance_weights(
-            model, guide, *args, num_samples=num_draws, max_plate_nesting=0, normalized=False
-        )
-    draws = {name: model_trace.nodes[name]["value"] for name in model_trace.stochastic_nodes}
-    return draws, log_weights
-
-
-def ess_share(log_weights: Tensor) -> float:
-    """Return the effective sample size of importance weights, (sum w)^2 / sum w^2, per draw."""
-    finite = log_weights[torch.isfinite(log_weights)].double()
-    log_ess = 2 * finite.logsumexp(0) - (2 * finite).logsumexp(0)
-    return float(log_ess.exp()) / log_weights.numel()
 
 
 def moments(draws: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
@@ -75,38 +50,39 @@ def format_table(truth: Mapping[str, float], columns: Mapping[str, Moments | Non
 
 
 def plot_schedule(history: AnnealingHistory, path: Path) -> None:
-    """Draw the inverse temperature over the stages."""
-    import matplotlib.pyplot as plt
-
+    """Draw the inverse temperature over the optimizer steps."""
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    axes.semilogy(history.inverse_temperatures)
-    axes.set(xlabel="stage", ylabel="inverse temperature")
+    plots.plot_schedule(history, ax=axes)
+    axes.set_yscale("log")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def plot_pairs(draws: Mapping[str, Tensor], truth: Mapping[str, float], path: Path) -> None:
-    """Draw the histogram of every parameter and the scatter of every pair, with the truth."""
-    import matplotlib.pyplot as plt
-
-    names = list(truth)
+def plot_pairs(draws: Mapping[str, Tensor], path: Path, truth: Mapping[str, float] | None = None) -> None:
+    """Draw the marginal of every parameter and the density of every pair, with the truth if given."""
+    names = list(draws)
     size = len(names)
-    figure, axes = plt.subplots(size, size, figsize=(2.5 * size, 2.5 * size), layout="constrained")
+    width = 2.5 if size < 5 else 1.7
+    figure, axes = plt.subplots(
+        size, size, figsize=(width * size, width * size), layout="constrained", squeeze=False
+    )
     for i, row in enumerate(names):
         for j, column in enumerate(names):
             panel = axes[i, j]
             if j > i:
                 panel.axis("off")
             elif i == j:
-                panel.hist(draws[row].numpy(), bins=60, density=True, histtype="stepfilled", alpha=0.6)
-                panel.axvline(truth[row], color="black", linewidth=0.8)
-                panel.set_yticks([])
+                plots.plot_marginal(draws[row], ax=panel, bins=50)
+                panel.set(yticks=[], ylabel="")
             else:
-                panel.plot(draws[column].numpy(), draws[row].numpy(), ".", markersize=1, alpha=0.3)
+                plots.plot_pair(draws[column], draws[row], ax=panel, bins=50)
+            if truth is not None and i == j:
+                panel.axvline(truth[row], color="black", linewidth=0.8)
+            elif truth is not None and j < i:
                 panel.plot(truth[column], truth[row], "k+")
             if i == size - 1:
                 panel.set_xlabel(column)
-            if j == 0 and i > 0:
+            if j == 0:
                 panel.set_ylabel(row)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -252,7 +252,9 @@ class AutoPlanar(AutoFlow):
         self.num_transforms = num_transforms
 
     def _make_transform(self, latent_dim: int) -> FlowTransform:
-        return PlanarStack(latent_dim, self.num_transforms)
+        stack = PlanarStack(latent_dim, self.num_transforms)
+        stack.reset_parameters(self._base_loc.cpu(), self._base_scale.cpu())
+        return stack
 
 
 class AutoRealNVP(AutoFlow):

@@ -113,8 +113,8 @@ class AdaAnnSchedule(AnnealingSchedule):
     moved in (:func:`standard_deviation`). Where
     they say nothing (fewer than two, or all equal to rounding), the increment is that of a
     two-dimensional normal posterior, :math:`\tau t`, with at most 0.1 for :math:`\tau`: annealing goes on
-    carefully and never jumps. For the same reason an increment is at least 1 % of :math:`\tau t`, the
-    one of a normal posterior in 20,000 dimensions, so a few absurd draws cannot stall it.
+    carefully and never jumps. For the same reason an increment is at least 0.1 % of :math:`\tau t`, the
+    one of a normal posterior in two million dimensions, so a few absurd draws cannot stall it.
 
     :param tolerance: :math:`\tau` > 0. The paper uses 0.005 to 0.01 for multimodal posteriors and 0.5 for
         a unimodal one; 1 loses modes.
@@ -148,7 +148,7 @@ class AdaAnnSchedule(AnnealingSchedule):
         if sd is None:
             increment = min(self.tolerance, 0.1) * inverse_temperature
         else:
-            increment = max(self.tolerance / sd, 0.01 * normal_increment)
+            increment = max(self.tolerance / sd, 0.001 * normal_increment)
         return inverse_temperature + increment
 
 

@@ -11,7 +11,7 @@ import pyro.poutine as poutine
 import pytest
 import torch
 from ode import Problem, Rhs, solve, solve_with_jacobian
-from posterior import REFERENCES, ess_share
+from posterior import REFERENCES
 from torch import Tensor
 from torchdiffeq import odeint
 
@@ -134,11 +134,6 @@ def test_reference_is_of_the_data_of_the_example(name: str, key: str) -> None:
     (gradient,) = torch.autograd.grad(log_density.log_prob_sum(), mode)
     assert (gradient.abs() * torch.tensor(entry["sd"])).max() < 1e-5
     assert entry["ess_share"] > 0.8
-
-
-def test_ess_of_equal_weights_is_their_number() -> None:
-    assert ess_share(torch.full((10,), -300.0)) == pytest.approx(1)
-    assert ess_share(torch.tensor([0.0, -torch.inf, -800.0, torch.nan])) == pytest.approx(0.25)
 
 
 # Pyro warns of the log density of trajectories that overflow; the driver leaves these draws out.

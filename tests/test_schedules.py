@@ -50,12 +50,12 @@ def test_adaann_rises_and_stays_finite_whatever_it_is_given(t, draws, tolerance,
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(DRAWS, min_size=1, max_size=5), st.floats(1e-3, 10))
+@given(st.lists(DRAWS, min_size=1, max_size=5), st.floats(0.1, 10))
 def test_adaann_ends_at_exactly_one_whatever_it_is_given(cycle, tolerance):
     schedule = AdaAnnSchedule(tolerance, initial_inverse_temperature=0.5)
     t = 0.5
-    # The smallest increment is tolerance * t / 100, so log(2) / log(1 + tolerance / 100) stages do.
-    limit = math.ceil(math.log(2) / math.log1p(tolerance / 100)) + 1
+    # The smallest increment is tolerance * t / 1000, so log(2) / log(1 + tolerance / 1000) stages do.
+    limit = math.ceil(math.log(2) / math.log1p(tolerance / 1000)) + 1
     for stage in range(limit):
         t = schedule.next(t, cycle[stage % len(cycle)])
         if t == 1.0:

@@ -84,12 +84,17 @@ class PlanarStack(FlowTransform):
         self.b = nn.Parameter(torch.empty(num_transforms))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Start near the identity: small ``u``, directions ``w`` of about unit length."""
+    def reset_parameters(self, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> None:
+        """Start near the identity, with the bends of the layers spread over N(loc, scale^2).
+
+        A layer acts where ``|w . z + b|`` is of order one. Away from there its tanh is flat, and so
+        is its gradient: on a base far from the origin, b = 0 would be a stack that cannot learn.
+        """
         with torch.no_grad():
             self.u.normal_(0, 0.01)
-            self.w.normal_(0, 1 / math.sqrt(self.input_dim))
-            self.b.normal_(0, 1)
+            self.w.normal_(0, 1 / math.sqrt(self.input_dim)).div_(scale)
+            center = loc + scale * torch.randn_like(self.w)
+            self.b.copy_(-(self.w * center).sum(-1))
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         u = constrain(self.u, self.w)
