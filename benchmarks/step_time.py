@@ -17,6 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pyro
@@ -30,20 +31,16 @@ from pyro.nn import DenseNN
 
 from pyro_adaann import AdaAnnSVI, AutoPlanar, AutoRealNVP
 
-#: (flow, layers, hidden width, latents, particles); the first rows are those with a target.
-CASES = [
+#: (flow, layers, hidden width, latents, particles): those with a target first, then the grid.
+TARGETS = [
     ("planar", 250, 0, 3, 100),
     ("planar", 50, 0, 1, 100),
-    ("realnvp", 12, 100, 3, 100),
     ("planar", 250, 0, 3, 1000),
-    ("planar", 10, 0, 1, 100),
-    ("planar", 10, 0, 20, 100),
-    ("planar", 50, 0, 3, 100),
-    ("planar", 50, 0, 20, 1000),
-    ("planar", 250, 0, 20, 100),
-    ("realnvp", 6, 10, 3, 100),
-    ("realnvp", 6, 100, 20, 1000),
-    ("realnvp", 12, 10, 20, 100),
+    ("realnvp", 12, 100, 3, 100),
+]
+GRID = [
+    *product(["planar"], [10, 50, 250], [0], [1, 3, 20], [100, 1000]),
+    *product(["realnvp"], [6, 12], [10, 100], [3, 20], [100, 1000]),
 ]
 
 
@@ -135,8 +132,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     print("flow     layers hidden latents particles   ours ms  stock ms   ratio")
-    for case in CASES[: 4 if args.quick else None]:
-        row = measure(*case, num_turns=10 if args.quick else 40)
+    for case in TARGETS if args.quick else [*TARGETS, *(c for c in GRID if c not in TARGETS)]:
+        row = measure(*case, num_turns=10 if args.quick else 30)
         rows.append(row)
         print(
             "{flow:8} {layers:6} {hidden:6} {latents:7} {particles:9} {ours_ms:9.2f} "

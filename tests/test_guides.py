@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_adaann import AutoPlanar, AutoRealNVP
+from pyro_adaann.transforms import planar, realnvp
 
 DATA = torch.tensor([0.3, -1.2, 2.0, 0.7])
 GUIDES = {
@@ -217,6 +218,37 @@ def test_log_prob_integrates_to_one_over_a_constrained_variable():
     with torch.no_grad():
         density = guide.log_prob({"scale": grid}).exp()
     assert torch.trapezoid(density, grid).item() == pytest.approx(1.0, abs=2e-3)
+
+
+class PlainPlanar:
+    """The planar stack layer by layer, with autograd's gradient."""
+
+    apply = staticmethod(planar._layer_by_layer)
+
+
+class PlainCoupling:
+    """The coupling stack layer by layer, with autograd's gradient."""
+
+    @staticmethod
+    def apply(copied: Tensor, mapped: Tensor, num_networks: int, *matrices: Tensor):
+        return realnvp._couple(copied, mapped, realnvp._by_layer(matrices, num_networks))
+
+
+def test_same_losses_as_the_plain_formulation(make_guide, monkeypatch):
+    problem = conjugate_normal()
+
+    def losses() -> list[float]:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = make_guide(problem.model)
+        elbo = Trace_ELBO(num_particles=20, vectorize_particles=True)
+        svi = SVI(problem.model, guide, pyro.optim.Adam({"lr": 0.005}), elbo)
+        return [svi.step() for _ in range(20)]
+
+    fast = losses()
+    monkeypatch.setattr(planar, "_Stack", PlainPlanar)
+    monkeypatch.setattr(realnvp, "_Stack", PlainCoupling)
+    assert fast == pytest.approx(losses(), rel=1e-5)
 
 
 def test_neutra(make_guide):

@@ -47,10 +47,28 @@ _BLOCK = 32
 
 def constrain(u: Tensor, w: Tensor) -> Tensor:
     """Move ``u`` along ``w`` so that ``u . w`` becomes ``m(u . w) > -1``; shapes ``(layers, d)``."""
+    return torch.addcmul(u, _shift(u, w)[0], w)
+
+
+def _shift(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how far ``u`` moves in units of ``w``, and ``u . w`` and ``w . w``: each ``(layers, 1)``."""
     product = (u * w).sum(-1, keepdim=True)
-    target = (1 - _MARGIN) * (F.softplus(product + _SOFTPLUS_SHIFT) - 1)
     norm = (w * w).sum(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
-    return u + (target - product) * w / norm
+    target = (1 - _MARGIN) * (F.softplus(product + _SOFTPLUS_SHIFT) - 1)
+    return (target - product) / norm, product, norm
+
+
+def _constrain_backward(grad: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `constrain` in ``u`` and ``w``.
+
+    With p = u . w, n = w . w and the shift k = (m(p) - p) / n: dk/dp = (m'(p) - 1) / n, dk/dn = -k / n.
+    """
+    shift, product, norm = _shift(u, w)
+    slope = ((1 - _MARGIN) * torch.sigmoid(product + _SOFTPLUS_SHIFT) - 1) / norm
+    along = (grad * w).sum(-1, keepdim=True)
+    grad_u = torch.addcmul(grad, along * slope, w)
+    grad_w = shift * grad + along * (slope * u - 2 * shift / norm * w)
+    return grad_u, grad_w
 
 
 class PlanarStack(FlowTransform):
@@ -97,10 +115,9 @@ class PlanarStack(FlowTransform):
             self.b.copy_(-(self.w * center).sum(-1))
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        u = constrain(self.u, self.w)
         if torch._C._get_tracing_state():
-            return _layer_by_layer(x, u, self.w, self.b)
-        return _Stack.apply(x, u, self.w, self.b)
+            return _layer_by_layer(x, self.u, self.w, self.b)
+        return _Stack.apply(x, self.u, self.w, self.b)
 
     def _backward_map(self, y: Tensor) -> Tensor:
         u = constrain(self.u, self.w)
@@ -109,6 +126,7 @@ class PlanarStack(FlowTransform):
 
 def _layer_by_layer(x: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The definition, in torch operations alone, which a JIT tracer can record."""
+    u = constrain(u, w)
     log_det = x.new_zeros(x.shape[:-1])
     for u_l, w_l, b_l in zip(u.unbind(0), w.unbind(0), b.unbind(0), strict=True):
         h = torch.tanh(x @ w_l + b_l)
@@ -126,18 +144,19 @@ class _Stack(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, free_u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        u = constrain(free_u, w)
         columns = x.t().contiguous()
         h = torch.addmm(b.unsqueeze(-1), w, columns)
         gram = w @ u.t()
         _solve_activations(h, gram)
-        ctx.save_for_backward(columns, u, w, gram, h)
+        ctx.save_for_backward(columns, free_u, u, w, gram, h)
         return torch.addmm(columns, u.t(), h).t(), _sum_of_logs(_jacobian(gram, h))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Tensor, ...]:
-        columns, u, w, gram, h = ctx.saved_tensors
+        columns, free_u, u, w, gram, h = ctx.saved_tensors
         grad_y = grad_y.t().contiguous()
         # d log_det / d h_l = -2 G_ll h_l / J_l and d log_det / d G_ll = (1 - h_l^2) / J_l.
         ratio = _jacobian(gram, h).reciprocal_().mul_(grad_log_det)
@@ -152,7 +171,8 @@ class _Stack(torch.autograd.Function):
         grad_x = torch.addmm(grad_y, w.t(), grad_a).t()
         grad_u = torch.addmm(h @ grad_y.t(), grad_gram.t(), w)
         grad_w = torch.addmm(grad_a @ columns.t(), grad_gram, u)
-        return grad_x, grad_u, grad_w, grad_a.sum(-1)
+        grad_free_u, grad_w_of_u = _constrain_backward(grad_u, free_u, w)
+        return grad_x, grad_free_u, grad_w.add_(grad_w_of_u), grad_a.sum(-1)
 
 
 def _jacobian(gram: Tensor, h: Tensor) -> Tensor:
