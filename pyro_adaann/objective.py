@@ -31,6 +31,9 @@ __all__ = ["Objective"]
 #: uncertain by more than 1 / sqrt(2 * 100) = 7 %.
 _MIN_RECYCLED_DRAWS = 100
 
+#: What a broken draw costs more than a typical good one, in nats, see `drop_broken`.
+_BROKEN_COST = 10.0
+
 
 class Objective:
     """A loss of Pyro's, evaluated on the tempered model and guide.
@@ -152,7 +155,9 @@ class Objective:
         if self._is_training:
             tame_gradients(guide_trace, self.max_gradient_ratio)
         if self._drops_broken:
-            num_broken, num_particles = drop_broken(model_trace, guide_trace)
+            num_broken, num_particles = drop_broken(
+                model_trace, guide_trace, _BROKEN_COST if self._is_training else 0.0
+            )
             self.num_broken += num_broken
             # Pyro would warn of each of them, at every step.
             self._validates &= not num_broken
