@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
 import random
 import time
 import warnings
@@ -86,7 +87,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"Expected a whole checkpoint; got {os.fspath(path)!r}, whose checksum differs: it was cut "
             f"off or changed after it was written. Use an older copy, or delete it and start anew."
         )
-    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"Expected tensors, numbers and strings in a checkpoint; got code in {os.fspath(path)!r}, "
+            f"which has not been run. Do not use this file: pyro_adaann has not written it."
+        ) from error
 
 
 class CheckpointKeeper:
@@ -167,14 +174,17 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 def _plain(value: Any, where: str) -> Any:
     """Return ``value`` with plain containers; whatever is left out here could not be read back."""
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool):
         return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)  # of a subclass too, such as NumPy's float64 or torch's version
     if torch.is_tensor(value):
         return value.detach().cpu().clone()
     if isinstance(value, dict):
         # A Counter, in torch's MultiStepLR, counts up from zero where a dictionary has no entry.
-        kind = Counter if isinstance(value, Counter) else dict
-        return kind({key: _plain(entry, f"{where}[{key!r}]") for key, entry in value.items()})
+        container = Counter if isinstance(value, Counter) else dict
+        return container({key: _plain(entry, f"{where}[{key!r}]") for key, entry in value.items()})
     if isinstance(value, list | tuple | set):
         return [_plain(entry, f"{where}[{i}]") for i, entry in enumerate(value)]
     raise ValueError(

@@ -12,13 +12,24 @@ import torch
 from pyro.nn import PyroModule
 from pyro.optim import PyroOptim
 from pyro.optim.optim import _get_state_dict, _load_state_dict, is_scheduler
+from pyro.poutine import Trace
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["FitParameters"]
+__all__ = ["FitParameters", "captured_parameters"]
 
 #: Which guide has trained a parameter. Guides of one class have one set of names in Pyro's store.
 _TRAINED_BY: Any = WeakTensorKeyDictionary()
+
+
+def captured_parameters(trace: Trace) -> dict[str, Tensor]:
+    """Return the unconstrained parameters in a trace by name."""
+    values = {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "param"}
+    # With `module_local_params`, Pyro hands out the parameters of a torch module as they are.
+    return {
+        name: value.unconstrained() if hasattr(value, "unconstrained") else value
+        for name, value in values.items()
+    }
 
 
 class FitParameters:

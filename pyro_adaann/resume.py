@@ -14,6 +14,7 @@ from pyro.optim import PyroLRScheduler, PyroOptim
 
 from pyro_adaann.checkpoint import get_random_states, set_random_states
 from pyro_adaann.objective import sites_in
+from pyro_adaann.parameters import captured_parameters
 from pyro_adaann.results import AnnealingHistory, AnnealingStage, Recovery
 from pyro_adaann.version import __version__
 
@@ -50,7 +51,7 @@ def restore_fit(svi: Any, state: dict[str, Any], args: tuple[Any, ...], kwargs: 
             guide_trace = poutine.trace(svi.guide).get_trace(*args, **kwargs)
             model = poutine.replay(svi.model, trace=guide_trace)
             sites = sites_in(poutine.trace(model).get_trace(*args, **kwargs))
-        found = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
+        found = captured_parameters(capture.trace)
         _check_sites(sites, state["objective"]["sites"])
         svi._parameters.check(state["parameters"], found)
         buffers = {role: dict(part.named_buffers()) for role, part in _modules(svi).items()}

@@ -24,7 +24,7 @@ from pyro_adaann.checkpoint import CheckpointKeeper, read_checkpoint, write_chec
 from pyro_adaann.checks import check_count, check_parts, is_finite, nonfinite_sites, to_float
 from pyro_adaann.interrupt import InterruptGuard
 from pyro_adaann.objective import Objective
-from pyro_adaann.parameters import FitParameters
+from pyro_adaann.parameters import FitParameters, captured_parameters
 from pyro_adaann.progress import ProgressBar
 from pyro_adaann.results import AnnealingHistory, AnnealingStage, Recovery
 from pyro_adaann.resume import fit_state, restore_fit, settings_of
@@ -349,12 +349,12 @@ class AdaAnnSVI(SVI):
         with poutine.trace(param_only=True) as capture:
             try:
                 loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-                self._parameters.meet(_captured(capture))
+                self._parameters.meet(captured_parameters(capture.trace))
             except ValueError:
                 # Particles before the one at fault may have left their gradients.
-                pyro.infer.util.zero_grads(_captured(capture).values())
+                pyro.infer.util.zero_grads(captured_parameters(capture.trace).values())
                 raise
-        return loss, _captured(capture)
+        return loss, captured_parameters(capture.trace)
 
     def _advance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start the next stage if the present one has all its steps.
@@ -452,7 +452,3 @@ class AdaAnnSVI(SVI):
         if self.lr_schedule == "always" or self._objective.is_final:
             needs_loss = self.optim.pt_scheduler_constructor is ReduceLROnPlateau
             self.optim.step(loss) if needs_loss else self.optim.step()
-
-
-def _captured(capture: Any) -> dict[str, Tensor]:
-    return {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}

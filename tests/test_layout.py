@@ -30,7 +30,7 @@ ALLOWED = {
     "budget": ({"results", "schedules"}, False),
     "progress": ({"budget", "results", "schedules"}, False),
     "checks": ({"schedules", "tempering"}, True),
-    "resume": ({"checkpoint", "objective", "results", "version"}, True),
+    "resume": ({"checkpoint", "objective", "parameters", "results", "version"}, True),
     "svi": (
         {
             "budget",
