@@ -41,6 +41,8 @@ __all__ = [
     "with_traces",
 ]
 
+#: Most rows of a Jacobian for which so many backward passes are cheaper than an inverse.
+_MAX_ROWS = 30
 _PARTICLE_PLATE = "num_particles_vectorized"
 
 
@@ -174,14 +176,40 @@ def _has_score(site: Any) -> bool:
 
 def _add_score(site: Any, weight: Tensor) -> None:
     """Add ``weight * grad log q`` of every particle's draws, held fixed, to the gradient of the loss."""
-    log_q = per_particle(site, site["fn"].log_prob(site["value"].detach()))
+    log_q = per_particle(site, _log_density_at_fixed_draws(site["fn"], site["value"]))
     # A draw out of reach of the flow's inverse says nothing.
     log_q = torch.where(torch.isfinite(log_q), log_q, 0.0)
     parts = site["score_parts"]
     entropy_term = torch.as_tensor(parts.entropy_term)
-    # `Trace_ELBO` takes the sum over the entries, and this of the entries differs by a constant.
+    # `Trace_ELBO` takes the sum over the entries, and a constant in the loss has no gradient.
     score = (weight * log_q).sum() / entropy_term.numel()
     site["score_parts"] = parts._replace(entropy_term=entropy_term + score)
+
+
+def _log_density_at_fixed_draws(fn: Any, value: Tensor) -> Tensor:
+    r"""Return a number per draw with the gradient of :math:`\log q_\phi(z)` at fixed z.
+
+    A deep planar stack has no cheap inverse, and none is needed at its own draws: along the path,
+    :math:`d \log q(z(\phi)) = \partial_\phi \log q + s \cdot dz` with the score
+    :math:`s = \nabla_z \log q = J^{-\top} \nabla_\varepsilon (\log q_0 - \log|\det J|)`, one backward pass
+    for every row of J.
+    """
+    transforms = getattr(fn, "transforms", [])
+    is_flow = len(transforms) == 1 and hasattr(transforms[0], "forward_and_log_det")
+    if not is_flow or value.shape[-1] > _MAX_ROWS:
+        return fn.log_prob(value.detach())
+    # Apart from the graph of the draws, whose gradient is cut where the model has none.
+    with torch.enable_grad():
+        x = transforms[0].inv(value).detach().requires_grad_()
+        y, log_det = transforms[0].forward_and_log_det(x)
+        log_q = fn.base_dist.log_prob(x) - log_det
+        outputs = [log_q, *y.unbind(-1)]
+        gradient, *rows = (torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for out in outputs)
+    jacobian = torch.stack(rows, dim=-1).double()  # transposed
+    score = torch.linalg.solve_ex(jacobian, gradient.double().unsqueeze(-1))[0].squeeze(-1).to(y.dtype)
+    is_known = torch.isfinite(score).all(-1)
+    score = torch.where(is_known.unsqueeze(-1), score, 0.0)
+    return torch.where(is_known, log_q - (score * y).sum(-1), 0.0)
 
 
 def tame_gradients(guide_trace: Trace, max_ratio: float) -> None:
