@@ -9,9 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.infer import ELBO, Trace_ELBO, TraceTailAdaptive_ELBO
 from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_adaann.particles import (
@@ -20,17 +22,21 @@ from pyro_adaann.particles import (
     has_nonfinite_parameter,
     log_factors,
     log_weights,
+    sites_of,
     tame_gradients,
     with_num_particles,
     with_traces,
 )
 from pyro_adaann.tempering import Path, Tempering
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "sites_in"]
 
 #: Fewest recycled draws behind a variance, once as many have been made: with fewer, the sd is itself
 #: uncertain by more than 1 / sqrt(2 * 100) = 7 %.
 _MIN_RECYCLED_DRAWS = 100
+
+#: What a broken draw costs more than a typical good one, in nats, see `drop_broken`.
+_BROKEN_COST = 10.0
 
 
 class Objective:
@@ -68,6 +74,8 @@ class Objective:
         #: Broken and all particles of the evaluations since `start_stage`.
         self.num_broken = 0
         self.num_particles = 0
+        #: The model's sites and their distributions, by which a checkpoint knows its model.
+        self.sites: list[str] | None = None
         self._recent: deque[Tensor] = deque()
         self._num_recent = 0
         self._tempering: Tempering | None = None
@@ -79,12 +87,13 @@ class Objective:
         self._loss = loss
         self._calls = [(evaluate, evaluate_and_grads)] * 2
         self._variance_loss: ELBO | None = None
+        self._seen: list[ELBO] = []
         if isinstance(loss, ELBO):
             final = loss
             if num_final_particles is not None:
                 final = with_num_particles(loss, num_final_particles)
-            seen = [with_traces(elbo, self._look) for elbo in (loss, final)]
-            self._calls = [(elbo.loss, elbo.loss_and_grads) for elbo in seen]
+            self._seen = [with_traces(elbo, self._look) for elbo in (loss, final)]
+            self._calls = [(elbo.loss, elbo.loss_and_grads) for elbo in self._seen]
 
     def start_stage(self, inverse_temperature: float, *, is_final: bool) -> None:
         """Evaluate at this inverse temperature from now on."""
@@ -142,6 +151,8 @@ class Objective:
         return nullcontext() if self._validates else pyro.validation_enabled(False)
 
     def _look(self, model_trace: Trace, guide_trace: Trace) -> None:
+        if self.sites is None:
+            self.sites = sites_in(model_trace)
         if self._tempering is not None:
             if not any(_is_latent(site) for site in guide_trace.nodes.values()):
                 raise ValueError(
@@ -154,7 +165,9 @@ class Objective:
         if self._is_training:
             tame_gradients(guide_trace, self.max_gradient_ratio)
         if self._drops_broken:
-            num_broken, num_particles = drop_broken(model_trace, guide_trace)
+            num_broken, num_particles = drop_broken(
+                model_trace, guide_trace, _BROKEN_COST if self._is_training else 0.0
+            )
             self.num_broken += num_broken
             # Pyro would warn of each of them, at every step.
             self._validates &= not num_broken
@@ -185,8 +198,7 @@ class Objective:
             return torch.stack([factors, offsets + self.inverse_temperature * factors])
         if self._variance_loss is None:
             # Once, so that Pyro guesses the nesting of plates once.
-            elbo = self._loss if isinstance(self._loss, ELBO) else Trace_ELBO()
-            self._variance_loss = with_num_particles(elbo, num_samples or _MIN_RECYCLED_DRAWS)
+            self._variance_loss = self._make_variance_loss(num_samples or _MIN_RECYCLED_DRAWS)
         loss, t = self._variance_loss, self.inverse_temperature
 
         def draw() -> Tensor:
@@ -195,6 +207,53 @@ class Objective:
                 return draw_log_factors(loss, tempering, args, kwargs)
 
         return self._insist(draw)
+
+    def _make_variance_loss(self, num_samples: int) -> ELBO:
+        elbo = self._loss if isinstance(self._loss, ELBO) else Trace_ELBO()
+        return with_num_particles(elbo, num_samples)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the next evaluations depend on, as plain data; :meth:`restore` takes it."""
+        variance = self._variance_loss
+        return {
+            "num_broken": self.num_broken,
+            "num_particles": self.num_particles,
+            "recent": list(self._recent),
+            "validates": self._validates,
+            "sites": self.sites,
+            # Pyro guesses it at the first evaluation, from a run of the model that uses up draws.
+            "max_plate_nesting": [elbo.max_plate_nesting for elbo in self._seen],
+            "variance": variance and [variance.num_particles, variance.max_plate_nesting],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state that :meth:`state` has returned."""
+        self.num_broken, self.num_particles = state["num_broken"], state["num_particles"]
+        self._recent = deque(state["recent"])
+        self._num_recent = sum(draws.shape[1] for draws in self._recent)
+        self._validates = state["validates"]
+        self.sites = state["sites"]
+        for elbo, nesting in zip(self._seen, state["max_plate_nesting"], strict=True):
+            elbo.max_plate_nesting = nesting
+        if state["variance"] is not None:
+            num_samples, nesting = state["variance"]
+            self._variance_loss = self._make_variance_loss(num_samples)
+            self._variance_loss.max_plate_nesting = nesting
+
+
+def sites_in(model_trace: Trace) -> list[str]:
+    """Return the names of a model's sites with the kinds of their distributions."""
+    return [
+        f"{site['name']} ({_kind(site['fn'])})"
+        for site in sites_of(model_trace)
+        if not (site["infer"].get("is_auxiliary") or site_is_subsample(site))
+    ]
+
+
+def _kind(fn: Any) -> str:
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return type(fn).__name__
 
 
 def _is_latent(site: Any) -> bool:

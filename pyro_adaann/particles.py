@@ -23,6 +23,7 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.rings import SampleRing
 from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_adaann.tempering import Tempering, is_delta
@@ -41,6 +42,8 @@ __all__ = [
     "with_traces",
 ]
 
+#: Most rows of a Jacobian for which so many backward passes are cheaper than an inverse.
+_MAX_ROWS = 30
 _PARTICLE_PLATE = "num_particles_vectorized"
 
 
@@ -145,12 +148,21 @@ def marginal_log_density(model_trace: Trace, guide_trace: Trace) -> Tensor:
     return total
 
 
-def drop_broken(model_trace: Trace, guide_trace: Trace) -> tuple[int, int]:
-    """Take particles whose log density is not finite out of a pair of traces of `Trace_ELBO`.
+def drop_broken(model_trace: Trace, guide_trace: Trace, cost: float = 0.0) -> tuple[int, int]:
+    r"""Take particles whose log density is not finite out of a pair of traces of `Trace_ELBO`.
 
-    They add zero to the loss and to its gradient; the other particles' parts are what they are
-    without them.
+    They add zero to the loss; the other particles' parts are what they are without them. To the
+    gradient they add that of ``cost`` times the mass m = q(broken region), through the score function
 
+    .. math:: \nabla m = E_q[(1_\mathrm{broken}(z) - m) \nabla_\phi \log q_\phi(z)],
+
+    since no path leads through a density that is not finite. Dropping them alone would not do: of
+    :math:`E_q[1_\mathrm{good} \nabla_\phi \log q] = -\nabla m` the missing part is a pull *into* the
+    broken region, of strength 1. Any ``cost`` above 1 turns it round. It is the cost, in nats, of a
+    broken draw over that of a typical good one, whatever the evidence, and at a posterior without
+    mass in the broken region nothing is left of it.
+
+    :param cost: in nats; 0 to drop them alone.
     :return: the number of broken particles and of all particles.
     """
     sites = [*sites_of(model_trace), *sites_of(guide_trace)]
@@ -159,9 +171,57 @@ def drop_broken(model_trace: Trace, guide_trace: Trace) -> tuple[int, int]:
         if math.isfinite(float(total.sum())):  # and so is every term
             return 0, total.numel()
         broken = ~torch.isfinite(total).reshape(-1)
+    if cost:
+        # With itself in the mean, a single particle would weigh nothing.
+        mean = float(broken.sum()) / len(broken) if len(broken) > 1 else 0.0
+        weight = cost * (broken.to(total.dtype) - mean)
     for site in sites:
         _mask(site, broken)
+        if cost and "score_parts" in site and _has_score(site):
+            _add_score(site, weight)
     return int(broken.sum()), broken.numel()
+
+
+def _has_score(site: Any) -> bool:
+    return not (site["is_observed"] or site_is_subsample(site) or is_delta(site["fn"]))
+
+
+def _add_score(site: Any, weight: Tensor) -> None:
+    """Add ``weight * grad log q`` of every particle's draws, held fixed, to the gradient of the loss."""
+    log_q = per_particle(site, _log_density_at_fixed_draws(site["fn"], site["value"]))
+    # A draw out of reach of the flow's inverse says nothing.
+    log_q = torch.where(torch.isfinite(log_q), log_q, 0.0)
+    parts = site["score_parts"]
+    entropy_term = torch.as_tensor(parts.entropy_term)
+    # `Trace_ELBO` takes the sum over the entries, and a constant in the loss has no gradient.
+    score = (weight * log_q).sum() / entropy_term.numel()
+    site["score_parts"] = parts._replace(entropy_term=entropy_term + score)
+
+
+def _log_density_at_fixed_draws(fn: Any, value: Tensor) -> Tensor:
+    r"""Return a number per draw with the gradient of :math:`\log q_\phi(z)` at fixed z.
+
+    A deep planar stack has no cheap inverse, and none is needed at its own draws: along the path,
+    :math:`d \log q(z(\phi)) = \partial_\phi \log q + s \cdot dz` with the score
+    :math:`s = \nabla_z \log q = J^{-\top} \nabla_\varepsilon (\log q_0 - \log|\det J|)`, one backward pass
+    for every row of J.
+    """
+    transforms = getattr(fn, "transforms", [])
+    is_flow = len(transforms) == 1 and hasattr(transforms[0], "forward_and_log_det")
+    if not is_flow or value.shape[-1] > _MAX_ROWS:
+        return fn.log_prob(value.detach())
+    # Apart from the graph of the draws, whose gradient is cut where the model has none.
+    with torch.enable_grad():
+        x = transforms[0].inv(value).detach().requires_grad_()
+        y, log_det = transforms[0].forward_and_log_det(x)
+        log_q = fn.base_dist.log_prob(x) - log_det
+        outputs = [log_q, *y.unbind(-1)]
+        gradient, *rows = (torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for out in outputs)
+    jacobian = torch.stack(rows, dim=-1).double()  # transposed
+    score = torch.linalg.solve_ex(jacobian, gradient.double().unsqueeze(-1))[0].squeeze(-1).to(y.dtype)
+    is_known = torch.isfinite(score).all(-1)
+    score = torch.where(is_known.unsqueeze(-1), score, 0.0)
+    return torch.where(is_known, log_q - (score * y).sum(-1), 0.0)
 
 
 def tame_gradients(guide_trace: Trace, max_ratio: float) -> None:

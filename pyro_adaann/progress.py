@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from pyro_adaann.budget import StepPlan, projected_num_steps
 from pyro_adaann.results import AnnealingHistory
 from pyro_adaann.schedules import AnnealingSchedule
 
@@ -21,8 +21,7 @@ class ProgressBar:
 
     :param history: the history that the fit writes.
     :param schedule: its schedule.
-    :param num_steps_per_stage: steps of a stage between the first and the last.
-    :param num_final_steps: steps of the last stage.
+    :param plan: how the steps are shared out.
     :param is_shown: whether anything is shown.
     """
 
@@ -30,14 +29,12 @@ class ProgressBar:
         self,
         history: AnnealingHistory,
         schedule: AnnealingSchedule,
-        num_steps_per_stage: int,
-        num_final_steps: int,
+        plan: StepPlan,
         is_shown: bool,
     ) -> None:
         self.history = history
         self.schedule = schedule
-        self.num_steps_per_stage = num_steps_per_stage
-        self.num_final_steps = num_final_steps
+        self.plan = plan
         self._num_stages = 0
         self._bar = tqdm(
             disable=not is_shown,
@@ -76,22 +73,4 @@ class ProgressBar:
         if stage.num_broken:
             text += f", {stage.broken_share:.1%} broken"
         self._bar.set_postfix_str(text, refresh=False)
-        self._bar.total = self._projected_num_steps()
-
-    def _projected_num_steps(self) -> int | None:
-        stages = self.history.stages
-        t, end = stages[-1].inverse_temperature, self.schedule.final_inverse_temperature
-        if t >= end:
-            return self.history.num_steps - stages[-1].num_steps + self.num_final_steps
-        if len(stages) < 3:
-            return None
-        # AdaAnn's increments grow about in proportion to t, a linear schedule's not at all: let the
-        # recent stages say which, through the growth of the increments.
-        times = [stage.inverse_temperature for stage in stages[-21:]]
-        growth = math.log((times[-1] - times[-2]) / (times[1] - times[0]))
-        power = growth / math.log(times[-1] / times[0])
-        rate = (times[-1] - times[0]) / (len(times) - 1)
-        num_stages = (end - t) / rate
-        if power > 0.5:
-            num_stages = math.log(end / t) * (len(times) - 1) / math.log(times[-1] / times[0])
-        return self.history.num_steps + int(num_stages * self.num_steps_per_stage + self.num_final_steps)
+        self._bar.total = projected_num_steps(self.history, self.schedule, self.plan)

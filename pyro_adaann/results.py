@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["AnnealingHistory", "AnnealingStage"]
+__all__ = ["AnnealingHistory", "AnnealingStage", "Recovery"]
 
 
 @dataclass
@@ -70,11 +70,28 @@ class AnnealingStage:
         return self.num_broken / self.num_particles if self.num_particles else 0.0
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """A return of the fit to its last good state."""
+
+    #: Steps taken before it.
+    num_steps: int
+    inverse_temperature: float
+    #: The inverse temperature of the last good state.
+    back_to: float
+    #: What was not finite.
+    cause: str
+
+
 @dataclass
 class AnnealingHistory:
-    """The stages of a fit, from the first inverse temperature to the last."""
+    """The stages of a fit, from the first inverse temperature to the last.
+
+    After a recovery the inverse temperature of a stage may be below that of the one before.
+    """
 
     stages: list[AnnealingStage] = field(default_factory=list)
+    recoveries: list[Recovery] = field(default_factory=list)
 
     @property
     def inverse_temperatures(self) -> list[float]:

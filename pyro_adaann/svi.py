@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+import os
+import uuid
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Literal
 
 import pyro
@@ -15,16 +19,32 @@ from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pyro_adaann.budget import StepPlan, next_within_budget, plan_steps, projected_num_steps
+from pyro_adaann.checkpoint import CheckpointKeeper, read_checkpoint, write_checkpoint
+from pyro_adaann.checks import check_count, check_parts, is_finite, nonfinite_sites, to_float
+from pyro_adaann.interrupt import InterruptGuard
 from pyro_adaann.objective import Objective
+from pyro_adaann.parameters import FitParameters, captured_parameters
 from pyro_adaann.progress import ProgressBar
-from pyro_adaann.results import AnnealingHistory, AnnealingStage
+from pyro_adaann.results import AnnealingHistory, AnnealingStage, Recovery
+from pyro_adaann.resume import fit_state, restore_fit, settings_of
 from pyro_adaann.schedules import AdaAnnSchedule, AnnealingSchedule, standard_deviation
-from pyro_adaann.tempering import Path, TemperedTrace_ELBO, check_can_temper, get_path
+from pyro_adaann.tempering import Path, get_path
 
 __all__ = ["AdaAnnSVI"]
 
 #: Attempts at a finite loss before the driver says that there is none.
 _MAX_REJECTED = 100
+#: Rejected steps in a row after which the fit returns to its last good state.
+_NUM_REJECTED_TO_GO_BACK = 20
+#: What a return multiplies the learning rate and the increments by, and how many there may be.
+_RECOVERY_FACTOR = 0.5
+_MAX_RECOVERIES = 10
+#: Steps between two good states that are kept.
+_KEEP_EVERY = 100
+#: More stages than this are absurd (the paper's longest run has 4,645), and when that can be told.
+_MAX_STAGES = 50_000
+_NUM_STAGES_TO_PROJECT = 20
 #: How much longer than the median particle's a particle's gradient may be while annealing. Far out of
 #: the way of a healthy fit: the steepest of 1,000 draws of a normal posterior has a ratio of 5.
 _MAX_GRADIENT_RATIO = 100.0
@@ -64,8 +84,11 @@ class AdaAnnSVI(SVI):
         be tempered; at the first step, before a parameter changes, if the guide has no latent site
         or the model no finite log density.
 
-    With `Trace_ELBO`, a particle whose log density is not finite adds nothing to the update. A loss
-    or gradient that is not finite changes no parameter. Both are counted in :attr:`history`. While
+    With `Trace_ELBO`, a particle whose log density is not finite adds nothing to the loss, and to the
+    update only a push out of the broken region. A loss
+    or gradient that is not finite changes no parameter. Both are counted in :attr:`history`. After 20
+    such steps in a row, or where a parameter or the optimizer's memory has become infinite, the fit
+    returns to its last good state with half the learning rate and increments, at most 10 times. While
     annealing, the gradient of one particle is at most 100 times as long as the median particle's,
     so that one absurd draw does not set the course.
 
@@ -110,12 +133,12 @@ class AdaAnnSVI(SVI):
     ) -> None:
         path = get_path(path)
         schedule = AdaAnnSchedule() if schedule is None else schedule
-        _check_parts(guide, optim, loss, schedule, path)
-        _check_count("num_initial_steps", num_initial_steps, 0)
-        _check_count("num_steps_per_stage", num_steps_per_stage, 1)
-        _check_count("num_final_steps", num_final_steps, 1)
-        _check_count("num_final_particles", num_final_particles, 1)
-        _check_count("num_variance_samples", num_variance_samples, 2)
+        check_parts(guide, optim, loss, schedule, path)
+        check_count("num_initial_steps", num_initial_steps, 0)
+        check_count("num_steps_per_stage", num_steps_per_stage, 1)
+        check_count("num_final_steps", num_final_steps, 1)
+        check_count("num_final_particles", num_final_particles, 1)
+        check_count("num_variance_samples", num_variance_samples, 2)
         if num_final_particles is not None and not isinstance(loss, ELBO):
             raise ValueError(
                 f"Expected an ELBO, which has particles, with `num_final_particles`; got a "
@@ -150,7 +173,14 @@ class AdaAnnSVI(SVI):
         self.loss = self._objective.loss
         self.loss_and_grads = self._objective.loss_and_grads
         self._start_stage(schedule.initial_inverse_temperature)
+        self._num_steps = 0
         self._num_rejected_in_a_row = 0
+        self._parameters = FitParameters(guide, optim)
+        self._last_good: tuple[dict[str, Any], float] | None = None
+        self._budget: StepPlan | None = None
+        self._settings = settings_of(self, loss)
+        # Not of Python's generators, which the user may have seeded.
+        self._fit_id = uuid.uuid4().hex
 
     @property
     def inverse_temperature(self) -> float:
@@ -159,12 +189,19 @@ class AdaAnnSVI(SVI):
 
     @property
     def is_done(self) -> bool:
-        """Whether annealing has ended and ``num_final_steps`` steps have followed."""
+        """Whether annealing has ended and ``num_final_steps`` steps have followed, or the budget is used."""
+        if self._plan.num_total is not None:
+            return self._num_steps >= self._plan.num_total
         return self._objective.is_final and self._stage.num_steps >= self.num_final_steps
 
     @property
     def _stage(self) -> AnnealingStage:
         return self.history.stages[-1]
+
+    @property
+    def _plan(self) -> StepPlan:
+        own = StepPlan(self.num_initial_steps, self.num_steps_per_stage, self.num_final_steps)
+        return self._budget or own
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one optimizer step and return the loss, a float, as `SVI.step` does.
@@ -172,48 +209,152 @@ class AdaAnnSVI(SVI):
         The loss is that of the present inverse temperature. The arguments go to model and guide.
 
         :raises ValueError: if the loss is not finite in 100 attempts, at the first step or in 100
-            steps in a row. The parameters then are what they were before.
+            steps in a row, or after 10 recoveries. The parameters then are the last good ones.
         """
         self._advance(args, kwargs)
         try:
-            loss, params = self._loss_and_params(args, kwargs)
+            loss, found = self._loss_and_params(args, kwargs)
         except ValueError as error:
             if not self._objective.forgives(error):
                 raise
-            loss, params = self._loss_and_params(args, kwargs)
-        loss = _to_float(loss)
-        is_accepted = _is_finite(params, loss if self._objective.reports_loss else 0.0)
+            loss, found = self._loss_and_params(args, kwargs)
+        params = set(found.values())
+        loss = to_float(loss)
+        is_accepted = is_finite(params, loss if self._objective.reports_loss else 0.0)
         if is_accepted:
+            if self._last_good is None:
+                self._keep()
             self.optim(params)
         pyro.infer.util.zero_grads(params)
-        self._count(loss, is_accepted, args, kwargs)
+        self._count(loss)
+        if is_accepted and self._parameters.is_finite():
+            self._num_rejected_in_a_row = 0
+            if self._num_steps % _KEEP_EVERY == 0:
+                self._keep()
+        elif is_accepted:
+            self._go_back("a parameter, or the optimizer's memory of it", args, kwargs)
+        else:
+            self._reject(args, kwargs)
         return loss
 
-    def run(self, *args: Any, progress_bar: bool = True, **kwargs: Any) -> AnnealingHistory:
+    def run(
+        self,
+        *args: Any,
+        progress_bar: bool = True,
+        num_steps: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | timedelta = timedelta(minutes=5),
+        **kwargs: Any,
+    ) -> AnnealingHistory:
         """Anneal and refine until :attr:`is_done`; return the :attr:`history`.
+
+        Ctrl-C ends the run after the present step, with a warning; `run` again goes on from there.
 
         :param args: arguments of model and guide, as ``kwargs``.
         :param progress_bar: whether to show inverse temperature, stage, loss, rate and the projected
             end.
+        :param num_steps: total number of steps, those taken already included. An `AdaAnnSchedule`
+            then chooses its tolerance at every stage so that ``num_final_steps`` of them are left at
+            1 (both ends are shortened if less than 50 stages would be left). For another schedule
+            the steps at 1 are what is left.
+        :param checkpoint: a file. If it exists and this fit has taken no step, the fit goes on from
+            it, bit for bit: the same script, started again after a crash, finishes the run.
+        :param checkpoint_every: how often to write it, in steps or as a `timedelta`. It is also
+            written at the end. Where the disk refuses there is a warning and the run goes on.
+        :raises ValueError: if an argument is out of range, if the file cannot be used
+            (:meth:`load_checkpoint`) or is another fit's, and as :meth:`step` does.
         """
-        num_steps = self.num_steps_per_stage, self.num_final_steps
-        with ProgressBar(self.history, self.schedule, *num_steps, progress_bar) as bar:
-            while not self.is_done:
-                loss = self.step(*args, **kwargs)
-                self._step_lr_scheduler(loss)
-                bar.update()
+        if num_steps is not None:
+            own = StepPlan(self.num_initial_steps, self.num_steps_per_stage, self.num_final_steps)
+            self._budget = plan_steps(self.schedule, own, num_steps)
+        keeper = None
+        if checkpoint is not None:
+            keeper = CheckpointKeeper(checkpoint, checkpoint_every, lambda: self._state())
+            self._resume(checkpoint, args, kwargs)
+        bar = ProgressBar(self.history, self.schedule, self._plan, progress_bar)
+        with InterruptGuard() as interrupt, bar:
+            try:
+                while not (self.is_done or interrupt.requested):
+                    loss = self.step(*args, **kwargs)
+                    self._step_lr_scheduler(loss)
+                    bar.update()
+                    if keeper is not None:
+                        keeper.step(self._num_steps)
+            except KeyboardInterrupt:
+                pyro.infer.util.zero_grads(self._parameters.tensors.values())
+            finally:
+                if keeper is not None and self._num_steps:
+                    keeper.write(self._num_steps)
+        if not self.is_done:
+            warnings.warn(
+                f"The run was interrupted at inverse temperature {self.inverse_temperature:.3g}, after "
+                f"{self._num_steps} steps. Call `run` again to go on.",
+                stacklevel=2,
+            )
         return self.history
 
-    def _loss_and_params(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, set[Tensor]]:
+    def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Write all that decides how the fit goes on to one file, whole or not at all.
+
+        :raises OSError: if the disk refuses; what was at ``path`` is still there.
+        """
+        write_checkpoint(path, self._state())
+
+    def load_checkpoint(self, path: str | os.PathLike[str], /, *args: Any, **kwargs: Any) -> None:
+        """Bring the fit to the state in a file of :meth:`save_checkpoint` or :meth:`run`.
+
+        The next steps then give what they would have given in the fit that wrote it, bit for bit
+        with the same versions on the same machine: the random states are part of it. The file is
+        read without running code from it.
+
+        :param args: arguments of model and guide, as ``kwargs``; both run once.
+        :raises ValueError: if the file is damaged, foreign, newer, or of another model, guide or
+            other settings. The fit is then what it was.
+        """
+        state = read_checkpoint(path)
+        self._parameters.optim = self.optim
+        restore_fit(self, state, args, kwargs)
+        if state["budget"] is not None and self._budget is None:
+            self._budget = StepPlan(**state["budget"])
+        self._num_steps = self.history.num_steps
+        self._keep()
+
+    def _resume(self, path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not os.path.exists(path):
+            return
+        if not self._num_steps:
+            self.load_checkpoint(path, *args, **kwargs)
+        elif read_checkpoint(path)["fit_id"] != self._fit_id:
+            raise ValueError(
+                f"Expected a checkpoint file of this fit, which has taken {self._num_steps} steps; got "
+                f"{os.fspath(path)!r} of another one. Give another path, or go on from the file with a "
+                f"new AdaAnnSVI."
+            )
+
+    def _state(self) -> dict[str, Any]:
+        # A resumed fit has this state as its last good one; so must the one that goes on.
+        self._parameters.optim = self.optim
+        if self._last_good is not None:
+            self._keep()
+        return fit_state(self)
+
+    def _keep(self) -> None:
+        self._last_good = self._parameters.state(), self.inverse_temperature
+
+    def _loss_and_params(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Tensor]]:
         """Return the loss and the parameters it has met, which hold its gradient."""
+        self._parameters.optim = self.optim
         with poutine.trace(param_only=True) as capture:
             try:
                 loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+                self._parameters.meet(captured_parameters(capture.trace))
             except ValueError:
                 # Particles before the one at fault may have left their gradients.
-                pyro.infer.util.zero_grads(_captured(capture))
+                pyro.infer.util.zero_grads(captured_parameters(capture.trace).values())
                 raise
-        return loss, _captured(capture)
+        return loss, captured_parameters(capture.trace)
 
     def _advance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start the next stage if the present one has all its steps.
@@ -221,9 +362,9 @@ class AdaAnnSVI(SVI):
         At the start of a step and not at the end of the one before, so that `inverse_temperature` is
         always the one at which the guide has been trained.
         """
-        stage = self._stage
+        stage, plan = self._stage, self._plan
         is_first = len(self.history.stages) == 1
-        length = self.num_initial_steps if is_first else self.num_steps_per_stage
+        length = plan.num_initial if is_first else plan.num_per_stage
         if self._objective.is_final or stage.num_steps < length:
             return
         draws = None
@@ -233,39 +374,73 @@ class AdaAnnSVI(SVI):
             )
             stage.record(draws, log_weights)
             stage.log_factor_sd = standard_deviation(draws)  # outliers moved in, as for the schedule
-        self._start_stage(self.schedule.next(stage.inverse_temperature, draws))
+        t = stage.inverse_temperature
+        following = next_within_budget(self.schedule, plan, self.history, draws)
+        if self.history.recoveries and plan.num_total is None:
+            factor = _RECOVERY_FACTOR ** len(self.history.recoveries)
+            following = max(t + factor * (following - t), math.nextafter(t, math.inf))
+        self._start_stage(following)
+        if len(self.history.stages) == _NUM_STAGES_TO_PROJECT:
+            self._warn_if_endless()
 
     def _start_stage(self, inverse_temperature: float) -> None:
         self.history.stages.append(AnnealingStage(inverse_temperature))
         is_final = inverse_temperature >= self.schedule.final_inverse_temperature
         self._objective.start_stage(inverse_temperature, is_final=is_final)
 
-    def _count(self, loss: Any, is_accepted: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _warn_if_endless(self) -> None:
+        projected = projected_num_steps(self.history, self.schedule, self._plan)
+        limit = _MAX_STAGES * self.num_steps_per_stage + self.num_final_steps
+        if self._plan.num_total is None and projected is not None and projected > limit:
+            warnings.warn(
+                f"At this rate annealing takes about {projected:,} steps; it has come to inverse "
+                f"temperature {self.inverse_temperature:.3g} in {self._num_steps:,}. Give `run` a number of "
+                f"steps (num_steps) or the schedule a larger tolerance.",
+                stacklevel=3,
+            )
+
+    def _count(self, loss: Any) -> None:
+        self._num_steps += 1
         stage = self._stage
         stage.losses.append(loss[0] if isinstance(loss, tuple) else loss)
         stage.num_broken = self._objective.num_broken
         stage.num_particles = self._objective.num_particles
-        if is_accepted:
-            self._num_rejected_in_a_row = 0
-            return
-        stage.num_rejected += 1
+
+    def _reject(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._stage.num_rejected += 1
         self._num_rejected_in_a_row += 1
-        is_start = self.history.num_steps == 1
-        if is_start and not self._finds_finite_loss(args, kwargs):
+        if self._num_steps == 1 and not self._finds_finite_loss(args, kwargs):
             self._num_rejected_in_a_row = _MAX_REJECTED
         if self._num_rejected_in_a_row >= _MAX_REJECTED:
-            sites = _nonfinite_sites(self.model, self.guide, args, kwargs)
-            raise ValueError(
-                f"Expected a finite loss; got none in {_MAX_REJECTED} attempts at inverse "
-                f"temperature {stage.inverse_temperature:.3g} (sites with a log density or gradient "
-                f"that is not finite: {', '.join(sites) or 'none in the latest draw'}). The "
-                f"parameters are unchanged. Start the guide where the model has a finite density "
-                f"(init_loc_fn, base_loc, base_scale) or lower the learning rate."
-            )
+            self._give_up(f"{_MAX_REJECTED} attempts", args, kwargs)
+        if self._num_rejected_in_a_row % _NUM_REJECTED_TO_GO_BACK == 0 and self._last_good is not None:
+            self._go_back("the loss or its gradient", args, kwargs)
+
+    def _go_back(self, cause: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Return to the last good state, with half the learning rate and half the increments."""
+        assert self._last_good is not None  # a step that is accepted keeps one before it
+        state, t = self._last_good
+        self._parameters.go_back(state, _RECOVERY_FACTOR)
+        recoveries = self.history.recoveries
+        if len(recoveries) >= _MAX_RECOVERIES:
+            self._give_up(f"spite of {_MAX_RECOVERIES} returns to the last good state", args, kwargs)
+        recoveries.append(Recovery(self._num_steps, self.inverse_temperature, t, cause))
+        if t != self.inverse_temperature:
+            self._start_stage(t)
+
+    def _give_up(self, when: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sites = nonfinite_sites(self.model, self.guide, args, kwargs)
+        raise ValueError(
+            f"Expected a finite loss and finite parameters; got none in {when} at inverse temperature "
+            f"{self.inverse_temperature:.3g}, stage {len(self.history.stages)} (sites with a log density or "
+            f"gradient that is not finite: {', '.join(sites) or 'none in the latest draw'}). The parameters "
+            f"are the last good ones. Start the guide where the model has a finite density (init_loc_fn, "
+            f"base_loc, base_scale) or lower the learning rate."
+        )
 
     def _finds_finite_loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return any(
-            _is_finite((), _to_float(self.evaluate_loss(*args, **kwargs))) for _ in range(_MAX_REJECTED - 1)
+            is_finite((), to_float(self.evaluate_loss(*args, **kwargs))) for _ in range(_MAX_REJECTED - 1)
         )
 
     def _step_lr_scheduler(self, loss: float) -> None:
@@ -274,64 +449,3 @@ class AdaAnnSVI(SVI):
         if self.lr_schedule == "always" or self._objective.is_final:
             needs_loss = self.optim.pt_scheduler_constructor is ReduceLROnPlateau
             self.optim.step(loss) if needs_loss else self.optim.step()
-
-
-def _captured(capture: Any) -> set[Tensor]:
-    return {site["value"].unconstrained() for site in capture.trace.nodes.values()}
-
-
-def _check_parts(guide: Any, optim: Any, loss: Any, schedule: AnnealingSchedule, path: Path) -> None:
-    if not isinstance(optim, PyroOptim):
-        raise ValueError(
-            f"Expected `optim` to be a pyro.optim.PyroOptim; got {type(optim).__name__}. Use for "
-            f"example pyro.optim.Adam({{'lr': 0.001}})."
-        )
-    if not isinstance(schedule, AnnealingSchedule):
-        raise ValueError(
-            f"Expected `schedule` to be an AnnealingSchedule; got {type(schedule).__name__}. For a "
-            f"list of inverse temperatures use SequenceSchedule."
-        )
-    if isinstance(loss, ELBO):
-        _check_count("loss.num_particles", loss.num_particles, 1)
-    if isinstance(loss, TemperedTrace_ELBO):
-        raise ValueError(
-            "Expected a loss of the untempered model; got TemperedTrace_ELBO, which AdaAnnSVI would "
-            "temper once more. Use Trace_ELBO here, or TemperedTrace_ELBO with pyro.infer.SVI."
-        )
-    if schedule.initial_inverse_temperature < 1:
-        check_can_temper(guide, loss, path)
-
-
-def _check_count(name: str, value: int | None, minimum: int) -> None:
-    if value is not None and (not isinstance(value, int) or value < minimum):
-        raise ValueError(f"Expected `{name}` to be an integer >= {minimum}; got {value!r}.")
-
-
-def _to_float(loss: Any) -> Any:
-    # As in SVI: some losses return a tuple, e.g. ReweightedWakeSleep.
-    if isinstance(loss, tuple):
-        return type(loss)(map(pyro.infer.util.torch_item, loss))
-    return pyro.infer.util.torch_item(loss)
-
-
-def _is_finite(params: Collection[Tensor], loss: Any) -> bool:
-    if not all(map(math.isfinite, loss if isinstance(loss, tuple) else (loss,))):
-        return False
-    # A sum is finite only if all its terms are.
-    sums = [param.grad.sum() for param in params if param.grad is not None]
-    return all(math.isfinite(value) for value in torch.stack(sums).tolist()) if sums else True
-
-
-def _nonfinite_sites(model: Any, guide: Any, args: Any, kwargs: Any) -> list[str]:
-    names = []
-    with pyro.validation_enabled(False), torch.no_grad():
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        replayed = poutine.replay(model, trace=guide_trace)
-        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-        for trace in (guide_trace, model_trace):
-            for name, site in trace.nodes.items():
-                if site["type"] == "sample" and name not in names:
-                    log_prob = torch.as_tensor(site["fn"].log_prob(site["value"]))
-                    if not torch.isfinite(log_prob).all():
-                        names.append(name)
-    return names

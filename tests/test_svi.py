@@ -285,6 +285,7 @@ def test_single_unvectorized_particles_reach_across_stages_for_a_variance():
 def test_final_particles():
     problem = conjugate_normal()
     for vectorize in (False, True):
+        pyro.clear_param_store()
         seen = []
 
         def model(seen=seen) -> None:

@@ -120,7 +120,7 @@ def test_a_density_that_is_never_finite_is_named_before_a_parameter_changes(vect
 
 
 @pytest.mark.parametrize("t", [0.3, 1.0])
-def test_broken_particles_add_nothing_and_leave_the_others_exact(t):
+def test_broken_particles_cost_ten_nats_and_leave_the_others_exact(t):
     model = broken_model(lambda z: z[..., 1] > 0.5)
     good = broken_model(lambda z: z[..., 1] > math.inf)
     guide = AutoPlanar(model, 4).initialize()
@@ -151,7 +151,10 @@ def test_broken_particles_add_nothing_and_leave_the_others_exact(t):
     log_p = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
     log_p = log_p + dist.Normal(z[:, 0], 1.0).log_prob(torch.tensor(0.3))
     expected = (terms - t * log_p)[~is_broken].sum() / 50
-    expected.backward()
+    # And what pushes the guide back: ten times the gradient of the broken mass.
+    weight = is_broken.float() - is_broken.float().mean()
+    cost = 10 * (weight * log_q.log_prob(z.detach().clone())).sum() / 50
+    (expected + cost).backward()
     assert loss == pytest.approx(expected.item(), rel=1e-4)
     for actual, parameter in zip(broken_grads, guide.parameters(), strict=True):
         torch.testing.assert_close(actual, parameter.grad, rtol=1e-3, atol=1e-6)

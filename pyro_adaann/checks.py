@@ -1,0 +1,85 @@
+"""What the driver checks: its arguments once, losses and gradients at every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import pyro
+import pyro.infer.util
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+from pyro_adaann.schedules import AnnealingSchedule
+from pyro_adaann.tempering import Path, TemperedTrace_ELBO, check_can_temper
+
+__all__ = ["check_count", "check_parts", "is_finite", "nonfinite_sites", "to_float"]
+
+
+def check_parts(guide: Any, optim: Any, loss: Any, schedule: AnnealingSchedule, path: Path) -> None:
+    """Raise a `ValueError` if these parts do not go together."""
+    if not isinstance(optim, PyroOptim):
+        raise ValueError(
+            f"Expected `optim` to be a pyro.optim.PyroOptim; got {type(optim).__name__}. Use for "
+            f"example pyro.optim.Adam({{'lr': 0.001}})."
+        )
+    if not isinstance(schedule, AnnealingSchedule):
+        raise ValueError(
+            f"Expected `schedule` to be an AnnealingSchedule; got {type(schedule).__name__}. For a "
+            f"list of inverse temperatures use SequenceSchedule."
+        )
+    if isinstance(loss, ELBO):
+        check_count("loss.num_particles", loss.num_particles, 1)
+    if isinstance(loss, TemperedTrace_ELBO):
+        raise ValueError(
+            "Expected a loss of the untempered model; got TemperedTrace_ELBO, which AdaAnnSVI would "
+            "temper once more. Use Trace_ELBO here, or TemperedTrace_ELBO with pyro.infer.SVI."
+        )
+    if schedule.initial_inverse_temperature < 1:
+        check_can_temper(guide, loss, path)
+
+
+def check_count(name: str, value: int | None, minimum: int) -> None:
+    """Raise a `ValueError` unless ``value`` is an integer from ``minimum`` up, or None."""
+    if value is not None and (not isinstance(value, int) or value < minimum):
+        raise ValueError(f"Expected `{name}` to be an integer >= {minimum}; got {value!r}.")
+
+
+def to_float(loss: Any) -> Any:
+    """Return a loss as a float, or a tuple of losses, e.g. of ReweightedWakeSleep, as one of floats."""
+    if isinstance(loss, tuple):
+        return type(loss)(map(pyro.infer.util.torch_item, loss))
+    return pyro.infer.util.torch_item(loss)
+
+
+def is_finite(params: Collection[Tensor], loss: Any) -> bool:
+    """Whether a loss and the gradients of ``params`` are finite, and their squares too.
+
+    A gradient of 1e20 is finite in single precision and its square is not: in Adam's memory it would
+    be infinite, and every later update zero, without a word.
+    """
+    if not all(map(math.isfinite, loss if isinstance(loss, tuple) else (loss,))):
+        return False
+    # A sum is finite only if all its terms are.
+    sums = [param.grad.square().sum() for param in params if param.grad is not None]
+    return all(math.isfinite(value) for value in torch.stack(sums).tolist()) if sums else True
+
+
+def nonfinite_sites(model: Any, guide: Any, args: Any, kwargs: Any) -> list[str]:
+    """Return the names of the sites whose log density is not finite in one fresh draw."""
+    names = []
+    with pyro.validation_enabled(False), torch.no_grad():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        for trace in (guide_trace, model_trace):
+            for name, site in trace.nodes.items():
+                if site["type"] == "sample" and name not in names:
+                    log_prob = torch.as_tensor(site["fn"].log_prob(site["value"]))
+                    if not torch.isfinite(log_prob).all():
+                        names.append(name)
+    return names
