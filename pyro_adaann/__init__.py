@@ -1,7 +1,7 @@
 """Annealed variational inference with normalizing flows for Pyro."""
 
 from pyro_adaann.guides import AutoFlow, AutoPlanar, AutoRealNVP
-from pyro_adaann.results import AnnealingHistory, AnnealingStage
+from pyro_adaann.results import AnnealingHistory, AnnealingStage, Recovery
 from pyro_adaann.schedules import (
     AdaAnnSchedule,
     AnnealingSchedule,
@@ -28,6 +28,7 @@ __all__ = [
     "ConstantSchedule",
     "LinearSchedule",
     "Path",
+    "Recovery",
     "SequenceSchedule",
     "TemperedTrace_ELBO",
     "__version__",
