@@ -12,7 +12,7 @@ from pyro_adaann.importance import (
     weighted_mean,
 )
 from pyro_adaann.io_arviz import to_arviz
-from pyro_adaann.results import AnnealingHistory, AnnealingStage
+from pyro_adaann.results import AnnealingHistory, AnnealingStage, Recovery
 from pyro_adaann.schedules import (
     AdaAnnSchedule,
     AnnealingSchedule,
@@ -40,6 +40,7 @@ __all__ = [
     "Diagnosis",
     "LinearSchedule",
     "Path",
+    "Recovery",
     "SequenceSchedule",
     "TemperedTrace_ELBO",
     "WeightedDraws",

@@ -166,7 +166,11 @@ class Objective:
             tame_gradients(guide_trace, self.max_gradient_ratio)
         if self._drops_broken:
             num_broken, num_particles = drop_broken(
-                model_trace, guide_trace, _BROKEN_COST if self._is_training else 0.0
+                model_trace,
+                guide_trace,
+                _BROKEN_COST if self._is_training else 0.0,
+                # Not where it is plain SVI.
+                finds_lost=self._is_training and self.max_gradient_ratio < math.inf,
             )
             self.num_broken += num_broken
             # Pyro would warn of each of them, at every step.

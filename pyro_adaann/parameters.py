@@ -71,7 +71,8 @@ class FitParameters:
                 f"store is another guide's: guides of one class have the same names there. Call "
                 f"pyro.clear_param_store() before a new fit; for two fits side by side call "
                 f"pyro.settings.set(module_local_params=True) before the guides are made, or use "
-                f"`with pyro.get_param_store().scope():` around each."
+                f"`with pyro.get_param_store().scope():` around each. For parameters read from a file use "
+                f"load_checkpoint or the guide's load_state_dict."
             )
         _TRAINED_BY[value] = ref(self.guide)
 

@@ -42,6 +42,9 @@ __all__ = [
     "with_traces",
 ]
 
+#: How far below the median a log weight is lost: in nats, and in units of the median distance.
+_MIN_LOSS = 1000.0
+_MAX_DISTANCE = 50.0
 #: Most rows of a Jacobian for which so many backward passes are cheaper than an inverse.
 _MAX_ROWS = 30
 _PARTICLE_PLATE = "num_particles_vectorized"
@@ -148,7 +151,9 @@ def marginal_log_density(model_trace: Trace, guide_trace: Trace) -> Tensor:
     return total
 
 
-def drop_broken(model_trace: Trace, guide_trace: Trace, cost: float = 0.0) -> tuple[int, int]:
+def drop_broken(
+    model_trace: Trace, guide_trace: Trace, cost: float = 0.0, *, finds_lost: bool = False
+) -> tuple[int, int]:
     r"""Take particles whose log density is not finite out of a pair of traces of `Trace_ELBO`.
 
     They add zero to the loss; the other particles' parts are what they are without them. To the
@@ -163,23 +168,47 @@ def drop_broken(model_trace: Trace, guide_trace: Trace, cost: float = 0.0) -> tu
     mass in the broken region nothing is left of it.
 
     :param cost: in nats; 0 to drop them alone.
+    :param finds_lost: whether draws that are finite and a thousand nats below the others, which stay
+        in the loss, get the same push.
     :return: the number of broken particles and of all particles.
     """
-    sites = [*sites_of(model_trace), *sites_of(guide_trace)]
+    guide_sites = list(sites_of(guide_trace))
+    sites = [*sites_of(model_trace), *guide_sites]
     with torch.no_grad():
-        total = torch.as_tensor(sum(per_particle(site, site["log_prob"]) for site in sites))
-        if math.isfinite(float(total.sum())):  # and so is every term
-            return 0, total.numel()
-        broken = ~torch.isfinite(total).reshape(-1)
-    if cost:
-        # With itself in the mean, a single particle would weigh nothing.
-        mean = float(broken.sum()) / len(broken) if len(broken) > 1 else 0.0
-        weight = cost * (broken.to(total.dtype) - mean)
+        log_p, log_q = (
+            torch.as_tensor(sum(per_particle(site, site["log_prob"]) for site in part)).reshape(-1)
+            for part in (sites_of(model_trace), guide_sites)
+        )
+        log_weight = log_p - log_q
+        # A sum is finite only if all its terms are; the difference could hide an infinite pair.
+        total, reach = torch.stack([(log_p + log_q).sum(), log_weight.median() - log_weight.min()]).tolist()
+        if math.isfinite(total) and not (finds_lost and reach > _MIN_LOSS):
+            return 0, log_p.numel()
+        broken = ~torch.isfinite(log_p + log_q)
+        lost = _is_lost(log_weight, broken) if finds_lost else broken
+    # With itself in the mean, a single particle would weigh nothing.
+    mean = float(lost.sum()) / len(lost) if len(lost) > 1 else 0.0
+    num_broken = int(broken.sum())
     for site in sites:
-        _mask(site, broken)
+        if num_broken:
+            _mask(site, broken)
         if cost and "score_parts" in site and _has_score(site):
-            _add_score(site, weight)
-    return int(broken.sum()), broken.numel()
+            _add_score(site, cost * (lost.to(log_weight.dtype) - mean))
+    return num_broken, broken.numel()
+
+
+def _is_lost(log_weight: Tensor, broken: Tensor) -> Tensor:
+    """Whether a draw is broken or as good as that: on a plateau at -1e8 there is no slope to climb.
+
+    A thousand nats below the median, and far outside the spread of the others: nothing of the kind
+    is left near a posterior.
+    """
+    good = log_weight[~broken]
+    if len(good) < 2:
+        return broken
+    median = good.median()
+    reach = max(_MIN_LOSS, _MAX_DISTANCE * float((good - median).abs().median()))
+    return broken | (log_weight < median - reach)
 
 
 def _has_score(site: Any) -> bool:

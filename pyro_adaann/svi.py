@@ -102,6 +102,7 @@ class AdaAnnSVI(SVI):
         >>> def model():
         ...     z = pyro.sample("z", dist.Normal(0.0, 3.0))
         ...     pyro.sample("x", dist.Normal(z**2, 0.5), obs=torch.tensor(4.0))
+        >>> pyro.clear_param_store()  # a new fit
         >>> guide = AutoPlanar(model, num_transforms=8, base_scale=2.0)
         >>> elbo = Trace_ELBO(num_particles=10, vectorize_particles=True)
         >>> svi = AdaAnnSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo,
