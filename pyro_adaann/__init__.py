@@ -10,12 +10,13 @@ from pyro_adaann.schedules import (
     SequenceSchedule,
 )
 from pyro_adaann.svi import AdaAnnSVI
-from pyro_adaann.tempering import BRIDGE, JOINT, LIKELIHOOD, Path, TemperedTrace_ELBO
+from pyro_adaann.tempering import BRIDGE, JOINT, KL_WARMUP, LIKELIHOOD, Path, TemperedTrace_ELBO
 from pyro_adaann.version import __version__
 
 __all__ = [
     "BRIDGE",
     "JOINT",
+    "KL_WARMUP",
     "LIKELIHOOD",
     "AdaAnnSVI",
     "AdaAnnSchedule",

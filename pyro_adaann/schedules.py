@@ -263,5 +263,12 @@ def standard_deviation(draws: Tensor) -> float | None:
 
 def _check_inverse_temperature(name: str, value: float) -> float:
     if not 0 < value <= 1:
-        raise ValueError(f"Expected `{name}` in (0, 1]; got {value}.")
+        reason = ""
+        if value == 0:
+            reason = (
+                " At 0 there is nothing to fit: the tempered density is flat (path 'joint'), or the guide "
+                "has neither prior nor entropy and shrinks to a point (path 'kl_warmup'). Begin at a "
+                "small number such as 0.01."
+            )
+        raise ValueError(f"Expected `{name}` in (0, 1]; got {value}.{reason}")
     return float(value)
