@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -88,6 +89,8 @@ class ProgressBar:
         # AdaAnn's increments grow about in proportion to t, a linear schedule's not at all: let the
         # recent stages say which, through the growth of the increments.
         times = [stage.inverse_temperature for stage in stages[-21:]]
+        if any(a >= b for a, b in itertools.pairwise(times)):  # it has been restarted
+            return None
         growth = math.log((times[-1] - times[-2]) / (times[1] - times[0]))
         power = growth / math.log(times[-1] / times[0])
         rate = (times[-1] - times[0]) / (len(times) - 1)

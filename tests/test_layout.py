@@ -16,6 +16,8 @@ PACKAGE = Path(pyro_adaann.__file__).parent
 ALLOWED = {
     "version": (set(), False),
     "schedules": (set(), False),
+    "fixed_schedules": ({"schedules"}, False),
+    "endings": ({"schedules"}, False),
     "results": (set(), False),
     "transforms.base": (set(), True),
     "transforms.planar": ({"transforms.base"}, True),
@@ -26,7 +28,7 @@ ALLOWED = {
     "particles": ({"tempering"}, True),
     "objective": ({"particles", "tempering"}, True),
     "progress": ({"results", "schedules"}, False),
-    "svi": ({"objective", "progress", "results", "schedules", "tempering"}, True),
+    "svi": ({"endings", "objective", "progress", "results", "schedules", "tempering"}, True),
     "diagnostics": ({"particles", "results", "svi"}, True),
     "io_arviz": ({"diagnostics", "results", "svi", "version"}, True),
     "plots": ({"results"}, False),
