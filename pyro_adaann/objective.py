@@ -25,7 +25,7 @@ from pyro_adaann.particles import (
 )
 from pyro_adaann.tempering import Path, Tempering
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "spread_within_steps"]
 
 #: Fewest recycled draws behind a variance, once as many have been made: with fewer, the sd is itself
 #: uncertain by more than 1 / sqrt(2 * 100) = 7 %.
@@ -67,6 +67,8 @@ class Objective:
         #: Broken and all particles of the evaluations since `start_stage`.
         self.num_broken = 0
         self.num_particles = 0
+        #: Log factors of the step that runs, and of recent ones, a tensor for each.
+        self._present: list[Tensor] = []
         self._recent: deque[Tensor] = deque()
         self._num_recent = 0
         self._tempering: Tempering | None = None
@@ -129,8 +131,10 @@ class Objective:
             self._tempering = Tempering(model, guide, self.path, self.inverse_temperature)
             model, guide = self._tempering.model, self._tempering.guide
         before = self.num_broken, self.num_particles
+        self._present.clear()
         with self._validation():
             loss = self._calls[self.is_final][is_training](model, guide, *args, **kwargs)
+        self._remember()
         num_broken, num_particles = self.num_broken - before[0], self.num_particles - before[1]
         if not is_training:
             self.num_broken, self.num_particles = before
@@ -148,7 +152,8 @@ class Objective:
                     "variables there is no posterior to anneal: use pyro.infer.SVI."
                 )
             if self._is_training and self.num_recycled_draws:
-                self._remember(log_factors(self._tempering, model_trace, guide_trace))
+                draws = log_factors(self._tempering, model_trace, guide_trace)
+                self._present += [] if draws is None else [draws]
         if self._is_training:
             tame_gradients(guide_trace, self.max_gradient_ratio)
         if self._drops_broken:
@@ -158,9 +163,10 @@ class Objective:
             self._validates &= not num_broken
             self.num_particles += num_particles
 
-    def _remember(self, draws: Tensor | None) -> None:
-        if draws is None:
+    def _remember(self) -> None:
+        if not self._present:
             return
+        draws = torch.cat(self._present)
         self._recent.append(draws)
         self._num_recent += draws.numel()
         while self._num_recent - self._recent[0].numel() >= self.num_recycled_draws:
@@ -175,7 +181,7 @@ class Objective:
             fresh ones if it has made none.
         """
         if num_samples is None and self._recent:
-            return torch.cat(list(self._recent))
+            return spread_within_steps(list(self._recent))
         if self._variance_loss is None:
             # Once, so that Pyro guesses the nesting of plates once.
             elbo = self._loss if isinstance(self._loss, ELBO) else Trace_ELBO()
@@ -188,6 +194,25 @@ class Objective:
                 return draw_log_factors(loss, tempering, args, kwargs)
 
         return self._insist(draw)
+
+
+def spread_within_steps(steps: list[Tensor]) -> Tensor:
+    """Return the draws of several steps, moved so that all steps have the same mean.
+
+    The draws of one step share its mini-batch. What the log density of one batch has more than that
+    of another is no variance of the tempered posterior. Steps of a single draw stay as they are.
+    """
+    if len(steps) == 1:
+        return steps[0]
+    draws = torch.cat(steps).double()
+    center = draws[torch.isfinite(draws)].mean()
+    moved = []
+    for step in draws.split([step.numel() for step in steps]):
+        finite = step[torch.isfinite(step)]
+        # The spread around a step's own mean is too small by this factor.
+        factor = math.sqrt(len(finite) / (len(finite) - 1)) if len(finite) > 1 else 1.0
+        moved.append(center + factor * (step - finite.mean()) if len(finite) > 1 else step)
+    return torch.cat(moved)
 
 
 def _is_latent(site: Any) -> bool:

@@ -133,6 +133,17 @@ class AdaAnnSchedule(AnnealingSchedule):
     carefully and never jumps. For the same reason an increment is at least 1 % of :math:`\tau t`, the
     one of a normal posterior in 20,000 dimensions, so a few absurd draws cannot stall it.
 
+    **Mini-batches.** Where the arguments of a step are a mini-batch of B of N data, log p is that of the
+    batch as the model's plates scale it, and the sd is over particles that share the batch: the draws of
+    a training step are compared with each other alone, and fresh ones (``num_variance_samples``) all see
+    the batch of the step that asks. For global latent variables and a plate scaled to N data that is an
+    estimate of the sd on all data. For local ones (a VAE) log p is a sum of independent terms: the sd of a
+    batch is :math:`\sqrt{B/N}` times that of all data if the plate is not scaled, and
+    :math:`\sqrt{N/B}` times if it is. So one tolerance means another KL divergence there, of the batch.
+    A training step with one particle has no spread of its own: then give ``num_variance_samples``, or
+    the noise between batches counts too and the steps are too short. For amortized guides we recommend
+    a fixed schedule; the tempered posterior moves with the model anyway.
+
     :param tolerance: :math:`\tau` > 0. The paper uses 0.005 to 0.01 for multimodal posteriors and 0.5 for
         a unimodal one; 1 loses modes.
     :param initial_inverse_temperature: the first inverse temperature, in (0, 1].
