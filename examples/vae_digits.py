@@ -17,6 +17,17 @@ latent units in use, those whose posterior mean varies from image to image. Run 
 
     python examples/vae_digits.py --out vae_results
 
+Five seeds, mean and sd (``--num-seeds 5``):
+
+    none    log p(x) -87.30 +- 0.22    active units 20.2 +- 3.7
+    beta    log p(x) -87.01 +- 0.12    active units 22.8 +- 1.3
+    alpha   log p(x) -87.15 +- 0.43    active units 21.8 +- 4.7
+    both    log p(x) -87.05 +- 0.14    active units 21.2 +- 4.1
+
+Beta-annealing has the better log likelihood in 4 of 5 seeds and the more active units in 3: an advantage
+in the mean, of about the size of its spread. It depends on the training: at a learning rate of 0.001,
+one seed, too slow to converge in the same epochs, none was ahead of beta by 0.2 to 0.3.
+
 Source: Bowman et al., *Generating sentences from a continuous space*, 2016 (KL warm-up); Burda et al.,
 *Importance weighted autoencoders*, 2016 (both measures); Alpaydin & Kaynak (1998), the digits.
 """
@@ -173,7 +184,8 @@ def plot(vaes: dict[str, VAE], images: Tensor, path: Path, num_columns: int = 12
         rows[f"{way}: new"] = vae.decode(z).base_dist.mean
     figure, panels = plt.subplots(len(rows), 1, figsize=(num_columns * 0.6, len(rows) * 0.65))
     for panel, (name, row) in zip(panels, rows.items(), strict=True):
-        panel.imshow(row.reshape(-1, 8, 8).permute(1, 0, 2).reshape(8, -1), cmap="gray_r", vmin=0, vmax=16)
+        strip = row.reshape(-1, 8, 8).permute(1, 0, 2).reshape(8, -1).numpy()
+        panel.imshow(strip, cmap="gray_r", vmin=0, vmax=NUM_LEVELS)
         panel.set(xticks=[], yticks=[])
         panel.set_ylabel(name, rotation=0, ha="right", va="center")
     figure.savefig(path, dpi=150, bbox_inches="tight")
