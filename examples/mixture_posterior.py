@@ -14,6 +14,18 @@ is not, and is here to show it: below 1 its target is *sharper* than the posteri
 
     python examples/mixture_posterior.py --out mixture_results
 
+One run each (seed 0; "likelihood": seed 1 and 200 final steps), the exact weight being 0.720:
+
+    SVI         weight 0.863, effective sample size 0.36 of the draws
+    joint       weight 0.759, 0.84
+    likelihood  weight 0.760, 0.83
+    bridge      weight 0.405, 0.52
+    kl_warmup   weight 0.847, 0.37
+
+The learning rate matters. At 0.005 in place of 0.001 (24 or 32 layers, 50 particles) SVI lost a mode in
+3 of 3 runs (weights 0.998, 0.996, 0.002), and annealed fits on "joint" and "likelihood" held on to little
+of the smaller one in 4 of 5 (0.94 to 0.99; the fifth 0.63).
+
 Source: Marin, Mengersen & Robert, *Bayesian modelling and inference on mixtures of distributions*,
 Handbook of Statistics 25, 2005, Section 2.
 """
