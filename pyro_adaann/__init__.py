@@ -2,6 +2,7 @@
 
 from pyro_adaann import plots
 from pyro_adaann.diagnostics import Diagnosis, diagnose
+from pyro_adaann.fixed_schedules import ConstantSchedule, CosineSchedule, LinearSchedule, SequenceSchedule
 from pyro_adaann.guides import AutoFlow, AutoPlanar, AutoRealNVP
 from pyro_adaann.importance import (
     WeightedDraws,
@@ -13,20 +14,15 @@ from pyro_adaann.importance import (
 )
 from pyro_adaann.io_arviz import to_arviz
 from pyro_adaann.results import AnnealingHistory, AnnealingStage, Recovery
-from pyro_adaann.schedules import (
-    AdaAnnSchedule,
-    AnnealingSchedule,
-    ConstantSchedule,
-    LinearSchedule,
-    SequenceSchedule,
-)
+from pyro_adaann.schedules import AdaAnnSchedule, AnnealingSchedule
 from pyro_adaann.svi import AdaAnnSVI
-from pyro_adaann.tempering import BRIDGE, JOINT, LIKELIHOOD, Path, TemperedTrace_ELBO
+from pyro_adaann.tempering import BRIDGE, JOINT, KL_WARMUP, LIKELIHOOD, Path, TemperedTrace_ELBO
 from pyro_adaann.version import __version__
 
 __all__ = [
     "BRIDGE",
     "JOINT",
+    "KL_WARMUP",
     "LIKELIHOOD",
     "AdaAnnSVI",
     "AdaAnnSchedule",
@@ -37,6 +33,7 @@ __all__ = [
     "AutoPlanar",
     "AutoRealNVP",
     "ConstantSchedule",
+    "CosineSchedule",
     "Diagnosis",
     "LinearSchedule",
     "Path",

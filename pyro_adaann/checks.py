@@ -39,6 +39,13 @@ def check_parts(guide: Any, optim: Any, loss: Any, schedule: AnnealingSchedule, 
             "Expected a loss of the untempered model; got TemperedTrace_ELBO, which AdaAnnSVI would "
             "temper once more. Use Trace_ELBO here, or TemperedTrace_ELBO with pyro.infer.SVI."
         )
+    if schedule.needs_log_factor and path.entropy != 1:
+        raise ValueError(
+            f"Expected a fixed schedule on path {path.name!r}; got {type(schedule).__name__}. Its steps "
+            f"are equal in the KL divergence between tempered posteriors of a given model, and KL "
+            f"warm-up is for a model that is still being learned. Use LinearSchedule, CosineSchedule or "
+            f"SequenceSchedule."
+        )
     if schedule.initial_inverse_temperature < 1:
         check_can_temper(guide, loss, path)
 

@@ -29,7 +29,7 @@ from pyro_adaann.particles import (
 )
 from pyro_adaann.tempering import Path, Tempering
 
-__all__ = ["Objective", "sites_in"]
+__all__ = ["Objective", "sites_in", "spread_within_steps"]
 
 #: Fewest recycled draws behind a variance, once as many have been made: with fewer, the sd is itself
 #: uncertain by more than 1 / sqrt(2 * 100) = 7 %.
@@ -76,6 +76,8 @@ class Objective:
         self.num_particles = 0
         #: The model's sites and their distributions, by which a checkpoint knows its model.
         self.sites: list[str] | None = None
+        #: Log factors of the step that runs, and of recent ones, a tensor for each.
+        self._present: list[Tensor] = []
         self._recent: deque[Tensor] = deque()
         self._num_recent = 0
         self._tempering: Tempering | None = None
@@ -139,8 +141,10 @@ class Objective:
             self._tempering = Tempering(model, guide, self.path, self.inverse_temperature)
             model, guide = self._tempering.model, self._tempering.guide
         before = self.num_broken, self.num_particles
+        self._present.clear()
         with self._validation():
             loss = self._calls[self.is_final][is_training](model, guide, *args, **kwargs)
+        self._remember()
         num_broken, num_particles = self.num_broken - before[0], self.num_particles - before[1]
         if not is_training:
             self.num_broken, self.num_particles = before
@@ -161,7 +165,12 @@ class Objective:
                 )
             if self._is_training and self.num_recycled_draws:
                 factors = log_factors(self._tempering, model_trace, guide_trace)
-                self._remember(factors, log_weights(model_trace, guide_trace))
+                if factors is not None:
+                    # The log weight is linear in the inverse temperature, with the log factor as its
+                    # slope: its value at zero serves the stages that follow.
+                    weights = log_weights(model_trace, guide_trace)
+                    offsets = weights - self.inverse_temperature * factors
+                    self._present.append(torch.stack([factors, offsets]))
         if self._is_training:
             tame_gradients(guide_trace, self.max_gradient_ratio)
         if self._drops_broken:
@@ -177,13 +186,12 @@ class Objective:
             self._validates &= not num_broken
             self.num_particles += num_particles
 
-    def _remember(self, factors: Tensor | None, weights: Tensor) -> None:
-        if factors is None:
+    def _remember(self) -> None:
+        if not self._present:
             return
-        # The log weight is linear in the inverse temperature, with the log factor as its slope: its
-        # value at zero serves the stages that follow.
-        self._recent.append(torch.stack([factors, weights - self.inverse_temperature * factors]))
-        self._num_recent += factors.numel()
+        draws = torch.cat(self._present, dim=1)
+        self._recent.append(draws)
+        self._num_recent += draws.shape[1]
         while self._num_recent - self._recent[0].shape[1] >= self.num_recycled_draws:
             self._num_recent -= self._recent.popleft().shape[1]
 
@@ -198,8 +206,7 @@ class Objective:
             fresh ones if it has made none.
         """
         if num_samples is None and self._recent:
-            factors, offsets = torch.cat(list(self._recent), dim=1)
-            return torch.stack([factors, offsets + self.inverse_temperature * factors])
+            return [self._at_present(draws) for draws in self._recent]
         if self._variance_loss is None:
             # Once, so that Pyro guesses the nesting of plates once.
             self._variance_loss = self._make_variance_loss(num_samples or _MIN_RECYCLED_DRAWS)
@@ -258,6 +265,25 @@ def _kind(fn: Any) -> str:
     while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
         fn = fn.base_dist
     return type(fn).__name__
+
+
+def spread_within_steps(steps: list[Tensor]) -> Tensor:
+    """Return the draws of several steps, moved so that all steps have the same mean.
+
+    The draws of one step share its mini-batch. What the log density of one batch has more than that
+    of another is no variance of the tempered posterior. Steps of a single draw stay as they are.
+    """
+    if len(steps) == 1:
+        return steps[0]
+    draws = torch.cat(steps).double()
+    center = draws[torch.isfinite(draws)].mean()
+    moved = []
+    for step in draws.split([step.numel() for step in steps]):
+        finite = step[torch.isfinite(step)]
+        # The spread around a step's own mean is too small by this factor.
+        factor = math.sqrt(len(finite) / (len(finite) - 1)) if len(finite) > 1 else 1.0
+        moved.append(center + factor * (step - finite.mean()) if len(finite) > 1 else step)
+    return torch.cat(moved)
 
 
 def _is_latent(site: Any) -> bool:

@@ -17,15 +17,18 @@ and, if it reads the draws, set ``needs_log_factor = True``::
 
         def propose(self, inverse_temperature, log_factor):
             return self.factor * inverse_temperature
+
+A schedule knows inverse temperatures and no steps. For one inverse temperature per step, per 100 steps
+or per epoch, give the driver ``num_steps_per_stage`` = 1, 100 or the number of mini-batches,
+``len(loader)``, and ``num_initial_steps`` likewise; ``LinearSchedule(10)`` then warms up for 10 epochs.
+A cyclical schedule is one of these and `AdaAnnSVI.restart` whenever a cycle is over: each cycle rises to
+exactly 1, and no schedule has to remember where it is.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,14 +37,13 @@ from torch import Tensor
 __all__ = [
     "AdaAnnSchedule",
     "AnnealingSchedule",
-    "ConstantSchedule",
-    "LinearSchedule",
-    "SequenceSchedule",
     "standard_deviation",
 ]
 
 #: Of a draw from the median, in units of the median distance.
 _MAX_DISTANCE = 50.0
+#: Of a schedule whose inverse temperatures are counted.
+_MAX_STAGES = 1_000_000
 
 
 class AnnealingSchedule(ABC):
@@ -63,6 +65,21 @@ class AnnealingSchedule(ABC):
     def final_inverse_temperature(self) -> float:
         """The inverse temperature at which annealing ends."""
         return 1.0
+
+    @property
+    def num_stages(self) -> int | None:
+        """Number of inverse temperatures, both ends included.
+
+        None where draws decide, and above a million.
+        """
+        if self.needs_log_factor:
+            return None
+        inverse_temperature = self.initial_inverse_temperature
+        for count in range(1, _MAX_STAGES + 1):
+            if inverse_temperature >= self.final_inverse_temperature:
+                return count
+            inverse_temperature = self.next(inverse_temperature)
+        return None
 
     @abstractmethod
     def propose(self, inverse_temperature: float, log_factor: Tensor | None) -> float:
@@ -116,6 +133,17 @@ class AdaAnnSchedule(AnnealingSchedule):
     carefully and never jumps. For the same reason an increment is at least 0.1 % of :math:`\tau t`, the
     one of a normal posterior in two million dimensions, so a few absurd draws cannot stall it.
 
+    **Mini-batches.** Where the arguments of a step are a mini-batch of B of N data, log p is that of the
+    batch as the model's plates scale it, and the sd is over particles that share the batch: the draws of
+    a training step are compared with each other alone, and fresh ones (``num_variance_samples``) all see
+    the batch of the step that asks. For global latent variables and a plate scaled to N data that is an
+    estimate of the sd on all data. For local ones (a VAE) log p is a sum of independent terms: the sd of a
+    batch is :math:`\sqrt{B/N}` times that of all data if the plate is not scaled, and
+    :math:`\sqrt{N/B}` times if it is. So one tolerance means another KL divergence there, of the batch.
+    A training step with one particle has no spread of its own: then give ``num_variance_samples``, or
+    the noise between batches counts too and the steps are too short. For amortized guides we recommend
+    a fixed schedule; the tempered posterior moves with the model anyway.
+
     :param tolerance: :math:`\tau` > 0. The paper uses 0.005 to 0.01 for multimodal posteriors and 0.5 for
         a unimodal one; 1 loses modes.
     :param initial_inverse_temperature: the first inverse temperature, in (0, 1].
@@ -152,92 +180,6 @@ class AdaAnnSchedule(AnnealingSchedule):
         return inverse_temperature + increment
 
 
-class LinearSchedule(AnnealingSchedule):
-    r"""Equal increments, :math:`t_j = t_0 + j (1 - t_0) / K` for j = 0, ..., K.
-
-    :param num_increments: K >= 1.
-    :param initial_inverse_temperature: :math:`t_0` in (0, 1].
-    :raises ValueError: if K is not an integer >= 1.
-
-    Source: Rezende & Mohamed (2015); Cobian et al., *AdaAnn*, Section 2.3.
-
-    Example::
-
-        >>> LinearSchedule(num_increments=9, initial_inverse_temperature=0.1).next(0.1)
-        0.2
-    """
-
-    def __init__(self, num_increments: int, *, initial_inverse_temperature: float = 0.01) -> None:
-        super().__init__(initial_inverse_temperature)
-        if not isinstance(num_increments, int) or num_increments < 1:
-            raise ValueError(f"Expected `num_increments` an integer >= 1; got {num_increments!r}.")
-        self.num_increments = num_increments
-
-    def propose(self, inverse_temperature: float, log_factor: Tensor | None) -> float:
-        # Through the index, so that rounding errors do not add up over thousands of increments.
-        start = self.initial_inverse_temperature
-        step = (1 - start) / self.num_increments
-        index = math.floor((inverse_temperature - start) / step + 1e-6) + 1
-        return 1.0 if index >= self.num_increments else start + index * step
-
-
-class SequenceSchedule(AnnealingSchedule):
-    """The inverse temperatures that the user gives.
-
-    :param inverse_temperatures: strictly increasing numbers in (0, 1], the last one 1.
-    :raises ValueError: if they are not.
-
-    Example::
-
-        >>> SequenceSchedule([0.01, 0.1, 0.5, 1.0]).next(0.1)
-        0.5
-    """
-
-    def __init__(self, inverse_temperatures: Sequence[float]) -> None:
-        values = [float(value) for value in inverse_temperatures]
-        if not values:
-            raise ValueError("Expected at least one inverse temperature; got none.")
-        super().__init__(values[0])
-        if any(not a < b for a, b in itertools.pairwise(values)):
-            raise ValueError(f"Expected strictly increasing inverse temperatures; got {values}.")
-        if values[-1] != 1.0:
-            raise ValueError(
-                f"Expected the last inverse temperature to be 1, where the posterior is; got "
-                f"{values[-1]}. Append 1.0, or use ConstantSchedule to stay at one temperature."
-            )
-        self.inverse_temperatures = values
-
-    def propose(self, inverse_temperature: float, log_factor: Tensor | None) -> float:
-        index = bisect.bisect_right(self.inverse_temperatures, inverse_temperature)
-        return self.inverse_temperatures[index]
-
-
-class ConstantSchedule(AnnealingSchedule):
-    """One inverse temperature from the first step to the last.
-
-    At 1 (the default) it is no annealing: `AdaAnnSVI` then does what `pyro.infer.SVI` does. Below 1
-    the guide is fitted to the *tempered* posterior and stays there.
-
-    :param inverse_temperature: in (0, 1].
-    :raises ValueError: if it is outside (0, 1].
-
-    Example::
-
-        >>> ConstantSchedule().initial_inverse_temperature
-        1.0
-    """
-
-    def __init__(self, inverse_temperature: float = 1.0) -> None:
-        super().__init__(inverse_temperature)
-
-    @property
-    def final_inverse_temperature(self) -> float:
-        return self.initial_inverse_temperature
-
-    def propose(self, inverse_temperature: float, log_factor: Tensor | None) -> float:
-        return self.initial_inverse_temperature
-
-
 def standard_deviation(draws: Tensor) -> float | None:
     """Return the sd of the finite draws, or None where they do not determine one.
 
@@ -264,5 +206,12 @@ def standard_deviation(draws: Tensor) -> float | None:
 
 def _check_inverse_temperature(name: str, value: float) -> float:
     if not 0 < value <= 1:
-        raise ValueError(f"Expected `{name}` in (0, 1]; got {value}.")
+        reason = ""
+        if value == 0:
+            reason = (
+                " At 0 there is nothing to fit: the tempered density is flat (path 'joint'), or the guide "
+                "has neither prior nor entropy and shrinks to a point (path 'kl_warmup'). Begin at a "
+                "small number such as 0.01."
+            )
+        raise ValueError(f"Expected `{name}` in (0, 1]; got {value}.{reason}")
     return float(value)

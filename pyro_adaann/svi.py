@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pyro_adaann.budget import StepPlan, next_within_budget, plan_steps, projected_num_steps
 from pyro_adaann.checkpoint import CheckpointKeeper, read_checkpoint, write_checkpoint
 from pyro_adaann.checks import check_count, check_parts, is_finite, nonfinite_sites, to_float
+from pyro_adaann.endings import announce_short_training, count_annealing_steps, watch_end
 from pyro_adaann.interrupt import InterruptGuard
 from pyro_adaann.objective import Objective
 from pyro_adaann.parameters import FitParameters, captured_parameters
@@ -67,8 +68,8 @@ class AdaAnnSVI(SVI):
     :param optim: a `pyro.optim.PyroOptim`.
     :param loss: an ELBO of Pyro's, or a callable ``loss(model, guide, *args, **kwargs)``.
     :param schedule: the schedule, by default :class:`~pyro_adaann.AdaAnnSchedule`.
-    :param path: ``"joint"`` (the paper), ``"likelihood"``, ``"bridge"`` or a
-        :class:`~pyro_adaann.Path`.
+    :param path: ``"joint"`` (the paper), ``"likelihood"``, ``"bridge"``, ``"kl_warmup"`` or a
+        :class:`~pyro_adaann.Path`; :mod:`pyro_adaann.paths` says what each of them targets.
     :param num_initial_steps: T0 in the paper, steps at the first inverse temperature.
     :param num_steps_per_stage: T, steps at every inverse temperature between the first and 1.
     :param num_final_steps: T1, steps at 1 before :attr:`is_done`.
@@ -76,6 +77,9 @@ class AdaAnnSVI(SVI):
     :param num_variance_samples: M, fresh guide draws behind each answer of the schedule. By default
         the draws of the latest training steps are used again, which costs no model run: those of
         one stage, and of the stages before it where they are fewer than 100.
+    :param num_training_steps: how many times the user's loop will call :meth:`step`, if that is known:
+        a warning at construction says if the schedule does not reach 1 by then. Whether given or not,
+        a training that ends below 1 is logged when the driver goes out of use.
     :param lr_schedule: when :meth:`run` steps a `PyroLRScheduler`: in the ``"final"`` stage (the
         paper's way), ``"always"`` or ``"never"``. :meth:`step` leaves that to the caller, as
         `SVI.step` does.
@@ -129,6 +133,7 @@ class AdaAnnSVI(SVI):
         num_final_steps: int = 5000,
         num_final_particles: int | None = None,
         num_variance_samples: int | None = None,
+        num_training_steps: int | None = None,
         lr_schedule: Literal["final", "always", "never"] = "final",
         loss_and_grads: Callable[..., Any] | None = None,
     ) -> None:
@@ -140,6 +145,7 @@ class AdaAnnSVI(SVI):
         check_count("num_final_steps", num_final_steps, 1)
         check_count("num_final_particles", num_final_particles, 1)
         check_count("num_variance_samples", num_variance_samples, 2)
+        check_count("num_training_steps", num_training_steps, 1)
         if num_final_particles is not None and not isinstance(loss, ELBO):
             raise ValueError(
                 f"Expected an ELBO, which has particles, with `num_final_particles`; got a "
@@ -182,6 +188,13 @@ class AdaAnnSVI(SVI):
         self._settings = settings_of(self, loss)
         # Not of Python's generators, which the user may have seeded.
         self._fit_id = uuid.uuid4().hex
+        announce_short_training(self.num_annealing_steps, num_training_steps)
+        watch_end(self)
+
+    @property
+    def num_annealing_steps(self) -> int | None:
+        """Number of steps before the first one at 1; None if the schedule depends on the fit."""
+        return count_annealing_steps(self.schedule, self.num_initial_steps, self.num_steps_per_stage)
 
     @property
     def inverse_temperature(self) -> float:
@@ -294,6 +307,20 @@ class AdaAnnSVI(SVI):
             )
         return self.history
 
+    def restart(self) -> None:
+        """Anneal once more from the schedule's first inverse temperature, with the guide as it is.
+
+        This makes every schedule a cyclical one (Fu et al., *Cyclical annealing schedule*, NAACL 2019).
+        A cycle rises to 1 and stays there for ``num_final_steps`` steps::
+
+            for epoch in range(num_epochs):
+                if svi.is_done:
+                    svi.restart()
+                for batch in loader:
+                    svi.step(batch)
+        """
+        self._start_stage(self.schedule.initial_inverse_temperature)
+
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Write all that decides how the fit goes on to one file, whole or not at all.
 
@@ -364,7 +391,7 @@ class AdaAnnSVI(SVI):
         always the one at which the guide has been trained.
         """
         stage, plan = self._stage, self._plan
-        is_first = len(self.history.stages) == 1
+        is_first = stage.inverse_temperature == self.schedule.initial_inverse_temperature
         length = plan.num_initial if is_first else plan.num_per_stage
         if self._objective.is_final or stage.num_steps < length:
             return

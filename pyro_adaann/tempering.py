@@ -7,10 +7,11 @@ base, each in the **unconstrained** coordinates z,
 .. math:: \log p_t(z) = w_\mathrm{prior}(t) \log p(z) + w_\mathrm{lik}(t) \log p(x \mid z)
           + w_\mathrm{base}(t) \log q_0(z),
 
-where the weights go linearly in t from the path's own values at t = 0 to 1, 1 and 0. A handler
-multiplies the scale of every site of the model by its weight, so whatever Pyro does with scales
-(plates, subsampling, enumeration, any ELBO) holds for tempered densities too: in particular a scale
-common to enumerated sites is applied outside their sum, which makes :math:`(\sum_k p)^t` exact.
+where the weights go linearly in t from the path's own values at t = 0 to 1, 1 and 0; on a path of KL
+warm-up the guide's own density has a weight too (:mod:`pyro_adaann.paths`). A handler multiplies the
+scale of every site by its weight, so whatever Pyro does with scales (plates, subsampling, enumeration,
+any ELBO) holds for tempered densities too: in particular a scale common to enumerated sites is applied
+outside their sum, which makes :math:`(\sum_k p)^t` exact.
 
 **Coordinates.** Pyro's autoguides report the Jacobian of a constraint as the density of `Delta` sites
 in the guide. Scaling the model alone would temper the density of the *constrained* values; a
@@ -22,7 +23,6 @@ values itself, the Jacobian is added on the side of the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -35,9 +35,13 @@ from pyro.infer import (
     JitTraceEnum_ELBO,
     JitTraceGraph_ELBO,
     JitTraceMeanField_ELBO,
+    RenyiELBO,
+    ReweightedWakeSleep,
     Trace_ELBO,
     Trace_MMD,
     TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+    TraceTMC_ELBO,
 )
 from pyro.infer.autoguide import AutoContinuous, AutoDiscreteParallel, AutoGuideList
 from pyro.poutine.messenger import Messenger
@@ -45,9 +49,12 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from pyro_adaann.paths import BRIDGE, JOINT, KL_WARMUP, LIKELIHOOD, Path, get_path
+
 __all__ = [
     "BRIDGE",
     "JOINT",
+    "KL_WARMUP",
     "LIKELIHOOD",
     "Path",
     "TemperedTrace_ELBO",
@@ -56,65 +63,6 @@ __all__ = [
     "get_path",
     "is_delta",
 ]
-
-
-@dataclass(frozen=True)
-class Path:
-    """A path of tempered densities, given by the density at t = 0.
-
-    That density is ``prior^prior * likelihood^likelihood * base^base`` with the exponents given
-    here, each in [0, 1].
-
-    :param name: what the user calls it.
-    :param prior: weight of the log prior at t = 0; it ends at 1.
-    :param likelihood: weight of the log likelihood (observed, `pyro.factor` and model-enumerated
-        sites) at t = 0; it ends at 1.
-    :param base: weight of the log density of the guide's base at t = 0; it ends at 0.
-
-    Example::
-
-        >>> Path("half a prior", prior=0.5, likelihood=0.0).prior_weight(0.5)
-        0.75
-    """
-
-    name: str
-    prior: float
-    likelihood: float
-    base: float = 0.0
-
-    def prior_weight(self, inverse_temperature: float) -> float:
-        """Weight of the log prior and of the Jacobians."""
-        return self.prior + (1 - self.prior) * inverse_temperature
-
-    def likelihood_weight(self, inverse_temperature: float) -> float:
-        """Weight of the log likelihood."""
-        return self.likelihood + (1 - self.likelihood) * inverse_temperature
-
-    def base_weight(self, inverse_temperature: float) -> float:
-        """Weight of the log density of the guide's base."""
-        return self.base * (1 - inverse_temperature)
-
-
-#: p(x, z)^t: the paper's path, alpha-annealing. At t = 0 the density is flat.
-JOINT = Path("joint", prior=0.0, likelihood=0.0)
-#: p(z) p(x | z)^t: proper at every t if the prior is; at t = 0 it is the prior.
-LIKELIHOOD = Path("likelihood", prior=1.0, likelihood=0.0)
-#: q0(z)^(1 - t) p(x, z)^t: proper at every t; at t = 0 it is the base of the guide.
-BRIDGE = Path("bridge", prior=0.0, likelihood=0.0, base=1.0)
-
-_PATHS = {path.name: path for path in (JOINT, LIKELIHOOD, BRIDGE)}
-
-
-def get_path(path: str | Path) -> Path:
-    """Return the path of this name, or the path itself.
-
-    :raises ValueError: if there is no path of this name.
-    """
-    if isinstance(path, Path):
-        return path
-    if path not in _PATHS:
-        raise ValueError(f"Expected `path` to be one of {sorted(_PATHS)} or a Path; got {path!r}.")
-    return _PATHS[path]
 
 
 class Tempering:
@@ -171,9 +119,15 @@ class _TemperGuide(Messenger):
         return super().__enter__()
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or msg["infer"].get("is_auxiliary") or site_is_subsample(msg):
-            return
         tempering, path, t = self.tempering, self.tempering.path, self.tempering.inverse_temperature
+        if site_is_subsample(msg) or msg["name"] in tempering.guide_rates:
+            return
+        if path.entropy != 1 and not is_delta(msg["fn"]):
+            # Also of sites that are not drawn by the model: they are where an autoguide has its density.
+            # Score-function terms stay right: Pyro scales costs, but not the score itself.
+            msg["scale"] = msg["scale"] * path.entropy_weight(t)
+        if msg["is_observed"] or msg["infer"].get("is_auxiliary"):
+            return
         if is_delta(msg["fn"]):
             tempering.delta_sites.add(msg["name"])
             tempering.scale(msg, path.prior_weight(t), 1 - path.prior, tempering.guide_rates)
@@ -221,15 +175,16 @@ class _TemperModel(Messenger):
         tempering, path = self.tempering, self.tempering.path
         if msg["name"] not in tempering.other_sites or msg["is_observed"]:
             return
-        weight = path.prior_weight(tempering.inverse_temperature)
-        if weight == 1 or not _has_jacobian(msg["fn"]):
+        t = tempering.inverse_temperature
+        weight = path.prior_weight(t) - path.entropy_weight(t)
+        if weight == 0 or not _has_jacobian(msg["fn"]):
             return
-        # The guide's density is one of constrained values: so is p_t, with |dz/du|^(weight - 1).
+        # The guide's density is one of constrained values: so is p_t, with |dz/du|^weight.
         name = f"_{msg['name']}_jacobian"
         log_jacobian = _log_jacobian(msg["fn"], msg["value"])
         self.jacobian_sites.add(name)
-        tempering.model_rates[name] = (1 - path.prior) / (weight - 1)
-        factor = dist.Unit((weight - 1) * log_jacobian, validate_args=False)
+        tempering.model_rates[name] = (1 - path.prior) / weight
+        factor = dist.Unit(weight * log_jacobian, validate_args=False)
         pyro.sample(name, factor, obs=factor.sample(), infer={"is_auxiliary": True})
 
 
@@ -257,12 +212,13 @@ def _log_jacobian(fn: Any, value: Tensor) -> Tensor:
 class TemperedTrace_ELBO(Trace_ELBO):
     r"""`Trace_ELBO` of the tempered posterior, for those who keep `pyro.infer.SVI`.
 
-    .. math:: \mathcal{L} = E_q[\log q(z) - \log p_t(z)]
+    .. math:: \mathcal{L} = E_q[w_\mathrm{ent}(t) \log q(z) - \log p_t(z)]
 
+    with :math:`w_\mathrm{ent} = 1` except on the path of KL warm-up, where it is t.
     ``inverse_temperature`` may be assigned between steps.
 
     :param inverse_temperature: t in (0, 1].
-    :param path: ``"joint"``, ``"likelihood"``, ``"bridge"`` or a :class:`Path`.
+    :param path: ``"joint"``, ``"likelihood"``, ``"bridge"``, ``"kl_warmup"`` or a :class:`Path`.
     :param kwargs: those of `pyro.infer.Trace_ELBO`.
     :raises ValueError: if t is outside (0, 1] or the path is unknown; at the first step, if the
         path needs a flow guide and the guide is none.
@@ -309,6 +265,10 @@ class TemperedTrace_ELBO(Trace_ELBO):
         yield from super()._get_traces(model, guide, args, kwargs)
 
 
+#: Losses with importance weights p / q.
+_IMPORTANCE_WEIGHTED = RenyiELBO | ReweightedWakeSleep | TraceTailAdaptive_ELBO | TraceTMC_ELBO
+
+
 def check_can_temper(guide: Callable[..., Any], loss: Any, path: Path) -> None:
     """Raise a `ValueError` that names the way out if this guide or loss cannot be tempered."""
     kind = type(loss).__name__
@@ -322,10 +282,16 @@ def check_can_temper(guide: Callable[..., Any], loss: Any, path: Path) -> None:
             f"Expected a loss made of log densities; got {kind}, which compares samples and does "
             f"not see an inverse temperature. Use Trace_ELBO."
         )
-    if isinstance(loss, TraceMeanField_ELBO) and path.prior != 1:
+    if isinstance(loss, TraceMeanField_ELBO) and path.prior != path.entropy:
         raise ValueError(
-            f"Expected a loss that sees the scale of the prior on path {path.name!r}; got {kind}, "
-            f"whose analytic KL does not. Use Trace_ELBO, or path='likelihood'."
+            f"Expected a loss that weighs prior and guide apart on path {path.name!r}; got {kind}, "
+            f"whose analytic KL has one weight. Use Trace_ELBO, or path='likelihood' or 'kl_warmup'."
+        )
+    if isinstance(loss, _IMPORTANCE_WEIGHTED) and path.entropy != 1:
+        raise ValueError(
+            f"Expected a loss that is linear in the log densities on path {path.name!r}; got {kind}, "
+            f"whose importance weights have the guide's density itself as denominator, not a power of "
+            f"it. Use Trace_ELBO, or path='likelihood'."
         )
     if isinstance(poutine.unwrap(guide), Messenger):
         raise ValueError(

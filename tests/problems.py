@@ -45,6 +45,8 @@ class ConjugateNormal:
             precision, shift = t * (prior + likelihood), t * shift
         elif path == "likelihood":
             precision, shift = prior + t * likelihood, t * shift
+        elif path == "kl_warmup":
+            precision, shift = prior + likelihood / t, shift / t
         else:
             loc, scale = base
             precision = (1 - t) / scale**2 + t * (prior + likelihood)

@@ -13,6 +13,8 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = {
     "bimodal": ([], {"bimodal.png"}),
     "lynx_hare": ([], {"posterior.nc", "trajectories.png", "pairs.png", "schedule.png"}),
+    "mixture_posterior": ([], {"mixture_posterior.png"}),
+    "vae_digits": ([], {"vae_digits.png"}),
 }
 #: What other test files run, and modules that the examples share.
 ELSEWHERE = {"lorenz", "hiv", "ode", "posterior"}

@@ -68,7 +68,7 @@ def empty_guide() -> None:
         (lambda: make(num_final_steps=0.5), "num_final_steps.*got 0.5"),
         (lambda: make(lr_schedule="sometimes"), "'final', 'always' or 'never'; got 'sometimes'"),
         (lambda: make(schedule=[0.1, 1.0]), "SequenceSchedule"),
-        (lambda: make(path="sideways"), "\\['bridge', 'joint', 'likelihood'\\].*got 'sideways'"),
+        (lambda: make(path="sideways"), "\\['bridge', 'joint', 'kl_warmup', 'likelihood'\\].*got 'sideways'"),
         (lambda: make(path="bridge", guide=AutoNormal(PROBLEM.model)), "AutoPlanar"),
         (lambda: make(guide=AutoNormalMessenger(PROBLEM.model)), "AutoNormalMessenger"),
         (lambda: make(guide=empty_guide).step(), "at least one latent site"),
