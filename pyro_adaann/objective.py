@@ -27,6 +27,7 @@ from pyro_adaann.particles import (
     with_num_particles,
     with_traces,
 )
+from pyro_adaann.schedules import move_outliers_in
 from pyro_adaann.tempering import Path, Tempering
 
 __all__ = ["Objective", "sites_in", "spread_within_steps"]
@@ -197,16 +198,17 @@ class Objective:
 
     def draw_log_factors(
         self, num_samples: int | None, model: Any, guide: Any, args: Any, kwargs: Any
-    ) -> Tensor:
-        """Return d/dt log p_t of guide draws and their log weights, shape ``(2, num_draws)``.
+    ) -> list[Tensor]:
+        """Return d/dt log p_t of guide draws and their log weights, ``(2, num_draws)`` for every step.
 
         The weights are against the density at the present inverse temperature.
 
-        :param num_samples: how many fresh draws; None for those that training has made, or 100
-            fresh ones if it has made none.
+        :param num_samples: how many fresh draws, as of one step; None for those that training has
+            made, or 100 fresh ones if it has made none.
         """
         if num_samples is None and self._recent:
-            return [self._at_present(draws) for draws in self._recent]
+            t = self.inverse_temperature
+            return [torch.stack([draws[0], draws[1] + t * draws[0]]) for draws in self._recent]
         if self._variance_loss is None:
             # Once, so that Pyro guesses the nesting of plates once.
             self._variance_loss = self._make_variance_loss(num_samples or _MIN_RECYCLED_DRAWS)
@@ -217,7 +219,7 @@ class Objective:
                 tempering = Tempering(model, guide, self.path, t)
                 return draw_log_factors(loss, tempering, args, kwargs)
 
-        return self._insist(draw)
+        return [self._insist(draw)]
 
     def _make_variance_loss(self, num_samples: int) -> ELBO:
         elbo = self._loss if isinstance(self._loss, ELBO) else Trace_ELBO()
@@ -275,7 +277,8 @@ def spread_within_steps(steps: list[Tensor]) -> Tensor:
     """
     if len(steps) == 1:
         return steps[0]
-    draws = torch.cat(steps).double()
+    # Outliers first: one of them in a step would move all the others of that step.
+    draws = move_outliers_in(torch.cat(steps).double())
     center = draws[torch.isfinite(draws)].mean()
     moved = []
     for step in draws.split([step.numel() for step in steps]):

@@ -37,6 +37,7 @@ from torch import Tensor
 __all__ = [
     "AdaAnnSchedule",
     "AnnealingSchedule",
+    "move_outliers_in",
     "standard_deviation",
 ]
 
@@ -181,27 +182,38 @@ class AdaAnnSchedule(AnnealingSchedule):
 
 
 def standard_deviation(draws: Tensor) -> float | None:
-    """Return the sd of the finite draws, or None where they do not determine one.
+    """Return the sd of the finite draws, outliers moved in, or None where they do not determine one.
 
     That is with fewer than two finite draws, or a spread below the rounding errors of
     single-precision numbers of their size. Safe against overflow of the squares.
-
-    Draws further from the median than 50 times the median distance count as that far: one trajectory
-    that blows up would else be the whole variance. The log density of a normal distribution reaches
-    that far four times in a million draws in one dimension, and less often in more.
     """
-    finite = draws[torch.isfinite(draws)].double()
+    moved = move_outliers_in(draws.double())
+    finite = moved[torch.isfinite(moved)]
     if finite.numel() < 2:
         return None
-    median = finite.median()
-    reach = _MAX_DISTANCE * float((finite - median).abs().median())
-    if 0 < reach < math.inf:
-        finite = finite.clamp(median - reach, median + reach)
     size = float(finite.abs().max())
     if size == 0:
         return None
     relative = float((finite / size).std(correction=1))
     return relative * size if relative > torch.finfo(torch.float32).eps else None
+
+
+def move_outliers_in(draws: Tensor) -> Tensor:
+    """Return draws of which none is further from the median than 50 times the median distance.
+
+    One trajectory that blows up would else be the whole variance. The log density of a normal
+    distribution reaches that far four times in a million draws in one dimension, and less often in
+    more. Draws that are not finite stay as they are.
+    """
+    is_finite = torch.isfinite(draws)
+    finite = draws[is_finite]
+    if not finite.numel():
+        return draws
+    median = finite.median()
+    reach = _MAX_DISTANCE * float((finite - median).abs().median())
+    if not 0 < reach < math.inf:
+        return draws
+    return torch.where(is_finite, draws.clamp(median - reach, median + reach), draws)
 
 
 def _check_inverse_temperature(name: str, value: float) -> float:

@@ -24,7 +24,7 @@ from pyro_adaann.checkpoint import CheckpointKeeper, read_checkpoint, write_chec
 from pyro_adaann.checks import check_count, check_parts, is_finite, nonfinite_sites, to_float
 from pyro_adaann.endings import announce_short_training, count_annealing_steps, watch_end
 from pyro_adaann.interrupt import InterruptGuard
-from pyro_adaann.objective import Objective
+from pyro_adaann.objective import Objective, spread_within_steps
 from pyro_adaann.parameters import FitParameters, captured_parameters
 from pyro_adaann.progress import ProgressBar
 from pyro_adaann.results import AnnealingHistory, AnnealingStage, Recovery
@@ -397,11 +397,12 @@ class AdaAnnSVI(SVI):
             return
         draws = None
         if self.schedule.needs_log_factor:
-            draws, log_weights = self._objective.draw_log_factors(
+            steps = self._objective.draw_log_factors(
                 self.num_variance_samples, self.model, self.guide, args, kwargs
             )
-            stage.record(draws, log_weights)
-            stage.log_factor_sd = standard_deviation(draws)  # outliers moved in, as for the schedule
+            stage.record(*torch.cat(steps, dim=1))
+            draws = spread_within_steps([factors for factors, _ in steps])
+            stage.log_factor_sd = standard_deviation(draws)  # what the schedule sees
         t = stage.inverse_temperature
         following = next_within_budget(self.schedule, plan, self.history, draws)
         if self.history.recoveries and plan.num_total is None:

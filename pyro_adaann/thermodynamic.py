@@ -29,7 +29,7 @@ import torch
 from pyro_adaann.draws import GuideDraws
 from pyro_adaann.importance import effective_sample_size, weighted_mean
 from pyro_adaann.particles import log_factors
-from pyro_adaann.results import AnnealingHistory
+from pyro_adaann.results import AnnealingHistory, AnnealingStage
 from pyro_adaann.tempering import Path, Tempering
 
 __all__ = ["TemperatureNode", "ThermodynamicEstimate", "final_node", "history_nodes", "integrate"]
@@ -109,10 +109,15 @@ def integrate(nodes: Sequence[TemperatureNode]) -> ThermodynamicEstimate:
 
 def history_nodes(history: AnnealingHistory) -> list[TemperatureNode]:
     """Return the nodes of the stages below 1; none if the schedule asked for no draws in one of them."""
-    nodes = []
+    stages: list[AnnealingStage] = []
     for stage in history.stages:
-        if stage.inverse_temperature >= 1:
-            break
+        # After a recovery or a restart, the later stages at these inverse temperatures count.
+        while stages and stages[-1].inverse_temperature >= stage.inverse_temperature:
+            stages.pop()
+        if stage.inverse_temperature < 1:
+            stages.append(stage)
+    nodes = []
+    for stage in stages:
         values: list[Any] = [getattr(stage, name) for name in _STAGE_FIELDS]
         if None in values:
             return []

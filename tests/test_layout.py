@@ -26,7 +26,7 @@ ALLOWED = {
     "paths": (set(), False),
     "tempering": ({"paths"}, True),
     "particles": ({"tempering"}, True),
-    "objective": ({"particles", "tempering"}, True),
+    "objective": ({"particles", "schedules", "tempering"}, True),
     "parameters": (set(), True),
     "interrupt": (set(), False),
     "checkpoint": (set(), False),
