@@ -84,7 +84,7 @@ class FitParameters:
                 values += [v for v in memory.values() if torch.is_tensor(v) and v.is_floating_point()]
         # One call for all: the largest entry of a tensor is finite only if all are.
         largest = torch._foreach_norm(values, math.inf) if values else []
-        return all(map(math.isfinite, torch.stack(largest).tolist())) if largest else True
+        return all(map(math.isfinite, torch.stack(list(largest)).tolist())) if largest else True
 
     def state(self) -> dict[str, Any]:
         """Return values and optimizers by name; :meth:`restore` takes it."""

@@ -545,8 +545,11 @@ def test_a_mode_lost_while_annealing_is_noticed(path):
         assert d.thermodynamic is not None
         outcomes.append((d.log_evidence - TWO_MODES_LOG_EVIDENCE, d.thermodynamic, d.lost_share))
     for error, estimate, lost in outcomes:
-        assert estimate.log_evidence == pytest.approx(TWO_MODES_LOG_EVIDENCE, abs=0.35)
-        if abs(error) < 0.1:  # both modes are there
+        second_error = estimate.log_evidence - TWO_MODES_LOG_EVIDENCE
+        if abs(error) < 0.2:  # both modes are there
+            assert abs(second_error) < 0.2
             assert lost is None
+        else:  # what was lost on the way was there at first, and counts in the second estimate
+            assert error + 0.2 < second_error < 0.2
         if lost is not None:
             assert error == pytest.approx(-math.log(2), abs=0.1)
