@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/step_time.py [--quick] [--json FILE]
 
 Every row is one model (a normal density), one flow, one number of particles. The two drivers take
-turns, one step each, so that both see the same machine; the figures are medians over the turns.
+turns of six steps, so that both see the same machine; the figures are medians.
 
 * ours: `AdaAnnSVI` with `AutoPlanar` or `AutoRealNVP`, annealing, log factors recycled;
 * stock: `pyro.infer.SVI` with `AutoNormalizingFlow` of `planar` layers, or of `AffineCoupling` layers
@@ -31,6 +31,8 @@ from pyro.nn import DenseNN
 
 from pyro_adaann import AdaAnnSVI, AutoPlanar, AutoRealNVP
 
+#: Steps that one driver takes before the other's turn.
+STEPS_PER_TURN = 6
 #: (flow, layers, hidden width, latents, particles): those with a target first, then the grid.
 TARGETS = [
     ("planar", 250, 0, 3, 100),
@@ -87,12 +89,14 @@ def our_guide(model: Callable[[], None], flow: str, num_transforms: int, width: 
 def median_times(drivers: list[SVI], num_turns: int) -> list[float]:
     """Return the median time of a step of each driver, in milliseconds."""
     times: list[list[float]] = [[] for _ in drivers]
-    for turn in range(num_turns + 3):
+    for turn in range(num_turns + 1):
         for driver, record in zip(drivers, times, strict=True):
-            start = time.perf_counter()
-            driver.step()
-            if turn >= 3:
-                record.append(1000 * (time.perf_counter() - start))
+            for step in range(STEPS_PER_TURN):
+                start = time.perf_counter()
+                driver.step()
+                # The first turn is for set-up, the first step of a turn for the caches.
+                if turn and step:
+                    record.append(1000 * (time.perf_counter() - start))
     return [statistics.median(record) for record in times]
 
 
@@ -133,7 +137,7 @@ def main() -> None:
     rows = []
     print("flow     layers hidden latents particles   ours ms  stock ms   ratio")
     for case in TARGETS if args.quick else [*TARGETS, *(c for c in GRID if c not in TARGETS)]:
-        row = measure(*case, num_turns=10 if args.quick else 30)
+        row = measure(*case, num_turns=4 if args.quick else 8)
         rows.append(row)
         print(
             "{flow:8} {layers:6} {hidden:6} {latents:7} {particles:9} {ours_ms:9.2f} "

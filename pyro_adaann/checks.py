@@ -71,9 +71,10 @@ def is_finite(params: Collection[Tensor], loss: Any) -> bool:
     """
     if not all(map(math.isfinite, loss if isinstance(loss, tuple) else (loss,))):
         return False
-    # A sum is finite only if all its terms are.
-    sums = [param.grad.square().sum() for param in params if param.grad is not None]
-    return all(math.isfinite(value) for value in torch.stack(sums).tolist()) if sums else True
+    grads = [param.grad for param in params if param.grad is not None]
+    # Roots of sums of squares: finite only if all the squares are.
+    norms = list(torch._foreach_norm(grads)) if grads else []
+    return all(map(math.isfinite, torch.stack(norms).tolist())) if norms else True
 
 
 def nonfinite_sites(model: Any, guide: Any, args: Any, kwargs: Any) -> list[str]:

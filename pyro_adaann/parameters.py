@@ -82,9 +82,9 @@ class FitParameters:
         for optimizer in self._optimizers():
             for memory in optimizer.state.values():
                 values += [v for v in memory.values() if torch.is_tensor(v) and v.is_floating_point()]
-        # One call for all: the largest entry of a tensor is finite only if all are.
-        largest = torch._foreach_norm(values, math.inf) if values else []
-        return all(map(math.isfinite, torch.stack(list(largest)).tolist())) if largest else True
+        # A sum is finite only if all its terms are.
+        sums = [value.sum() for value in values]
+        return all(map(math.isfinite, torch.stack(sums).tolist())) if sums else True
 
     def state(self) -> dict[str, Any]:
         """Return values and optimizers by name; :meth:`restore` takes it."""
