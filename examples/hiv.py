@@ -11,8 +11,8 @@ and leaves x3 as it is: the posterior has two modes, each of weight exactly 1/2.
 
     python examples/hiv.py --out hiv_results
 
-Settings are those of the paper (Section 4.5 and Table 7). The result is printed beside the paper's
-Table 6 and the exact posterior of the same data, which ``benchmarks/reference/ode_exact.py``
+Settings are those of the paper (Section 4.5 and Table 7) but for the path, which starts from the
+guide's own base. The result is printed beside the paper's Table 6 and the exact posterior of the same data, which ``benchmarks/reference/ode_exact.py``
 computes.
 """
 
@@ -108,6 +108,9 @@ def make_svi(fast: bool) -> AdaAnnSVI:
         guide,
         optim,
         Trace_ELBO(num_particles=10 if fast else 100, vectorize_particles=True),
+        # Not the paper's path: under a flat prior p(x, z)^t at t = 5e-5 is spread without end along
+        # p1 x2(0) = const, the guide follows it, and AdaAnn's steps shrink to nothing.
+        path="bridge",
         # With hardly any training the log densities stay far apart, and AdaAnn's steps small.
         schedule=AdaAnnSchedule(1e6 if fast else 0.005, initial_inverse_temperature=0.00005),
         num_initial_steps=5 if fast else 1000,
