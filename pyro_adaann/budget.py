@@ -112,17 +112,13 @@ def projected_num_steps(history: AnnealingHistory, schedule: AnnealingSchedule, 
         return history.num_steps - stages[-1].num_steps + plan.num_final
     if len(stages) < 3:
         return None
-    # AdaAnn's increments grow about in proportion to t, a linear schedule's not at all: let the
-    # recent stages say which, through the growth of the increments.
     times = [stage.inverse_temperature for stage in stages[-_NUM_STAGES:]]
     if any(a >= b for a, b in itertools.pairwise(times)):  # it has gone back
         return None
-    growth = math.log((times[-1] - times[-2]) / (times[1] - times[0]))
-    power = growth / math.log(times[-1] / times[0])
-    rate = (times[-1] - times[0]) / (len(times) - 1)
-    num_stages = (end - t) / rate
-    if power > 0.5:
+    if schedule.needs_log_factor:  # equal steps in log t, see above
         num_stages = math.log(end / t) * (len(times) - 1) / math.log(times[-1] / times[0])
+    else:
+        num_stages = (end - t) * (len(times) - 1) / (times[-1] - times[0])
     return history.num_steps + int(num_stages * plan.num_per_stage + plan.num_final)
 
 
