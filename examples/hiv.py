@@ -12,8 +12,8 @@ and leaves x3 as it is: the posterior has two modes, each of weight exactly 1/2.
     python examples/hiv.py --out hiv_results
 
 Settings are those of the paper (Section 4.5 and Table 7) but for the path, which starts from the
-guide's own base. The result is printed beside the paper's Table 6 and the exact posterior of the same data, which ``benchmarks/reference/ode_exact.py``
-computes.
+guide's own base. The result is printed beside the paper's Table 6 and the exact posterior of the
+same data, which ``benchmarks/reference/ode_exact.py`` computes.
 """
 
 from __future__ import annotations
