@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     start = time.perf_counter()
     pyro.set_rng_seed(args.seed)
-    without = fit_without_annealing(num_steps=20 if args.fast else 4000)
+    without = fit_without_annealing(num_steps=20 if args.fast else 2000)
     pyro.clear_param_store()  # a new fit of guides of the same name
     pyro.set_rng_seed(args.seed)
     svi = make_svi(num_final_steps=20 if args.fast else 8000)
