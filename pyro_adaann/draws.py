@@ -21,6 +21,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
+from pyro_adaann.broken import has_nonfinite_parameter
 from pyro_adaann.fits import (
     Fit,
     check_latents,
@@ -30,7 +31,6 @@ from pyro_adaann.fits import (
     plate_nesting,
 )
 from pyro_adaann.particles import (
-    has_nonfinite_parameter,
     marginal_log_density,
     per_particle,
     sites_of,
