@@ -14,6 +14,8 @@ from pyro_adaann.importance import (
     weighted_mean,
 )
 from pyro_adaann.io_arviz import to_arviz
+from pyro_adaann.ladder import Ladder, Rung
+from pyro_adaann.lost_modes import LadderReport, LostMode, find_lost_modes, mixture_draws
 from pyro_adaann.mixed_kl import TraceMixedKL_ELBO
 from pyro_adaann.results import AnnealingHistory, AnnealingStage, Recovery
 from pyro_adaann.schedules import AdaAnnSchedule, AnnealingSchedule
@@ -40,9 +42,13 @@ __all__ = [
     "CosineSchedule",
     "Diagnosis",
     "ESSStageRule",
+    "Ladder",
+    "LadderReport",
     "LinearSchedule",
+    "LostMode",
     "Path",
     "Recovery",
+    "Rung",
     "SequenceSchedule",
     "StageRule",
     "TemperedTrace_ELBO",
@@ -51,7 +57,9 @@ __all__ = [
     "__version__",
     "diagnose",
     "effective_sample_size",
+    "find_lost_modes",
     "importance_draws",
+    "mixture_draws",
     "pareto_smooth",
     "plots",
     "resample",

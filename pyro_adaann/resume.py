@@ -34,6 +34,7 @@ def fit_state(svi: Any) -> dict[str, Any]:
         "objective": svi._objective.state(),
         "num_rejected_in_a_row": svi._safety_net.num_rejected_in_a_row,
         "budget": None if svi._budget is None else dataclasses.asdict(svi._budget),
+        "ladder": None if svi.ladder is None else svi.ladder.state(),
         "random": get_random_states(),
     }
 
@@ -71,6 +72,8 @@ def restore_fit(svi: Any, state: dict[str, Any], args: tuple[Any, ...], kwargs: 
     svi._objective.restore(state["objective"])
     svi._safety_net.num_rejected_in_a_row = state["num_rejected_in_a_row"]
     svi._fit_id = state["fit_id"]
+    if svi.ladder is not None:
+        svi.ladder.restore(state["ladder"])
     set_random_states(state["random"])
 
 
@@ -82,6 +85,7 @@ def settings_of(svi: Any, loss: Any) -> dict[str, str]:
         "schedule": repr(svi.schedule),
         "path": repr(svi.path),
         "stage_rule": repr(svi.stage_rule),
+        "ladder": repr(svi.ladder),
         "optim": _describe_optim(svi.optim),
     }
     if isinstance(loss, TraceMixedKL_ELBO):

@@ -32,6 +32,7 @@ from pyro_adaann.checks import (
 )
 from pyro_adaann.endings import announce_short_training, count_annealing_steps, watch_end
 from pyro_adaann.interrupt import InterruptGuard
+from pyro_adaann.ladder import Ladder, Rung, put
 from pyro_adaann.objective import Objective, spread_within_steps
 from pyro_adaann.parameters import FitParameters, captured_parameters
 from pyro_adaann.progress import ProgressBar
@@ -78,6 +79,8 @@ class AdaAnnSVI(SVI):
     :param final_loss: another ELBO at 1, in place of ``loss`` and ``num_final_particles``.
     :param stage_rule: when a stage below 1 ends, once it has its number of steps; by default then. The
         first stage then has ``num_initial_steps`` at least.
+    :param ladder: keeps the guide at a few inverse temperatures, by which :func:`diagnose` sees whether a
+        mode was lost on the way.
     :param num_variance_samples: M, fresh guide draws behind each answer of the schedule. By default
         the draws of the latest training steps are used again, which costs no model run: those of
         one stage, and of the stages before it where they are fewer than 100.
@@ -138,6 +141,7 @@ class AdaAnnSVI(SVI):
         num_final_particles: int | None = None,
         final_loss: ELBO | None = None,
         stage_rule: StageRule | None = None,
+        ladder: Ladder | None = None,
         num_variance_samples: int | None = None,
         num_training_steps: int | None = None,
         lr_schedule: Literal["final", "always", "never"] = "final",
@@ -161,6 +165,8 @@ class AdaAnnSVI(SVI):
         self.schedule = schedule
         self.path = path
         self.stage_rule = stage_rule
+        #: The :class:`~pyro_adaann.Ladder` of the fit, or None.
+        self.ladder = ladder
         self.num_initial_steps = num_initial_steps
         self.num_steps_per_stage = num_steps_per_stage
         self.num_final_steps = num_final_steps
@@ -189,6 +195,7 @@ class AdaAnnSVI(SVI):
         self._num_steps = 0
         self._parameters = FitParameters(guide, optim)
         self._safety_net = SafetyNet(self._parameters, self.history)
+        self._guide_names: list[str] | None = None
         self._budget: StepPlan | None = None
         self._settings = settings_of(self, loss)
         # Not of Python's generators, which the user may have seeded.
@@ -243,6 +250,8 @@ class AdaAnnSVI(SVI):
         if is_accepted:
             if not self._safety_net.is_set:
                 self._safety_net.keep()
+                if self.ladder is not None:
+                    self.ladder.start(self.inverse_temperature, self._guide_parameters(args, kwargs))
             self.optim(params)
         pyro.infer.util.zero_grads(params)
         self._count(loss)
@@ -313,8 +322,11 @@ class AdaAnnSVI(SVI):
             )
         return self.history
 
-    def restart(self) -> None:
+    def restart(self, rung: Rung | None = None) -> None:
         """Anneal once more from the schedule's first inverse temperature, with the guide as it is.
+
+        :param rung: a rung of :attr:`ladder`: anneal once more from there, with the guide as it was then.
+            The rungs above it are forgotten.
 
         This makes every schedule a cyclical one (Fu et al., *Cyclical annealing schedule*, NAACL 2019).
         A cycle rises to 1 and stays there for ``num_final_steps`` steps::
@@ -325,7 +337,16 @@ class AdaAnnSVI(SVI):
                 for batch in loader:
                     svi.step(batch)
         """
-        self._start_stage(self.schedule.initial_inverse_temperature)
+        if rung is None:
+            self._start_stage(self.schedule.initial_inverse_temperature)
+            return
+        if self.ladder is None or rung not in self.ladder.rungs:
+            raise ValueError(
+                "Expected a rung of this fit's ladder; got another one. Take one of `svi.ladder.rungs`."
+            )
+        put(rung.values, self._parameters.tensors)
+        self.ladder.cut(rung)
+        self._start_stage(rung.inverse_temperature)
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Write all that decides how the fit goes on to one file, whole or not at all.
@@ -387,6 +408,14 @@ class AdaAnnSVI(SVI):
                 raise
         return loss, captured_parameters(capture.trace)
 
+    def _guide_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the parameters that the guide alone has, not those of the model."""
+        if self._guide_names is None:
+            with poutine.trace(param_only=True) as capture, torch.no_grad():
+                self.guide(*args, **kwargs)
+            self._guide_names = list(captured_parameters(capture.trace))
+        return {name: self._parameters.tensors[name] for name in self._guide_names}
+
     def _advance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start the next stage if the present one has all its steps.
 
@@ -417,6 +446,8 @@ class AdaAnnSVI(SVI):
         if self.history.recoveries and plan.num_total is None:
             factor = RECOVERY_FACTOR ** len(self.history.recoveries)
             following = max(t + factor * (following - t), math.nextafter(t, math.inf))
+        if self.ladder is not None:
+            self.ladder.climb(stage, following, self._guide_parameters(args, kwargs))
         self._start_stage(following)
         if len(self.history.stages) == _NUM_STAGES_TO_PROJECT:
             self._warn_if_endless()
