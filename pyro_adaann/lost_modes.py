@@ -4,8 +4,10 @@ No number from the draws of the final guide sees a mode that none of them visits
 inverse temperature visits it. With draws :math:`z_i \sim q_r` of a rung, weighted to the tempered density
 :math:`p_{t_s}` of a rung s above it, a part of that density is lost where the guide has next to none of it:
 
-.. math:: \text{lost share} = \sum_i W_i\, 1\Bigl[q_s(z_i) < \tfrac{1}{20}\, p_{t_s}(z_i)\Bigr],
+.. math:: \text{lost share} = \sum_i W_i\, 1\Bigl[q_s(z_i) < \tfrac{1}{20} \min(p_{t_s}(z_i), q_r(z_i))\Bigr],
           \qquad W_i \propto \frac{p_{t_s}(z_i)}{q_r(z_i)}
+
+(Less than of the rung below, too: a guide that is still too wide has little density everywhere.)
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pyro_adaann.tempering import Tempering
 
 __all__ = ["LadderReport", "LostMode", "find_lost_modes", "mixture_draws"]
 
-#: A guide has next to nothing of a density below this share of it.
+#: A guide has next to nothing of a density below this share of it and of the rung before.
 _MIN_COVER = 1 / 20
 #: A smaller share is a tail, not a mode.
 _MIN_SHARE = 0.05
@@ -251,7 +253,7 @@ def _compare(svi: AdaAnnSVI, drawn: _RungDraws, rung: Rung | None) -> tuple[floa
         log_q = torch.cat([drawn.draws.score_guide(batch) for batch in drawn.batches])
     log_normalizer = log_weights.logsumexp(0) - math.log(len(log_weights))
     log_p = drawn.log_q + log_weights - log_normalizer
-    is_lost = ~(log_q > log_p + math.log(_MIN_COVER))
+    is_lost = ~(log_q > torch.minimum(log_p, drawn.log_q) + math.log(_MIN_COVER))
     weights = log_weights.softmax(0)
     share = float(weights[is_lost].sum())
     se = float((weights * (is_lost.double() - share)).square().sum().sqrt())

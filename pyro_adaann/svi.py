@@ -20,7 +20,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_adaann.budget import StepPlan, next_within_budget, plan_steps, projected_num_steps
-from pyro_adaann.checkpoint import CheckpointKeeper, read_checkpoint, write_checkpoint
+from pyro_adaann.checkpoint import (
+    CheckpointKeeper,
+    get_random_states,
+    read_checkpoint,
+    set_random_states,
+    write_checkpoint,
+)
 from pyro_adaann.checks import (
     check_count,
     check_parts,
@@ -411,8 +417,10 @@ class AdaAnnSVI(SVI):
     def _guide_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """Return the parameters that the guide alone has, not those of the model."""
         if self._guide_names is None:
+            random = get_random_states()  # a resumed fit looks too, at another time
             with poutine.trace(param_only=True) as capture, torch.no_grad():
                 self.guide(*args, **kwargs)
+            set_random_states(random)
             self._guide_names = list(captured_parameters(capture.trace))
         return {name: self._parameters.tensors[name] for name in self._guide_names}
 
