@@ -8,6 +8,7 @@ inverse temperature visits it. With draws :math:`z_i \sim q_r` of a rung, weight
           \qquad W_i \propto \frac{p_{t_s}(z_i)}{q_r(z_i)}
 
 (Less than of the rung below, too: a guide that is still too wide has little density everywhere.)
+Neighbors overlap in any dimension; the posterior itself, at t = 1, is in reach of a wide rung in few.
 """
 
 from __future__ import annotations
@@ -87,12 +88,13 @@ class LadderReport:
 
 
 def find_lost_modes(
-    svi: AdaAnnSVI, *args: Any, num_samples: int = 2000, vectorize: bool = True, **kwargs: Any
+    svi: AdaAnnSVI, *args: Any, num_samples: int = 5000, vectorize: bool = True, **kwargs: Any
 ) -> LadderReport:
-    """Compare every rung of the ladder of a fit with the next two, the guide itself as the highest.
+    """Compare every rung of the ladder of a fit with the next two and with the guide.
 
     A part that a rung lacks and the next one has again was not lost. One that both lack is reported,
-    with the inverse temperatures between which it went.
+    with the inverse temperatures between which it went; likewise a part of the posterior itself that
+    the draws of a rung, weighted all the way, see and the guide lacks.
 
     :param svi: a fit with a ladder.
     :param args: arguments of model and guide as in ``svi.step``, with ``kwargs``.
@@ -118,16 +120,29 @@ def find_lost_modes(
     rungs = _rungs(svi)
     below = svi.ladder.rungs if svi.ladder is not None else []
     drawn = [_draw(svi, rung, args, kwargs, num_samples, vectorize) for rung in below]
+
+    def loss(r: int, share: float, se: float) -> LostMode:
+        lower, upper = (_inverse_temperature(svi, rungs[k]) for k in (r, r + 1))
+        return LostMode(below[r], lower, upper, share, se)
+
     lost: list[LostMode] = []
     min_ess = 1.0
     for r, batch in enumerate(drawn):
-        above = [(s, *_compare(svi, batch, rungs[s])) for s in range(r + 1, min(r + 3, len(rungs)))]
-        min_ess = min(min_ess, above[0][3] / num_samples)
-        if all(_is_lost(share, se, ess) for _, share, se, ess in above):
-            s, share, se, _ = above[0]
-            lower, upper = (_inverse_temperature(svi, rungs[k]) for k in (r, s))
-            lost.append(LostMode(below[r], lower, upper, share, se))
-    return LadderReport(len(rungs) - 1, lost, min_ess)
+        # What a rung lacks and the next one has again was not lost.
+        above = [_compare(svi, batch, rung) for rung in rungs[r + 1 : r + 3]]
+        min_ess = min(min_ess, above[0][2] / num_samples)
+        if all(map(_is_lost, above)):
+            lost.append(loss(r, *above[0][:2]))
+    # A mode may be next to nothing of the tempered densities at first and much of the posterior: seen from
+    # afar, as far as the draws reach.
+    seen = [(r, found) for r, batch in enumerate(drawn) if _is_lost(found := _compare(svi, batch, None))]
+    if seen:
+        highest = seen[-1][0]
+        share, se, _ = min((found for _, found in seen), key=lambda found: found[1])
+        lost = [part for part in lost if part.rung is not below[highest]]
+        lost.append(loss(highest, share, se))
+    lost.sort(key=lambda part: part.lower)
+    return LadderReport(len(below), lost, min_ess)
 
 
 def mixture_draws(
@@ -260,5 +275,6 @@ def _compare(svi: AdaAnnSVI, drawn: _RungDraws, rung: Rung | None) -> tuple[floa
     return share, se, effective_sample_size(log_weights)
 
 
-def _is_lost(share: float, se: float, ess: float) -> bool:
+def _is_lost(found: tuple[float, float, float]) -> bool:
+    share, se, ess = found
     return ess >= _MIN_ESS and share > max(_MIN_SHARE, _NUM_ERRORS * se)
