@@ -26,9 +26,9 @@ from torch import Tensor
 from pyro_adaann import WeightedDraws, find_lost_modes, importance_draws, weighted_mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import hiv  # noqa: E402
-import lorenz  # noqa: E402
-from posterior import load_reference  # noqa: E402
+import hiv
+import lorenz
+from posterior import load_reference
 
 RESULTS = Path(__file__).resolve().parent / "results" / "ode_modes.jsonl"
 NUM_DRAWS = 20_000
