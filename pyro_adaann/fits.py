@@ -65,7 +65,8 @@ def check_subsampling(*traces: Trace) -> None:
     frame = subsampled_plate(*traces)
     if frame is not None:
         raise ValueError(
-            f"Expected every plate in full; got {frame.size} of {frame.full_size} in plate {frame.name!r}. The "
-            f"weights of a random part of the data are not those of the posterior: call with the whole "
-            f"plate, for example by making its subsample_size an argument of the model that is None here."
+            f"Expected every plate in full; got {frame.size} of {frame.full_size} in plate "
+            f"{frame.name!r}. The weights of a random part of the data are not those of the posterior: call "
+            f"with the whole plate, for example by making its subsample_size an argument of the model that "
+            f"is None here."
         )
