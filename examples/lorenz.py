@@ -100,8 +100,8 @@ def model(data: Tensor, noise_variance: float) -> None:
 
 def make_svi(fast: bool, settings: str = "paper") -> AdaAnnSVI:
     """Return the fit, not yet run, with the paper's settings, those that track, or tiny ones."""
-    if settings == "tracked" and not fast:
-        return make_tracked_svi()
+    if settings == "tracked":
+        return make_tracked_svi(fast)
     guide = AutoPlanar(model, num_transforms=4 if fast else 250, base_loc=10.0, base_scale=2.0)
     # The learning rate is constant while annealing and falls at t = 1.
     optim = pyro.optim.StepLR(
@@ -126,9 +126,9 @@ def make_svi(fast: bool, settings: str = "paper") -> AdaAnnSVI:
     )
 
 
-def make_tracked_svi() -> AdaAnnSVI:
+def make_tracked_svi(fast: bool) -> AdaAnnSVI:
     """Return the fit, not yet run, with settings that wait for the guide at every stage."""
-    num_final_steps = 2500
+    num_final_steps = 5 if fast else 2500
     optim = pyro.optim.ExponentialLR(
         {
             "optimizer": torch.optim.Adam,
@@ -138,14 +138,15 @@ def make_tracked_svi() -> AdaAnnSVI:
     )
     return AdaAnnSVI(
         model,
-        AutoPlanar(model, num_transforms=100, base_loc=10.0, base_scale=2.0),
+        AutoPlanar(model, num_transforms=4 if fast else 100, base_loc=10.0, base_scale=2.0),
         optim,
-        TraceMixedKL_ELBO(0.5, num_particles=100),
-        final_loss=TraceMixedKL_ELBO(0.5, num_particles=200),
-        schedule=CESSSchedule(0.9, initial_inverse_temperature=0.0005),
-        stage_rule=ESSStageRule(0.5, max_num_steps=300),
+        TraceMixedKL_ELBO(0.5, num_particles=10 if fast else 100),
+        final_loss=TraceMixedKL_ELBO(0.5, num_particles=10 if fast else 200),
+        schedule=CESSSchedule(1e-6 if fast else 0.9, initial_inverse_temperature=0.0005),
+        stage_rule=ESSStageRule(0.5, max_num_steps=2 if fast else 300),
         ladder=Ladder(),
-        num_initial_steps=500,
+        num_initial_steps=5 if fast else 500,
+        num_steps_per_stage=2 if fast else 5,
         num_final_steps=num_final_steps,
     )
 

@@ -149,7 +149,10 @@ def test_restarting_from_a_rung():
     svi.run(progress_bar=False)
     rungs = list(svi.ladder.rungs)
     middle = rungs[len(rungs) // 2]
+    lr = svi.optim.pt_optim_args["lr"]
     svi.restart(middle)
+    for parameter in svi._parameters.tensors.values():
+        assert svi.optim.optim_objs[parameter].param_groups[0]["lr"] == lr / 2
     assert svi.inverse_temperature == middle.inverse_temperature
     assert not svi.is_done
     for name, parameter in svi._parameters.tensors.items():
