@@ -42,7 +42,6 @@ from pyro_adaann import (
     AdaAnnSchedule,
     AdaAnnSVI,
     AutoPlanar,
-    AutoRealNVP,
     CESSSchedule,
     ESSStageRule,
     Ladder,
@@ -151,10 +150,7 @@ def make_tracked_svi(fast: bool) -> AdaAnnSVI:
     )
     return AdaAnnSVI(
         model,
-        # Parts the two modes in half the steps that 100 planar layers take.
-        AutoRealNVP(
-            model, num_transforms=2 if fast else 8, hidden_dims=[64, 64], base_loc=0.0, base_scale=2.0
-        ),
+        AutoPlanar(model, num_transforms=4 if fast else 100, base_loc=0.0, base_scale=2.0),
         optim,
         TraceMixedKL_ELBO(0.5, num_particles=10 if fast else 100),
         final_loss=TraceMixedKL_ELBO(0.5, num_particles=10 if fast else 200),
