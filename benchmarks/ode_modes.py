@@ -5,8 +5,9 @@
 
 The fits are those of ``examples/hiv.py`` and ``examples/lorenz.py``. A fit that is in the result file
 already is not repeated. A tracked fit in which the ladder sees a lost mode is annealed again from the
-rung below, up to three times, and all its steps count. Shares, sds and means are given twice: of the guide's own draws, and with importance
-weights; sds over exact sds, means as differences in exact sds (``reference/ode_exact.py``).
+rung below, up to three times, and all its steps count. Shares, sds and means are given twice: of the
+guide's own draws, and with importance weights; sds over exact sds, means as differences in exact sds
+(``reference/ode_exact.py``).
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ def table() -> str:
     for row in read():
         cells.setdefault((row["example"], row["settings"]), []).append(row)
     lines = [
-        "| example | settings | seeds | updates | restarts | ESS | sds, guide | sds, weighted | means, weighted | "
-        "share of a mode | its weight | log evidence | alarms |",
+        "| example | settings | seeds | updates | restarts | ESS | sds, guide | sds, weighted | "
+        "means, weighted | share of a mode | its weight | log evidence | alarms |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (example, settings), rows in sorted(cells.items()):
@@ -121,12 +122,12 @@ def table() -> str:
             return f"{min(values):.2f} to {max(values):.2f}" if values else "-"
 
         updates = statistics.median(row["steps"] for row in rows)
-        restarts = sum(row["restarts"] for row in rows)
+        restarts = sum(row.get("restarts", 0) for row in rows)
         alarms = sum(bool(row["alarm"]) for row in rows) if rows[0]["alarm"] is not None else "-"
         lines.append(
-            f"| {example} | {settings} | {len(rows)} | {updates:.0f} | {restarts} | {over('ess')} | {span('sd')} | "
-            f"{span('weighted_sd')} | {span('weighted_mean')} | {over('share')} | {over('weight')} | "
-            f"{over('log_evidence')} | {alarms} |"
+            f"| {example} | {settings} | {len(rows)} | {updates:.0f} | {restarts} | {over('ess')} | "
+            f"{span('sd')} | {span('weighted_sd')} | {span('weighted_mean')} | {over('share')} | "
+            f"{over('weight')} | {over('log_evidence')} | {alarms} |"
         )
     return "\n".join(lines)
 
