@@ -1,0 +1,45 @@
+"""A Sphinx extension: formulas as MathML, which browsers draw themselves.
+
+No script, no font and no network are needed to read them, and no LaTeX to build them: docutils, on which
+Sphinx stands, brings the converter. A formula that it cannot read is an error of the build.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+from sphinx.util import logging
+
+_logger = logging.getLogger(__name__)
+
+
+def convert(node: nodes.Element, *, as_block: bool) -> str:
+    """Return the MathML of a formula; log an error and return its source if it cannot be read."""
+    source = node.astext().replace(r"\dots", r"\ldots")  # the one command in use that it does not know
+    try:
+        return tex2mathml(source, as_block=as_block)
+    except MathError as error:
+        _logger.warning("formula %r: %s", source, error, location=node)
+        return f"<code>{source}</code>"
+
+
+def visit_inline(translator: Any, node: nodes.Element) -> None:
+    """Write a formula in a line of text."""
+    translator.body.append(convert(node, as_block=False))
+    raise nodes.SkipNode
+
+
+def visit_display(translator: Any, node: nodes.Element) -> None:
+    """Write a formula on its own."""
+    translator.body.append(f'<div class="formula">{convert(node, as_block=True)}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the renderer under the name ``mathml``."""
+    app.add_html_math_renderer("mathml", (visit_inline, None), (visit_display, None))
+    return {"version": "1.0", "parallel_read_safe": True, "parallel_write_safe": True}
