@@ -36,6 +36,8 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(Path|Fit|Literal|optional|ABC|abc\..*)"),
 ]
 
+nitpick_ignore = [("py:func", "standard_deviation")]  # is in the reference under its module's name
+
 html_theme = "furo"
 html_title = "pyro_adaann"
 html_static_path = ["_static"]

@@ -1,11 +1,13 @@
 """A Sphinx extension: formulas as MathML, which browsers draw themselves.
 
-No script, no font and no network are needed to read them, and no LaTeX to build them: docutils, on which
-Sphinx stands, brings the converter. A formula that it cannot read is an error of the build.
+No script and no network are needed to read them, and no LaTeX to build them: docutils, on which Sphinx
+stands, brings the converter. A formula that it cannot read is an error of the build. The font comes with
+the site (``_static``), since few systems have one with the measures that formulas need.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from docutils import nodes
@@ -16,10 +18,23 @@ from sphinx.util import logging
 
 _logger = logging.getLogger(__name__)
 
+#: What TeX reads otherwise than docutils' converter, and how to tell it.
+_READINGS = [
+    (re.compile(r"\\dots\b"), r"\\ldots"),
+    # Two digits are two arguments: \tfrac12 is a half, and not twelve over what follows.
+    (re.compile(r"\\([td]?frac)\s*(\d)(\d)"), r"\\\1{\2}{\3}"),
+    # A thin space after the name of a function, unless a bracket or a script follows.
+    (re.compile(r"\\(log|exp|tanh|cos|sin|det|max|min)\b(?!\s*(?:[_^(\[{|]|\\[Bb]ig|\\left))\s*"), r"\\\1\\,"),
+    # And before it, where a letter or a bracket comes first.
+    (re.compile(r"(?<=[\w)}\]]) ?\\(log|exp|tanh|cos|sin|det)\b"), r"\\,\\\1"),
+]
+
 
 def convert(node: nodes.Element, *, as_block: bool) -> str:
     """Return the MathML of a formula; log an error and return its source if it cannot be read."""
-    source = node.astext().replace(r"\dots", r"\ldots")  # the one command in use that it does not know
+    source = node.astext()
+    for pattern, reading in _READINGS:
+        source = pattern.sub(reading, source)
     try:
         return tex2mathml(source, as_block=as_block)
     except MathError as error:
