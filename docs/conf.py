@@ -16,7 +16,7 @@ copyright = author
 release = version = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "mathml"]
-exclude_patterns = ["_build", "README.md"]
+exclude_patterns = ["_build", "figures"]  # parts of pages lie in figures/gallery
 # Single backticks in docstrings stand for code, as in Markdown.
 default_role = "literal"
 

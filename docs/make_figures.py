@@ -170,7 +170,7 @@ def guides() -> None:
         svi.run(num_steps=3500, progress_bar=False)
         with torch.no_grad():
             found[name] = guide.get_posterior().log_prob(points.reshape(-1, 2)).exp().reshape(log_p.shape)
-    figure, panels = plt.subplots(1, 4, figsize=(12, 3.3), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 4, figsize=(12, 3.8), sharey=True, layout="constrained")
     for panel, (name, density) in zip(panels, found.items(), strict=True):
         panel.contourf(axis, axis, density / density.max(), levels=8, cmap="Blues")
         panel.set(title=name, xlabel="$z_1$", aspect="equal")

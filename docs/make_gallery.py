@@ -4,8 +4,9 @@
     python docs/make_gallery.py lorenz hiv      # these alone
 
 Nothing is pasted by hand: what an example writes to its ``--out`` folder comes to
-``docs/figures/gallery/<example>_<figure>.png``, with fewer colors, and what it prints to
-``docs/figures/gallery/<example>.txt``, without times, which belong to a quiet machine (``benchmarks/``).
+``docs/figures/gallery/<example>_<figure>.png``, with fewer colors, what it prints to
+``<example>.txt``, without times, which belong to a quiet machine (``benchmarks/``), and ``<example>.md`` puts
+both on the page.
 """
 
 from __future__ import annotations
@@ -21,14 +22,35 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 GALLERY = ROOT / "docs" / "figures" / "gallery"
-#: Scripts of the gallery, with the arguments of the run that is shown.
-EXAMPLES: dict[str, list[str]] = {
-    "bimodal": [],
-    "lynx_hare": [],
-    "lorenz": [],
-    "mixture_posterior": [],
-    "vae_digits": [],
-    "hiv": [],
+#: Scripts of the gallery, with the arguments of the run that is shown, and what their figures show.
+EXAMPLES: dict[str, tuple[list[str], dict[str, str]]] = {
+    "bimodal": ([], {"bimodal": "Densities of SVI and AdaAnnSVI over the exact one, and the schedule"}),
+    "lynx_hare": (
+        [],
+        {
+            "trajectories": "Counts over the trajectories, with bands of 90 percent",
+            "pairs": "Marginals and pairs of the eight parameters",
+            "schedule": "The schedule",
+        },
+    ),
+    "lorenz": (
+        [],
+        {
+            "data": "The noisy data and fifty posterior trajectories",
+            "posterior": "Marginals and pairs of the three parameters",
+            "schedule": "The schedule",
+        },
+    ),
+    "mixture_posterior": ([], {"mixture_posterior": "The exact posterior, SVI and the four paths"}),
+    "vae_digits": ([], {"vae_digits": "Held-out digits, reconstructions and new samples of the four ways"}),
+    "hiv": (
+        [],
+        {
+            "data": "The noisy data and fifty posterior trajectories",
+            "posterior": "Marginals and pairs of the three parameters",
+            "schedule": "The schedule",
+        },
+    ),
 }
 MAX_WIDTH = 1400  # pixels: twice the column of the site, for sharp screens
 NUM_COLORS = 128
@@ -49,15 +71,25 @@ def shrink(source: Path, target: Path) -> None:
 
 def run(name: str) -> None:
     """Run one example and keep what it made."""
+    arguments, captions = EXAMPLES[name]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, f"examples/{name}.py", *EXAMPLES[name], "--out", folder]
+        command = [sys.executable, f"examples/{name}.py", *arguments, "--out", folder]
         printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
         GALLERY.mkdir(parents=True, exist_ok=True)
-        for figure in sorted(Path(folder).glob("*.png")):
-            shrink(figure, GALLERY / f"{name}_{figure.name}")
-    shown = " ".join(["$ python", f"examples/{name}.py", *EXAMPLES[name]])
+        for figure in captions:
+            shrink(Path(folder) / f"{figure}.png", GALLERY / f"{name}_{figure}.png")
+    shown = " ".join(["$ python", f"examples/{name}.py", *arguments])
     text = _FILES.sub("", _TIMES.sub("", printed))
     (GALLERY / f"{name}.txt").write_text(f"{shown}\n{text}")
+    write_page(name)
+
+
+def write_page(name: str) -> None:
+    """Write the part of the page that shows output and figures of one example."""
+    parts = [f"```{{literalinclude}} figures/gallery/{name}.txt\n:language: text\n```"]
+    for figure, caption in EXAMPLES[name][1].items():
+        parts.append(f"![{caption}](figures/gallery/{name}_{figure}.png)")
+    (GALLERY / f"{name}.md").write_text("\n\n".join(parts) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

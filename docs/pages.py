@@ -89,10 +89,13 @@ def run_page(page: Path, *, slow: bool = False) -> Printed:
     namespace: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page):
         if block.language == "python" and (slow or not block.reason):
+            known = _figures()
             text = _run(block.code, page, block.line, namespace)
             if block.name:
                 printed.texts[block.name] = text
-                _take_figure(printed, block.name)
+                new = _figures() - known
+                if new:
+                    printed.figures[block.name] = sys.modules["matplotlib.pyplot"].figure(max(new))
     return printed
 
 
@@ -115,7 +118,7 @@ def _run(code: str, page: Path, line: int, namespace: dict[str, object]) -> str:
     return text.getvalue()
 
 
-def _take_figure(printed: Printed, name: str) -> None:
+def _figures() -> set[int]:
+    """Return the numbers of the figures that are open."""
     plt = sys.modules.get("matplotlib.pyplot")
-    if plt is not None and plt.get_fignums():
-        printed.figures[name] = plt.gcf()
+    return set(plt.get_fignums()) if plt is not None else set()

@@ -123,7 +123,7 @@ def test_links_within_the_repository_hold(page):
 
 
 def test_every_figure_is_shown_and_every_page_is_in_the_contents():
-    text = "".join(page.read_text() for page in pages.PAGES)
+    text = "".join(page.read_text() for page in [*pages.PAGES, *(DOCS / "figures").rglob("*.md")])
     for figure in (DOCS / "figures").rglob("*.*"):
         assert figure.name in text, f"{figure} is on no page"
     contents = (DOCS / "index.md").read_text()
@@ -135,7 +135,7 @@ def test_the_gallery_shows_every_example():
     gallery = (DOCS / "gallery.md").read_text()
     for script in (ROOT / "examples").glob("*.py"):
         if "argparse" in script.read_text():  # the others are parts of these
-            assert f"figures/gallery/{script.stem}.txt" in gallery, script
+            assert f"figures/gallery/{script.stem}.md" in gallery, script
 
 
 # --- names ---------------------------------------------------------------------------------------------
