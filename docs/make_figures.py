@@ -138,8 +138,8 @@ def theorem() -> None:
             ratios.append(divergence / (tolerance**2 / 2))
         panel.semilogx(times, ratios, label=f"tolerance {tolerance:g}")
     panel.axhline(1.0, color="black", linewidth=0.8)
-    panel.set(xlabel="inverse temperature", ylabel="divergence / (tolerance$^2$ / 2)", ylim=(0.2, 1.1))
-    panel.legend(frameon=False, ncols=4, loc="lower center", columnspacing=1.0)
+    panel.set(xlabel="inverse temperature", ylabel="divergence / (tolerance$^2$ / 2)", ylim=(0.0, 1.1))
+    panel.legend(frameon=False, ncols=2, loc="lower center")
     save(figure, "theorem")
 
 
