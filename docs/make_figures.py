@@ -3,9 +3,10 @@
     python docs/make_figures.py                 # all, a few minutes
     python docs/make_figures.py start paths     # these alone
 
-There are two kinds. The named programs of a page are run and leave ``figures/<page>_<name>.txt`` and, if they
-have drawn something, ``.png``: the page shows what its own program made. The others are drawn by the functions
-here. Seeds are fixed. The figures of the examples are made by ``make_gallery.py``.
+There are two kinds. The named programs of a page are run and leave ``figures/<page>_<name>.txt`` and, if
+they have drawn something, ``.png``: the page shows what its own program made. The others are made by the
+functions here; two of them run the diffs and make the tables beside them. Seeds are fixed. The figures of
+the examples are made by ``make_gallery.py``.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 from make_gallery import shrink
-from pages import PAGES, ROOT, blocks, run_page
-from pyro.infer import Trace_ELBO
+from pages import PAGES, ROOT, Block, blocks, run_diff, run_page
+from pyro.infer import Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
 from torch import Tensor
 
@@ -39,6 +40,7 @@ from pyro_adaann import (
     AutoRealNVP,
     CosineSchedule,
     LinearSchedule,
+    diagnose,
 )
 
 FIGURES = ROOT / "docs" / "figures"
@@ -179,17 +181,79 @@ def guides() -> None:
     save(figure, "guides")
 
 
+def eight_schools() -> None:
+    """The table of eight schools: before and after the diff, and exact by quadrature over mu and tau."""
+    before, after = run_diff(SWAP, diffs()["eight_schools"])
+    data = before["y"], before["sigma"]
+    levels = torch.tensor([0.05, 0.5, 0.95])
+    rows = [f"{'tau':38}{'5 %':>7}{'50 %':>7}{'95 %':>7}   log evidence"]
+    for name, side in {"SVI with AutoNormal": before, "AdaAnnSVI with AutoRealNVP": after}.items():
+        draws = Predictive(side["model"], guide=side["guide"], num_samples=10_000, parallel=True)(*data)[
+            "tau"
+        ]
+        quantiles = draws.flatten().quantile(levels).tolist()
+        rows.append(row(name, quantiles, diagnose((side["model"], side["guide"]), *data).log_evidence))
+    log_tau = torch.linspace(-5, 6, 1101, dtype=torch.float64).unsqueeze(-1)
+    mu = torch.linspace(-40, 60, 1001, dtype=torch.float64)
+    tau = log_tau.exp()
+    log_p = dist.Normal(0.0, 10.0).log_prob(mu) + dist.HalfCauchy(25.0 + 0 * tau).log_prob(tau) + log_tau
+    for y, sigma in zip(*(values.double() for values in data), strict=True):
+        log_p = log_p + dist.Normal(mu, (tau**2 + sigma**2).sqrt()).log_prob(y)
+    total = log_p.flatten().logsumexp(0)
+    cumulative = (log_p.logsumexp(1) - total).exp().cumsum(0)
+    quantiles = [float(tau[(cumulative >= level).nonzero()[0, 0], 0]) for level in levels]
+    evidence = float(total) + math.log(float((log_tau[1] - log_tau[0]) * (mu[1] - mu[0])))
+    rows.append(row("exact, by quadrature over mu and tau", quantiles, evidence))
+    (FIGURES / "eight_schools.txt").write_text("\n".join(rows) + "\n")
+
+
+def row(name: str, quantiles: list[float], log_evidence: float) -> str:
+    """Return one line of the table."""
+    return f"{name:38}" + "".join(f"{value:7.1f}" for value in quantiles) + f"{log_evidence:12.1f}"
+
+
+def flip_flop() -> None:
+    """The table of the ODE model: the share of one mode, before and after the diff, and on a grid."""
+    before, after = run_diff(SWAP, diffs()["flip_flop"])
+    data = before["data"]
+    rows = ["share of the draws with ka > ke"]
+    for name, side in {"SVI with AutoNormal": before, "AdaAnnSVI with AutoPlanar": after}.items():
+        found = Predictive(side["model"], guide=side["guide"], num_samples=10_000, parallel=True)(data)
+        rows.append(f"{name:28}{(found['ka'] > found['ke']).float().mean():.3f}")
+    axes = [torch.linspace(low, 3, 81) for low in (-3, -3, -2)]
+    ka, ke, volume = (a.flatten() for a in torch.meshgrid(*axes, indexing="ij"))
+    with torch.no_grad():
+        mean = before["concentration"](ka.exp(), ke.exp(), volume.exp())
+    # A trajectory that overflows has no density.
+    log_p = dist.Normal(mean, 0.3, validate_args=False).log_prob(data).sum(-1)
+    log_p = torch.where(torch.isfinite(log_p), log_p, -torch.inf)
+    for value in (ka, ke, volume):
+        log_p = log_p + dist.Normal(0.0, 0.7).log_prob(value)
+    rows.append(f"{'exact, on a grid':28}{log_p.softmax(0)[ka > ke].sum():.3f}")
+    (FIGURES / "flip_flop.txt").write_text("\n".join(rows) + "\n")
+
+
+SWAP = ROOT / "docs" / "swap.md"
+
+
+def diffs() -> dict[str, Block]:
+    """Return the named diffs of the page on swapping."""
+    return {block.name: block for block in blocks(SWAP) if block.language == "diff"}
+
+
 DRAWN: dict[str, Callable[[], None]] = {
     "paths": paths,
     "schedules": schedules,
     "theorem": theorem,
     "guides": guides,
+    "eight_schools": eight_schools,
+    "flip_flop": flip_flop,
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Draw what is asked for."""
-    named = {path.stem: path for path in PAGES if any(block.name for block in blocks(path))}
+    named = {p.stem: p for p in PAGES if any(b.name and b.language == "python" for b in blocks(p))}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[[], *DRAWN, *named], help="by default all")
     sys.path.insert(0, str(ROOT / "examples"))

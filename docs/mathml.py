@@ -18,15 +18,16 @@ from sphinx.util import logging
 
 _logger = logging.getLogger(__name__)
 
+_FUNCTION = r"\\(log|exp|tanh|cos|sin|det)"
 #: What TeX reads otherwise than docutils' converter, and how to tell it.
 _READINGS = [
     (re.compile(r"\\dots\b"), r"\\ldots"),
     # Two digits are two arguments: \tfrac12 is a half, and not twelve over what follows.
     (re.compile(r"\\([td]?frac)\s*(\d)(\d)"), r"\\\1{\2}{\3}"),
     # A thin space after the name of a function, unless a bracket or a script follows.
-    (re.compile(r"\\(log|exp|tanh|cos|sin|det|max|min)\b(?!\s*(?:[_^(\[{|]|\\[Bb]ig|\\left))\s*"), r"\\\1\\,"),
+    (re.compile(_FUNCTION + r"\b(?!\s*(?:[_^(\[{|]|\\[Bb]ig|\\left))\s*"), r"\\\1\\,"),
     # And before it, where a letter or a bracket comes first.
-    (re.compile(r"(?<=[\w)}\]]) ?\\(log|exp|tanh|cos|sin|det)\b"), r"\\,\\\1"),
+    (re.compile(r"(?<=[\w)}\]]) ?" + _FUNCTION + r"\b"), r"\\,\\\1"),
 ]
 
 

@@ -86,7 +86,7 @@ def run_page(page: Path, *, slow: bool = False) -> Printed:
     :param slow: whether blocks with a reason to be slow are run too.
     """
     printed = Printed()
-    namespace: dict[str, object] = {"__name__": page.stem}
+    namespace: dict[str, Any] = {"__name__": page.stem}
     for block in blocks(page):
         if block.language == "python" and (slow or not block.reason):
             known = _figures()
@@ -99,17 +99,22 @@ def run_page(page: Path, *, slow: bool = False) -> Printed:
     return printed
 
 
-def run_diff(page: Path, block: Block) -> None:
-    """Run the program before a diff and the one after it, each in a namespace and store of its own."""
+def run_diff(page: Path, block: Block) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run the program before a diff and the one after it, each with seed 0 and a store of its own.
+
+    :return: the names that each of them has defined.
+    """
     import pyro
 
-    for code in sides(block):
+    before, after = ({"__name__": page.stem} for _ in range(2))
+    for code, namespace in zip(sides(block), (before, after), strict=True):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        _run(code, page, block.line, {"__name__": page.stem})
+        _run(code, page, block.line, namespace)
+    return before, after
 
 
-def _run(code: str, page: Path, line: int, namespace: dict[str, object]) -> str:
+def _run(code: str, page: Path, line: int, namespace: dict[str, Any]) -> str:
     # Empty lines before it, so that a traceback gives the line of the page.
     program = compile("\n" * line + code, str(page), "exec")
     text = io.StringIO()
