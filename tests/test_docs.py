@@ -49,12 +49,18 @@ def name_of(value: Any) -> str:
 # --- programs ------------------------------------------------------------------------------------------
 
 
+# Pyro says so where a trajectory has overflowed, and the page says what that means.
+overflows = pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
+
+
+@overflows
 @pytest.mark.parametrize("page", PROGRAMS, ids=name_of)
 def test_programs_of_a_page_run_one_after_the_other(page):
     pages.run_page(page)
     mpl.pyplot.close("all")
 
 
+@overflows
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SLOW, ids=name_of)
 def test_slow_programs_of_a_page_run_too(page):
@@ -67,6 +73,7 @@ def test_both_sides_of_a_diff_run(page, block):
     pages.run_diff(page, block)
 
 
+@overflows
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "block"), [d for d in DIFFS if d not in QUICK_DIFFS], ids=name_of)
 def test_both_sides_of_a_slow_diff_run(page, block):
