@@ -186,13 +186,14 @@ def eight_schools() -> None:
     before, after = run_diff(SWAP, diffs()["eight_schools"])
     data = before["y"], before["sigma"]
     levels = torch.tensor([0.05, 0.5, 0.95])
-    rows = [f"{'tau':38}{'5 %':>7}{'50 %':>7}{'95 %':>7}   log evidence"]
+    rows = [f"{'tau':38}{'5 %':>7}{'50 %':>7}{'95 %':>7}   log evidence   k-hat"]
     for name, side in {"SVI with AutoNormal": before, "AdaAnnSVI with AutoRealNVP": after}.items():
         draws = Predictive(side["model"], guide=side["guide"], num_samples=10_000, parallel=True)(*data)[
             "tau"
         ]
         quantiles = draws.flatten().quantile(levels).tolist()
-        rows.append(row(name, quantiles, diagnose((side["model"], side["guide"]), *data).log_evidence))
+        diagnosis = diagnose((side["model"], side["guide"]), *data)
+        rows.append(row(name, quantiles, diagnosis.log_evidence) + f"{diagnosis.k_hat:11.2f}")
     log_tau = torch.linspace(-5, 6, 1101, dtype=torch.float64).unsqueeze(-1)
     mu = torch.linspace(-40, 60, 1001, dtype=torch.float64)
     tau = log_tau.exp()
