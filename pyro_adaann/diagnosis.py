@@ -43,6 +43,18 @@ class Diagnosis:
     :param ladder: what the rungs of the fit's ladder say of lost modes; None without a ladder.
     :param num_untracked: stages that ran out of steps before their stage rule was met.
     :param num_stages: stages below 1.
+
+    Source: Yao et al., *Yes, but did it work? Evaluating variational inference*, ICML 2018; Vehtari et
+    al., *Pareto smoothed importance sampling*, JMLR 25 (2024).
+
+    Example::
+
+        >>> diagnosis = Diagnosis(num_samples=10_000, num_broken=0, k_hat=0.2, ess=9_800.0, elbo=-1.52,
+        ...                       elbo_se=0.01, log_evidence=-1.5, log_evidence_se=0.01)
+        >>> diagnosis.is_good, round(diagnosis.gap, 2)
+        (True, 0.02)
+        >>> print(diagnosis.verdict)
+        GOOD. The guide's draws can be used as they are, as far as they reach.
     """
 
     num_samples: int
