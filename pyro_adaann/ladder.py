@@ -35,6 +35,20 @@ class Rung:
     :param inverse_temperature: that of the stage at whose end it was kept.
     :param values: its unconstrained parameters by name.
     :param state: all parameters of the fit and their optimizers, to go on from.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer import Trace_ELBO
+        >>> from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoPlanar, Ladder
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> pyro.clear_param_store()  # a new fit
+        >>> svi = AdaAnnSVI(model, AutoPlanar(model, 4), pyro.optim.Adam({"lr": 0.01}),
+        ...                 Trace_ELBO(num_particles=20, vectorize_particles=True), ladder=Ladder())
+        >>> loss = svi.step()
+        >>> svi.ladder.rungs[0].inverse_temperature
+        0.01
     """
 
     inverse_temperature: float

@@ -48,6 +48,13 @@ class LostMode:
     :param upper: that of the first rung that has it not, 1 for the final guide.
     :param share: share of the tempered density at ``upper`` that is lost.
     :param share_se: its standard error.
+
+    Example::
+
+        >>> from pyro_adaann import Rung
+        >>> lost = LostMode(Rung(0.1, {}, {}), lower=0.1, upper=0.2, share=0.3, share_se=0.02)
+        >>> print(LadderReport(num_rungs=5, lost=[lost], min_ess=0.3))
+        30% +- 2% of the tempered posterior lost between inverse temperatures 0.1 and 0.2.
     """
 
     rung: Rung
@@ -65,6 +72,11 @@ class LadderReport:
     :param lost: what was lost and not found again, from the lowest inverse temperature to the highest.
     :param min_ess: effective sample size, as a share, between the two neighbors that overlap least: below
         a few percent there, a loss may stay unseen.
+
+    Example::
+
+        >>> print(LadderReport(num_rungs=5, lost=[], min_ess=0.3))
+        No mode lost between 5 rungs and the guide (least overlap 30%).
     """
 
     num_rungs: int

@@ -39,7 +39,9 @@ class TraceMixedKL_ELBO(Trace_ELBO):
     :param path_derivative: whether the gradient of the first divergence follows the draws alone, without
         the part :math:`\partial_\phi \log q_\phi` that is zero on average: its variance is zero, too, where
         guide and posterior agree.
-    :param kwargs: those of `pyro.infer.Trace_ELBO`. Particles must be vectorized.
+    :param num_particles: draws of the guide at every step; a weight says something among many.
+    :param vectorize_particles: must be true.
+    :param kwargs: the others of `pyro.infer.Trace_ELBO`.
     :raises ValueError: if ``forward_weight`` is outside [0, 1] or the particles are not vectorized; at a
         step, if a plate is subsampled (the weights would be those of another posterior at every step), or
         if the guide has no density at a given point.
