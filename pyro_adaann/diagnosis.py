@@ -15,6 +15,8 @@ __all__ = ["Diagnosis"]
 #: From this divergence on, in nats, a guide is worth correcting: between normal distributions of equal
 #: width it is a shift of the mean by sqrt(2 * 0.05) = 0.3 standard deviations.
 _NOTICEABLE_GAP = 0.05
+#: From this one on, in nats, it says nothing of the bulk of the draws: a few of them make it.
+_FAR_GAP = 5.0
 #: Two estimates of the log evidence differ if by more than this many nats, a quarter of the evidence, and
 #: by 3 standard errors. A lost mode of half the mass makes log 2 = 0.69.
 _NOTICEABLE_DIFFERENCE = 0.3
@@ -199,6 +201,12 @@ def _sentences(d: Diagnosis) -> Iterator[str]:
             f"posterior, often because it is too narrow, and importance weights cannot make up for it: "
             f"do not use its intervals or the log evidence. A more flexible guide, more final steps or a "
             f"smaller learning rate at the end may help."
+        )
+    elif d.gap > _FAR_GAP:
+        yield (
+            f"USABLE WITH WEIGHTS. Some draws of the guide are absurd to the model: the mean log weight is "
+            f"{d.gap:.3g} nats below the log evidence. The weights are reliable: use weighted means or "
+            f"resampled draws (importance_draws)."
         )
     elif d.gap > _NOTICEABLE_GAP:
         yield (
