@@ -64,8 +64,8 @@ class Target:
     num_transforms: int
     tolerance: float
     lr: float
-    num_steps: int = 6000
-    num_final_steps: int = 2000
+    num_steps: int = 2400
+    num_final_steps: int = 800
 
     def model(self) -> None:
         dim = self.modes.shape[1]
@@ -103,11 +103,11 @@ TARGETS = {
         MIXTURE_2D.means,
         _HALVES,
         2.0,
-        70,
+        50,
         0.01,
-        0.001,
+        0.003,
     ),
-    "four": Target(mixture(_FOUR, 1 / 8, _FOUR_WEIGHTS), _FOUR, _FOUR_WEIGHTS, 2.0, 70, 0.01, 0.001),
+    "four": Target(mixture(_FOUR, 1 / 8, _FOUR_WEIGHTS), _FOUR, _FOUR_WEIGHTS, 2.0, 50, 0.01, 0.003),
 }
 
 
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("targets", nargs="+", choices=list(TARGETS))
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--num-seeds", type=int, default=5)
+    parser.add_argument("--num-seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=None, help="where to write the figures")
     args = parser.parse_args()
     torch.set_num_threads(1)

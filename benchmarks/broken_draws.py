@@ -135,7 +135,7 @@ def main() -> None:
             pyro_adaann.objective._BROKEN_COST = cost
             for seed in range(args.num_seeds):
                 if study == "start":
-                    record(study, cost, seed, start(seed, 1000 if cost else 300))
+                    record(study, cost, seed, start(seed, 500 if cost else 300))
                 elif study == "whole":
                     record(study, cost, seed, whole(seed, args.num_steps))
                 else:
