@@ -64,8 +64,8 @@ class Target:
     num_transforms: int
     tolerance: float
     lr: float
-    num_steps: int = 2400
-    num_final_steps: int = 800
+    num_steps: int = 1800
+    num_final_steps: int = 600
 
     def model(self) -> None:
         dim = self.modes.shape[1]
