@@ -1,34 +1,39 @@
 """The means of a two-component mixture: a posterior with two modes, and discrete sites summed out.
 
-    mu_1, mu_2 ~ N(0, 5^2),   k_i ~ Categorical(0.6, 0.4),   x_i ~ N(mu_{k_i}, 1),   i = 1, ..., 30
+    mu_1, mu_2 ~ N(0, 5^2),   k_i ~ Categorical(0.5, 0.5),   x_i ~ N(mu_{k_i}, 1),   i = 1, ..., 20
 
-With known weights and few data, the means can change places: a second mode, smaller but far from
-negligible, of which the standard example is Marin, Mengersen & Robert (2005). The data are simulated
-and the posterior of the two means is exact by quadrature. The 30 assignments are enumerated by
-`TraceEnum_ELBO`; a scale common to all of them stays outside the sum over assignments, so that tempering
-acts on the mixture and not on its components.
+The two means can change places (label switching), so the posterior has two modes of weight exactly 1/2
+each, whatever the data; its evidence is exact by quadrature. The data are simulated with means 0 and 3.
+The 20 assignments are enumerated by `TraceEnum_ELBO`; a scale common to all of them stays outside the sum
+over assignments, so that tempering acts on the mixture and not on its components.
 
-Fitted are Pyro's `SVI` and `AdaAnnSVI` on every path. Alpha-annealing ("joint"), the path from the prior
-("likelihood") and that from the guide's base ("bridge") are for finding modes. KL warm-up ("kl_warmup")
-is not, and is here to show it: below 1 its target is *sharper* than the posterior. Run it with::
+All fits start where people start a mixture, at a guess from the data (the quartiles), which lies in one
+of the modes, and take the same number of steps: Pyro's `SVI`, and `AdaAnnSVI` on every path.
+KL warm-up ("kl_warmup") is not for finding modes, and is here to show it: below 1 its target is *sharper*
+than the posterior. Run it with::
 
     python examples/mixture_posterior.py --out mixture_results
 
-One run each (seed 0; "likelihood": seed 1 and 200 final steps), the exact weight being 0.720:
+Ten seeds (``--seed 100 --num-seeds 10``), median (least to largest); the settings were chosen with seeds
+0 and 1, none of these. The exact log evidence is -43.793.
 
-    SVI         weight 0.863, effective sample size 0.36 of the draws
-    joint       weight 0.759, 0.84
-    likelihood  weight 0.760, 0.83
-    bridge      weight 0.405, 0.52
-    kl_warmup   weight 0.847, 0.37
+    way         weight of the start's mode  both modes found  log evidence off by       ESS share
+    SVI         1.000 (1.000 to 1.000)      0 of 10           -0.693 (-0.694 to -0.692)  0.963
+    joint       0.469 (0.050 to 0.989)      10 of 10          -0.003 (-0.055 to 0.001)   0.725
+    likelihood  0.538 (0.077 to 0.891)      10 of 10           0.000 (-0.016 to 0.010)   0.506
+    bridge      1.000 (1.000 to 1.000)      0 of 10           -0.694 (-0.694 to -0.692)  0.958
+    kl_warmup   KLW
 
-The learning rate matters. At 0.005 in place of 0.001 (24 or 32 layers, 50 particles) SVI lost a mode in
-3 of 3 runs (weights 0.998, 0.996, 0.002), and annealed fits on "joint" and "likelihood" held on to little
-of the smaller one in 4 of 5 (0.94 to 0.99; the fifth 0.63). Separation, data, rates and layers were tried
-until the two alpha paths did well, so the table shows what can happen and is no evidence of how often.
+SVI loses a mode in every run, and its effective sample size says nothing of it; log 2 = 0.693 of evidence
+is missing. Annealed from a flat density or from the prior, every run finds both. How much weight the
+*guide* gives to each is another matter: the reverse divergence hardly moves mass between modes that are
+apart, so what noise has made of the weights when the modes parted remains, and both modes keep at
+least half of their weight in only 6 ("joint") and 4 ("likelihood") of 10 runs. Importance weights put it
+right, as the log evidence shows. The path "bridge" starts from the guide's base: it needs one that covers
+all modes, which here it does not.
 
-Source: Marin, Mengersen & Robert, *Bayesian modelling and inference on mixtures of distributions*,
-Handbook of Statistics 25, 2005, Section 2.
+Source: Jasra, Holmes & Stephens, *Markov chain Monte Carlo methods and the label switching problem*,
+Statistical Science 20, 2005.
 """
 
 from __future__ import annotations
@@ -141,9 +146,9 @@ class Score:
     log_evidence: float
     ess_share: float
 
-    def num_modes(self, exact: float) -> int:
-        """Return how many modes have at least half of their weight."""
-        return (self.weight > exact / 2) + (1 - self.weight > (1 - exact) / 2)
+    def has_both_modes(self, least: float) -> bool:
+        """Return whether each of the two modes has at least this share of the draws."""
+        return min(self.weight, 1 - self.weight) >= least
 
 
 @torch.no_grad()
@@ -218,11 +223,12 @@ def main(arguments: list[str] | None = None) -> None:
                 flush=True,
             )
 
-    print("median (least to largest); a mode is kept with half of its weight or more")
+    print("median (least to largest); a mode is found with 1 % of the draws or more")
     for name, found in scores.items():
         print(
-            f"{name:10}  both modes kept in {sum(s.num_modes(weight) == 2 for s in found)} of {len(found)}, "
-            f"weight {summarize([s.weight for s in found])}, log evidence off by "
+            f"{name:10}  both modes found in {sum(s.has_both_modes(0.01) for s in found)} of {len(found)}, "
+            f"with half of their weight or more in {sum(s.has_both_modes(0.25) for s in found)}, weight "
+            f"{summarize([s.weight for s in found])}, log evidence off by "
             f"{summarize([s.log_evidence - log_evidence for s in found])}, ESS share "
             f"{summarize([s.ess_share for s in found])}"
         )
