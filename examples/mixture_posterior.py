@@ -22,7 +22,7 @@ Ten seeds (``--seed 100 --num-seeds 10``), median (least to largest); the settin
     joint       0.469 (0.050 to 0.989)      10 of 10          -0.003 (-0.055 to 0.001)   0.725
     likelihood  0.538 (0.077 to 0.891)      10 of 10           0.000 (-0.016 to 0.010)   0.506
     bridge      1.000 (1.000 to 1.000)      0 of 10           -0.694 (-0.694 to -0.692)  0.958
-    kl_warmup   KLW
+    kl_warmup   1.000 (1.000 to 1.000)      0 of 3            -0.694 (-0.694 to -0.693)  0.984
 
 SVI loses a mode in every run, and its effective sample size says nothing of it; log 2 = 0.693 of evidence
 is missing. Annealed from a flat density or from the prior, every run finds both. How much weight the

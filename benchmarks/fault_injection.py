@@ -1,6 +1,6 @@
 """Faults injected into fits, survived and lost.
 
-    OMP_NUM_THREADS=1 python benchmarks/faults.py [--num-rounds 2] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/fault_injection.py [--num-rounds 2] [--json FILE]
 
 The faults are those of ``tests/faults.py``, at random steps: log densities, gradients and variances that
 are not finite or absurd, for one particle or for all; a process killed at every place of a write of its
