@@ -1,4 +1,4 @@
-"""Faults that are put into a fit at given steps; ``benchmarks/fault_injection.py`` counts many more of them."""
+"""Faults put into a fit at given steps; ``benchmarks/fault_injection.py`` counts many more of them."""
 
 from __future__ import annotations
 
