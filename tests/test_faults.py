@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,12 @@ def losses_from(path: Path, seed: int) -> list[float]:
     return make("planar", seed).run(DATA, progress_bar=False, checkpoint=path).losses
 
 
-@pytest.mark.parametrize("place", WRITE_PLACES)
+def some_fast(values: Sequence[object], fast: set[object]) -> list[object]:
+    """Return the values as parameters, those that are not among ``fast`` for the slow tests."""
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("place", some_fast(WRITE_PLACES, {0.3, "replace", "_sync_folder"}))
 def test_killed_at_any_place_of_a_write(place, tmp_path):
     path = tmp_path / "fit.ckpt"
     svi = make("planar", 0)
@@ -81,7 +87,7 @@ def test_killed_at_any_place_of_a_write(place, tmp_path):
     assert losses_from(path, 3) == make("planar", 0).run(DATA, progress_bar=False).losses
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 0.99])
+@pytest.mark.parametrize("share", some_fast([0.0, 0.4, 0.99], {0.4}))
 def test_a_disk_that_is_full_in_the_middle_of_a_write(share, tmp_path):
     path = tmp_path / "fit.ckpt"
     whole = make("planar", 0).run(DATA, progress_bar=False).losses
