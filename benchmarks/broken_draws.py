@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--num-seeds", type=int, default=1)
     parser.add_argument("--costs", type=float, nargs="+", default=COSTS)
     parser.add_argument("--num-steps", type=int, default=3000, help="of a whole HIV fit")
+    parser.add_argument("--flows", nargs="+", default=["planar", "realnvp"], help="of the edge study")
     parser.add_argument("--json", type=Path, default=None, help="where to write the figures")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -138,8 +139,8 @@ def main() -> None:
                     record(study, cost, seed, whole(seed, args.num_steps))
                 else:
                     for region in ("edge", "curve"):
-                        for flow in ("planar", "realnvp"):
-                            record(study, cost, seed, edge(region, flow, seed, 1500))
+                        for flow in args.flows:
+                            record(study, cost, seed, edge(region, flow, seed, 1000))
 
 
 if __name__ == "__main__":
