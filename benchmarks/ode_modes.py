@@ -4,8 +4,8 @@
     python benchmarks/ode_modes.py table
 
 The fits are those of ``examples/hiv.py`` and ``examples/lorenz.py``. A fit that is in the result file
-already is not repeated. A tracked fit in which the ladder sees a lost mode is annealed again from the
-rung below, up to three times, and all its steps count. Shares, sds and means are given twice: of the
+already is not repeated; both commands write the table of the docs. A tracked
+fit in which the ladder sees a lost mode is annealed again from the rung below, up to three times, and all its steps count. Shares, sds and means are given twice: of the
 guide's own draws, and with importance weights; sds over exact sds, means as differences in exact sds
 (``reference/ode_exact.py``).
 """
@@ -33,6 +33,7 @@ import lorenz
 from posterior import load_reference
 
 RESULTS = Path(__file__).resolve().parent / "results" / "ode_modes.jsonl"
+TABLE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "modes_ode.md"
 NUM_DRAWS = 20_000
 NOISE = {"lorenz 0.2": 0.2, "lorenz 0.001": 0.001}
 
@@ -154,6 +155,7 @@ def main() -> None:
                     with RESULTS.open("a") as file:
                         file.write(json.dumps(row) + "\n")
                     print(row, flush=True)
+    TABLE.write_text(table() + "\n")
     print(table())
 
 
