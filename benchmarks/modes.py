@@ -3,11 +3,12 @@
     OMP_NUM_THREADS=1 python benchmarks/modes.py run [--targets NAME ...] [--guides planar ...] [--seeds 10]
     python benchmarks/modes.py table
 
-The targets of ``known_targets.py`` have exactly known modes, weights and log evidence (zero). A fit that is
-in the result file already is not repeated, so a study that was stopped goes on. Both commands write
-the table of the docs. ``paper`` is AdaAnn as published (tolerance 0.01, 5 steps a stage, minus the ELBO); ``tracked`` is the mixed divergence
-(forward weight 0.5), stages that end at an effective sample size of a half, and the conditional effective
-sample size 0.9 as schedule. Both refine with 1,000 steps at 1, learning rate falling to a hundredth.
+The targets of ``known_targets.py`` have exactly known modes, weights and log evidence (zero). A fit that
+is in the result file already is not repeated, so a study that was stopped goes on. Both commands write
+the table of the docs. ``paper`` is AdaAnn as published (tolerance 0.01, 5 steps a stage, minus the
+ELBO); ``tracked`` is the mixed divergence (forward weight 0.5), stages that end at an effective sample
+size of a half, and the conditional effective sample size 0.9 as schedule. Both refine with 1,000 steps
+at 1, learning rate falling to a hundredth.
 """
 
 from __future__ import annotations

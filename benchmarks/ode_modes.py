@@ -4,10 +4,10 @@
     python benchmarks/ode_modes.py table
 
 The fits are those of ``examples/hiv.py`` and ``examples/lorenz.py``. A fit that is in the result file
-already is not repeated; both commands write the table of the docs. A tracked
-fit in which the ladder sees a lost mode is annealed again from the rung below, up to three times, and all its steps count. Shares, sds and means are given twice: of the
-guide's own draws, and with importance weights; sds over exact sds, means as differences in exact sds
-(``reference/ode_exact.py``).
+already is not repeated; both commands write the table of the docs. A tracked fit in which the ladder
+sees a lost mode is annealed again from the rung below, up to three times, and all its steps count.
+Shares, sds and means are given twice: of the guide's own draws, and with importance weights; sds over
+exact sds, means as differences in exact sds (``reference/ode_exact.py``).
 """
 
 from __future__ import annotations
