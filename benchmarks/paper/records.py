@@ -18,7 +18,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["RESULTS", "Record", "Task", "add_arguments", "missing_trials", "read_records", "run_tasks"]
+__all__ = [
+    "RESULTS",
+    "Record",
+    "Task",
+    "add_arguments",
+    "missing_trials",
+    "read_records",
+    "run_tasks",
+    "thin",
+]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "paper"
 
@@ -99,7 +108,7 @@ def _rounded(value: Any) -> Any:
         return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def add_arguments(parser: argparse.ArgumentParser, num_trials: int) -> None:
@@ -108,3 +117,10 @@ def add_arguments(parser: argparse.ArgumentParser, num_trials: int) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--fast", action="store_true", help="tiny settings, to see that it runs")
     parser.add_argument("--file", type=Path, help="result file; by default that of the page")
+
+
+def thin(values: list[float], most: int = 400) -> list[list[float]]:
+    """Return at most about ``most`` pairs (index, value), the first and the last among them."""
+    every = max(1, len(values) // most)
+    indices = sorted({*range(0, len(values), every), len(values) - 1})
+    return [[index, values[index]] for index in indices]

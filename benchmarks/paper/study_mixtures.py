@@ -66,12 +66,10 @@ def target_of(cell: Mapping[str, Any]) -> tuple[Mixture, float, float, float]:
     """Return the density of a cell, the learning rate, the tolerance and the scale of the base."""
     case, mu = cell["case"], cell["mu"]
     if case == "plane":
-        example = mixture_2d
-        target, rate = mixture_2d.make_target(mu), mixture_2d.learning_rate(mu)
-    else:
-        example = mixture_1d
-        target, rate = mixture_1d.make_target(case, mu), mixture_1d.learning_rate(case, mu)
-    return target, cell.get("learning_rate", rate), example.TOLERANCE, example.BASE_SCALE
+        rate = mixture_2d.learning_rate(mu)
+        return mixture_2d.make_target(mu), rate, mixture_2d.TOLERANCE, mixture_2d.BASE_SCALE
+    rate = mixture_1d.learning_rate(case, mu)
+    return mixture_1d.make_target(case, mu), rate, mixture_1d.TOLERANCE, mixture_1d.BASE_SCALE
 
 
 def schedule_of(method: str, tolerance: float, fast: bool) -> tuple[AnnealingSchedule, int, int]:
@@ -162,6 +160,8 @@ def make_tasks(args: argparse.Namespace) -> list[Task]:
             for flow in flows_of(case):
                 if args.methods and flow["method"] not in args.methods:
                     continue
+                if args.layers and flow["num_transforms"] not in args.layers:
+                    continue
                 cell = {"case": case, "mu": mu, **flow, **({"fast": True} if args.fast else {})}
                 trials = missing_trials(records, cell, args.trials)
                 alone = flow["method"] == "adaann_svi"
@@ -176,6 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("example", choices=["mixture_1d", "mixture_2d"])
     parser.add_argument("--methods", nargs="+", help="by default all")
+    parser.add_argument("--layers", nargs="+", type=int, help="flows of these sizes alone")
     parser.add_argument("--all-mu", action="store_true", help="all separations of the paper")
     add_arguments(parser, num_trials=20)
     args = parser.parse_args(arguments)

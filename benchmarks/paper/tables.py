@@ -1,0 +1,233 @@
+"""The tables of the page, in Markdown, from the records of the studies."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+
+from records import Record
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+import hiv
+import lorenz
+from comparison import MIN_SHARE
+from posterior import load_reference
+
+__all__ = ["bimodal_table", "hiv_table", "lorenz_table", "mixture_table", "summary_table", "times_table"]
+
+#: A weight is right within this of one half.
+RIGHT = 0.05
+METHODS = {
+    "none": "none",
+    "linear": "linear",
+    "adaann": "AdaAnn",
+    "adaann_svi": "AdaAnn, driver",
+    "realnvp": "RealNVP, none",
+}
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def is_captured(record: Record) -> bool:
+    """Whether both modes have at least a tenth of their weight."""
+    return MIN_SHARE <= record["first_mode"] <= 1 - MIN_SHARE
+
+
+def is_right(record: Record) -> bool:
+    """Whether the weights of the modes are right within 0.05."""
+    return abs(record["first_mode"] - 0.5) <= RIGHT
+
+
+def groups(records: Iterable[Record], key: Callable[[Record], tuple]) -> dict[tuple, list[Record]]:
+    """Return records by key, in the order of the keys."""
+    found: dict[tuple, list[Record]] = {}
+    for record in records:
+        found.setdefault(key(record), []).append(record)
+    return dict(sorted(found.items()))
+
+
+def middle(records: Iterable[Record], name: str, digits: int = 3) -> str:
+    """Return the median of a number, where there is one."""
+    values = [record[name] for record in records if record[name] is not None]
+    return f"{median(values):.{digits}f}" if values else "-"
+
+
+def spread(records: Iterable[Record], name: str) -> str:
+    """Return the median of a count, and its range if it has one."""
+    values = sorted(record[name] for record in records)
+    if values[0] == values[-1]:
+        return f"{values[0]:,}"
+    return f"{median(values):,.0f} ({values[0]:,} to {values[-1]:,})"
+
+
+def quality(records: list[Record]) -> list[str]:
+    """Return the cells that all examples with an exact density share."""
+    weights = sorted(record["first_mode"] for record in records)
+    return [
+        f"{sum(map(is_captured, records))} of {len(records)}",
+        f"{sum(map(is_right, records))} of {len(records)}",
+        f"{weights[0]:.2f} to {weights[-1]:.2f}",
+        middle(records, "total_variation"),
+        middle(records, "kl"),
+        middle(records, "ess", 2),
+        middle(records, "log_evidence"),
+        spread(records, "num_steps"),
+    ]
+
+
+QUALITY = [
+    "both modes",
+    "weights right",
+    "weight of one mode",
+    "total variation",
+    "KL(p to q)",
+    "ESS share",
+    "log evidence",
+    "updates",
+]
+
+
+def flow(record: Record) -> str:
+    """Return the size of a flow in words."""
+    hidden = f", H = {record['hidden_dim']}" if record["hidden_dim"] else ""
+    return f"{record['num_transforms']}{hidden}"
+
+
+def mixture_table(records: Iterable[Record], case: str) -> str:
+    """Return the table of one case of examples 2 and 3."""
+    order = list(METHODS)
+    cells = groups(
+        (r for r in records if r["case"] == case),
+        lambda r: (r["mu"], order.index(r["method"]), r["hidden_dim"], r["num_transforms"]),
+    )
+    rows = [
+        [f"{part[0]['mu']:g}", METHODS[part[0]["method"]], flow(part[0]), *quality(part)]
+        for part in cells.values()
+    ]
+    return markdown(["mu", "annealing", "layers", *QUALITY], rows)
+
+
+#: Steps in the paper, by tolerance.
+PAPER_STEPS = {1.0: "10", 0.1: "56", 0.01: "355", 0.001: "2,929", None: "-"}
+
+
+def bimodal_table(records: Iterable[Record]) -> str:
+    """Return the table of example 1: no annealing, linear, and AdaAnn by tolerance."""
+    cells = groups(records, lambda r: (r["method"] == "adaann", r["method"], -(r["tolerance"] or 0)))
+    rows = []
+    for part in cells.values():
+        method, tolerance = part[0]["method"], part[0]["tolerance"]
+        name = METHODS[method] + (f", tau = {tolerance:g}" if tolerance else "")
+        paper = "9,902" if method == "linear" else PAPER_STEPS[tolerance]
+        rows.append([name, spread(part, "num_stages"), paper, *quality(part)])
+    return markdown(["annealing", "inverse temperatures", "paper", *QUALITY], rows)
+
+
+def summary_table(records: Iterable[Record]) -> str:
+    """Return, over all separations, in how many trials each method keeps both modes."""
+    order = list(METHODS)
+    cells = groups(records, lambda r: (r["case"], order.index(r["method"])))
+    rows = [
+        [
+            part[0]["case"],
+            METHODS[part[0]["method"]],
+            ", ".join(f"{mu:g}" for mu in sorted({r["mu"] for r in part})),
+            f"{sum(map(is_captured, part))} of {len(part)}",
+            f"{sum(map(is_right, part))} of {len(part)}",
+        ]
+        for part in cells.values()
+    ]
+    return markdown(["case", "annealing", "mu", "both modes", "weights right"], rows)
+
+
+#: Minutes in the paper's Table 2, median.
+PAPER_MINUTES = {"none 25": 2.84, "none 50": 5.71, "none 75": 11.28, "linear 50": 7.23, "adaann 50": 3.25}
+
+
+def times_table(records: list[Record]) -> str:
+    """Return processor time over that of no annealing with 50 layers, trial by trial."""
+    rows = []
+    for name, minutes in PAPER_MINUTES.items():
+        ratios = sorted(r["cpu_seconds"][name] / r["cpu_seconds"]["none 50"] for r in records)
+        per_step = median(
+            (r["cpu_seconds"][name] / r["num_steps"][name])
+            / (r["cpu_seconds"]["none 50"] / r["num_steps"]["none 50"])
+            for r in records
+        )
+        method, layers = name.split()
+        rows.append(
+            [
+                METHODS[method],
+                layers,
+                f"{median(r['num_steps'][name] for r in records):,.0f}",
+                f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+                f"{minutes / PAPER_MINUTES['none 50']:.2f}",
+                f"{per_step:.2f}",
+            ]
+        )
+    return markdown(["annealing", "layers", "updates", "time", "time, paper", "time of an update"], rows)
+
+
+def _mean_sd(pair: Sequence[float | None]) -> str:
+    mean, sd = pair
+    return "-" if mean is None or sd is None else f"{mean:.4f} ({sd:.5f})"
+
+
+def _fit_cells(record: Record) -> list[str]:
+    return [
+        f"{record['num_stages']:,}",
+        f"{record['num_steps']:,}",
+        f"{record['ess']:.3f}",
+        f"{record['k_hat']:.2f}",
+        f"{record['log_evidence']:.3f}",
+    ]
+
+
+FIT = ["stages", "updates", "ESS share", "k-hat", "log evidence"]
+
+
+def lorenz_table(records: Iterable[Record]) -> str:
+    """Return Table 4: exact, paper, and every fit."""
+    headings = ["noise variance", "fit", "s", "b", "r", *FIT]
+    rows = []
+    for variance in ("0.2", "0.001"):
+        exact = load_reference("lorenz", variance) or {}
+        rows.append([variance, "exact", *map(_mean_sd, exact.values()), "-", "-", "1", "-", "-"])
+        stages = {"0.2": "140", "0.001": "778"}[variance]
+        paper = map(_mean_sd, lorenz.PAPER[float(variance)].values())
+        rows.append([variance, "paper", *paper, stages, "-", "-", "-", "-"])
+        for record in _fits(records, f"lorenz_{variance}"):
+            moments = record["modes"]["only"]["moments"]
+            rows.append([variance, _name(record), *map(_mean_sd, moments.values()), *_fit_cells(record)])
+    return markdown(headings, rows)
+
+
+def hiv_table(records: Iterable[Record]) -> str:
+    """Return Table 6: exact, paper, and both modes of every fit."""
+    headings = ["mode", "fit", "weight", "p1", "p2", "x2(0)", *FIT]
+    rows = []
+    for mode in ("negative", "positive"):
+        exact = map(_mean_sd, (load_reference("hiv", mode) or {}).values())
+        rows.append([mode, "exact", "0.5", *exact, "-", "-", "1", "-", "-"])
+        paper = map(_mean_sd, hiv.PAPER[mode].values())
+        rows.append([mode, "paper", "-", *paper, "4,645", "-", "-", "-", "-"])
+        for record in _fits(records, "hiv"):
+            part = record["modes"][mode]
+            cells = map(_mean_sd, part["moments"].values())
+            rows.append([mode, _name(record), f"{part['share']:.3f}", *cells, *_fit_cells(record)])
+    return markdown(headings, rows)
+
+
+def _fits(records: Iterable[Record], example: str) -> list[Record]:
+    found = [record for record in records if record["example"] == example]
+    return sorted(found, key=lambda record: (record["setting"], record["trial"]))
+
+
+def _name(record: Record) -> str:
+    return f"{record['setting']}, seed {record['trial']}"
