@@ -12,8 +12,9 @@ out again as such. The loss is that of `Trace_ELBO`; unlike in `AdaAnnSVI`, no p
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,11 @@ class Flows(ABC):
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``x`` of shape ``(trials, particles, d)``; also return the log-determinants."""
 
+    @torch.no_grad()
+    def push(self, x: Tensor) -> Tensor:
+        """Map ``x`` without gradient, for when no log-determinant is asked for."""
+        return self(x)[0]
+
     def write_back(self) -> list[FlowTransform]:
         """Write the parameters into the stacks and return them."""
         with torch.no_grad():
@@ -67,10 +73,20 @@ class Planars(Flows):
             stack.reset_parameters(torch.zeros(dim), torch.full((dim,), base_scale))
         return cls(stacks)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _constrained(self) -> tuple[Tensor, Tensor, Tensor]:
         u, w, b = (self.parameters[name] for name in ("u", "w", "b"))
-        flat = constrain(u.flatten(0, 1), w.flatten(0, 1))
-        return _PlanarLayers.apply(x, flat.view_as(u), w, b)
+        return constrain(u.flatten(0, 1), w.flatten(0, 1)).view_as(u), w, b
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return _PlanarLayers.apply(x, *self._constrained())
+
+    @torch.no_grad()
+    def push(self, x: Tensor) -> Tensor:
+        z = _columns_of_points(x)
+        u, w, b = (_columns(p) for p in self._constrained())
+        scratch = np.empty_like(z[0])
+        _apply(z, u, w, b, itertools.repeat(scratch))
+        return torch.from_numpy(z.transpose(1, 2, 0))
 
 
 class _PlanarLayers(torch.autograd.Function):
@@ -82,19 +98,10 @@ class _PlanarLayers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        u_, w_ = (_columns(p) for p in (u, w))
-        b_ = np.ascontiguousarray(b.detach().numpy().T)[..., None]
-        z = np.array(x.numpy().transpose(2, 0, 1), order="C")  # a copy, overwritten layer by layer
+        u_, w_, b_ = (_columns(p) for p in (u, w, b))
+        z = _columns_of_points(x)
         h = np.empty((len(b_), *z.shape[1:]), z.dtype)
-        dims = range(len(z))
-        for layer, a in enumerate(h):
-            np.multiply(w_[layer, 0], z[0], out=a)
-            for k in dims[1:]:
-                a += w_[layer, k] * z[k]
-            a += b_[layer]
-            np.tanh(a, a)
-            for k in dims:
-                z[k] += u_[layer, k] * a
+        _apply(z, u_, w_, b_, h)
         gram = (u_ * w_).sum(1)
         ctx.arrays = u_, w_, h, z, gram
         # 1 + gram (1 - h^2)
@@ -105,7 +112,7 @@ class _PlanarLayers(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         u, w, h, y, gram = ctx.arrays
-        grad_z = np.array(grad_y.numpy().transpose(2, 0, 1), order="C")
+        grad_z = _columns_of_points(grad_y)
         slope = 1 - h * h
         ratio = grad_log_det.numpy() / (1 + gram * slope)
         grad_gram = np.einsum("lrn,lrn->lr", ratio, slope)[..., None]
@@ -128,9 +135,28 @@ class _PlanarLayers(torch.autograd.Function):
         return None, _rows(grad_u), _rows(grad_w), torch.from_numpy(grad_b[..., 0].T.copy())
 
 
+def _apply(z: np.ndarray, u: np.ndarray, w: np.ndarray, b: np.ndarray, h: Iterable[np.ndarray]) -> None:
+    """Overwrite the points ``z`` by their images, and one array of ``h`` a layer by its activations."""
+    dims = range(len(z))
+    for u_l, w_l, b_l, a in zip(u, w, b, h, strict=False):
+        np.multiply(w_l[0], z[0], out=a)
+        for k in dims[1:]:
+            a += w_l[k] * z[k]
+        a += b_l
+        np.tanh(a, a)
+        for k in dims:
+            z[k] += u_l[k] * a
+
+
+def _columns_of_points(points: Tensor) -> np.ndarray:
+    """A copy of ``(trials, particles, d)`` as ``(d, trials, particles)``."""
+    return np.array(points.detach().numpy().transpose(2, 0, 1), order="C")
+
+
 def _columns(parameter: Tensor) -> np.ndarray:
-    """``(trials, layers, d)`` to ``(layers, d, trials, 1)``."""
-    return np.ascontiguousarray(parameter.detach().numpy().transpose(1, 2, 0))[..., None]
+    """``(trials, layers, d)`` to ``(layers, d, trials, 1)``, and without d likewise."""
+    array = np.moveaxis(parameter.detach().numpy(), 0, -1)
+    return np.ascontiguousarray(array)[..., None]
 
 
 def _rows(gradient: np.ndarray) -> Tensor:
@@ -206,13 +232,10 @@ def fit_together(
     final = {name: value.detach().clone() for name, value in flows.parameters.items()}
     running = list(range(num_trials))
 
-    def draw(num: int) -> tuple[Tensor, Tensor]:
-        return flows(base_scale * torch.randn(num_trials, num, dim))
-
     def take(steps: int) -> None:
         temperatures = torch.tensor([path[-1] for path in paths]).unsqueeze(-1)
         for _ in range(steps):
-            z, log_det = draw(num_particles)
+            z, log_det = flows(base_scale * torch.randn(num_trials, num_particles, dim))
             loss = -(log_det + temperatures * log_density(z)).mean(1).sum()
             optim.zero_grad()
             loss.backward()
@@ -230,7 +253,10 @@ def fit_together(
     stop_finished()
     while running:
         with torch.no_grad():
-            log_factors = log_density(draw(num_variance_samples)[0]) if schedule.needs_log_factor else None
+            log_factors = None
+            if schedule.needs_log_factor:
+                x = base_scale * torch.randn(num_trials, num_variance_samples, dim)
+                log_factors = log_density(flows.push(x))
         for trial in running:
             draws = None if log_factors is None else log_factors[trial]
             paths[trial].append(schedule.next(paths[trial][-1], draws))
