@@ -56,7 +56,11 @@ def fit_without_annealing(num_steps: int) -> AutoPlanar:
     return guide
 
 
-def make_svi(num_final_steps: int, schedule: AnnealingSchedule | None = None) -> AdaAnnSVI:
+def make_svi(
+    num_final_steps: int,
+    schedule: AnnealingSchedule | None = None,
+    num_variance_samples: int | None = None,
+) -> AdaAnnSVI:
     """The same with `AdaAnnSVI`; at t = 1 the learning rate is halved eight times."""
     optim = pyro.optim.StepLR(
         {
@@ -76,6 +80,7 @@ def make_svi(num_final_steps: int, schedule: AnnealingSchedule | None = None) ->
         num_steps_per_stage=2,
         num_final_steps=num_final_steps,
         num_final_particles=1000,
+        num_variance_samples=num_variance_samples,  # the paper: 1,000
     )
 
 

@@ -69,10 +69,12 @@ def spread(records: Iterable[Record], name: str) -> str:
 def quality(records: list[Record]) -> list[str]:
     """Return the cells that all examples with an exact density share."""
     weights = sorted(record["first_mode"] for record in records)
+    weighted = sorted(record["weighted_first_mode"] for record in records)
     return [
         f"{sum(map(is_captured, records))} of {len(records)}",
         f"{sum(map(is_right, records))} of {len(records)}",
         f"{weights[0]:.2f} to {weights[-1]:.2f}",
+        f"{weighted[0]:.2f} to {weighted[-1]:.2f}",
         middle(records, "total_variation"),
         middle(records, "kl"),
         middle(records, "ess", 2),
@@ -85,6 +87,7 @@ QUALITY = [
     "both modes",
     "weights right",
     "weight of one mode",
+    "importance weighted",
     "total variation",
     "KL(p to q)",
     "ESS share",
