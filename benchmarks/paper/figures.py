@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from records import Record
 from study_bimodal import FIGURE_GRID
-from tables import METHODS, groups, hiv, is_captured, lorenz
+from tables import METHODS, groups, hiv, is_captured, is_paper, lorenz
 
 __all__ = ["capture_rates", "densities", "posteriors", "schedules"]
 
@@ -70,7 +70,7 @@ def capture_rates(records: Iterable[Record], cases: list[str], path: Path) -> No
     records = list(records)
     for panel, case in zip(panels, cases, strict=True):
         cells = groups(
-            (r for r in records if r["case"] == case and r["method"] != "adaann_svi"),
+            (r for r in records if r["case"] == case and r["method"] != "adaann_svi" and is_paper(r)),
             lambda r: (r["method"], r["hidden_dim"], r["num_transforms"]),
         )
         for (method, hidden_dim, num_transforms), part in cells.items():

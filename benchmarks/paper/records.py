@@ -60,7 +60,10 @@ def read_records(path: Path) -> list[Record]:
 
 
 def missing_trials(records: Iterable[Record], cell: Mapping[str, Any], num_trials: int) -> list[int]:
-    """Return which of the trials 0, ..., ``num_trials - 1`` of a cell have no record."""
+    """Return which of the trials 0, ..., ``num_trials - 1`` of a cell have no record.
+
+    An item that a record does not have counts as None there.
+    """
     done = {r["trial"] for r in records if all(r.get(key) == value for key, value in cell.items())}
     return [trial for trial in range(num_trials) if trial not in done]
 

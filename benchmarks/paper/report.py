@@ -42,6 +42,10 @@ def make_tables(records: dict[str, list[Record]]) -> dict[str, str]:
         "lorenz_table": tables.lorenz_table(records["odes"]),
         "hiv_table": tables.hiv_table(records["odes"]),
     }
+    if any("draws" in record for record in records["odes"]):
+        made["ode_figure"] = "![Draws of the guide, pair by pair, examples 4 and 5](figures/paper_odes.png)"
+    else:
+        made["ode_figure"] = MISSING
     return {name: table or MISSING for name, table in made.items()}
 
 

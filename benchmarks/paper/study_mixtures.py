@@ -5,7 +5,8 @@
 
 Each adds to its file in ``benchmarks/results/paper/`` what is not there yet; stopped, it goes on at the next
 start. By default four separations of every case; ``--all-mu`` for those of the paper, ``--methods`` for some
-methods alone. The methods, with the paper's settings:
+methods alone; ``--rate`` and ``--particles`` for settings that are not the paper's. The methods, with the
+paper's settings:
 
 * ``none``: 8,000 steps at t = 1 (example 3: as many; the paper does not say);
 * ``linear``: 500 steps at t = 0.01, then one at each of 9,900 inverse temperatures;
@@ -66,9 +67,9 @@ def target_of(cell: Mapping[str, Any]) -> tuple[Mixture, float, float, float]:
     """Return the density of a cell, the learning rate, the tolerance and the scale of the base."""
     case, mu = cell["case"], cell["mu"]
     if case == "plane":
-        rate = mixture_2d.learning_rate(mu)
+        rate = cell["rate"] or mixture_2d.learning_rate(mu)
         return mixture_2d.make_target(mu), rate, mixture_2d.TOLERANCE, mixture_2d.BASE_SCALE
-    rate = mixture_1d.learning_rate(case, mu)
+    rate = cell["rate"] or mixture_1d.learning_rate(case, mu)
     return mixture_1d.make_target(case, mu), rate, mixture_1d.TOLERANCE, mixture_1d.BASE_SCALE
 
 
@@ -103,6 +104,7 @@ def run_together(cell: Mapping[str, Any], trials: list[int]) -> list[Record]:
         learning_rate=rate,
         num_initial_steps=num_initial_steps,
         num_steps_per_stage=num_steps_per_stage,
+        num_particles=cell["particles"] or 100,
     )
     seconds = (time.process_time() - start) / len(trials)
     base = dist.Normal(torch.zeros(target.dim), base_scale).to_event(1)
@@ -153,18 +155,22 @@ def separations(case: str, all_mu: bool) -> tuple[float, ...]:
 def make_tasks(args: argparse.Namespace) -> list[Task]:
     """Return what is missing in the result file."""
     records = read_records(args.file)
-    cases = ["plane"] if args.example == "mixture_2d" else ["symmetric", "asymmetric"]
+    cases = ["plane"] if args.example == "mixture_2d" else args.cases
     tasks = []
     for case in cases:
-        for mu in separations(case, args.all_mu):
+        for mu in args.mu or separations(case, args.all_mu):
             for flow in flows_of(case):
                 if args.methods and flow["method"] not in args.methods:
                     continue
                 if args.layers and flow["num_transforms"] not in args.layers:
                     continue
-                cell = {"case": case, "mu": mu, **flow, **({"fast": True} if args.fast else {})}
+                cell = {"case": case, "mu": mu, **flow, "rate": args.rate, "particles": args.particles}
+                if args.fast:
+                    cell["fast"] = True
                 trials = missing_trials(records, cell, args.trials)
                 alone = flow["method"] == "adaann_svi"
+                if alone and (args.rate or args.particles):
+                    continue  # trials run together are enough to compare settings
                 size = 1 if alone else MAX_TOGETHER
                 run = run_driver if alone else run_together
                 tasks += [Task(run, cell, trials[i : i + size]) for i in range(0, len(trials), size)]
@@ -177,7 +183,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("example", choices=["mixture_1d", "mixture_2d"])
     parser.add_argument("--methods", nargs="+", help="by default all")
     parser.add_argument("--layers", nargs="+", type=int, help="flows of these sizes alone")
+    parser.add_argument("--cases", nargs="+", default=["symmetric", "asymmetric"], help="of mixture_1d")
+    parser.add_argument("--mu", nargs="+", type=float, help="these separations alone")
     parser.add_argument("--all-mu", action="store_true", help="all separations of the paper")
+    parser.add_argument("--rate", type=float, help="another learning rate; rows of their own")
+    parser.add_argument("--particles", type=int, help="other than 100 particles; rows of their own")
     add_arguments(parser, num_trials=20)
     args = parser.parse_args(arguments)
     args.file = args.file or RESULTS / f"{args.example}.jsonl"

@@ -96,6 +96,18 @@ QUALITY = [
 ]
 
 
+def is_paper(record: Record) -> bool:
+    """Whether a trial has the paper's settings."""
+    return not (record.get("rate") or record.get("particles"))
+
+
+def method_name(record: Record) -> str:
+    """Return the method, and what of its settings is not the paper's."""
+    rate = f", *learning rate {record['rate']:g}*" if record.get("rate") else ""
+    particles = f", *{record['particles']} particles*" if record.get("particles") else ""
+    return METHODS[record["method"]] + rate + particles
+
+
 def flow(record: Record) -> str:
     """Return the size of a flow in words."""
     hidden = f", H = {record['hidden_dim']}" if record["hidden_dim"] else ""
@@ -107,11 +119,17 @@ def mixture_table(records: Iterable[Record], case: str) -> str:
     order = list(METHODS)
     cells = groups(
         (r for r in records if r["case"] == case),
-        lambda r: (r["mu"], order.index(r["method"]), r["hidden_dim"], r["num_transforms"]),
+        lambda r: (
+            r["mu"],
+            order.index(r["method"]),
+            r["hidden_dim"],
+            r["num_transforms"],
+            r.get("rate") or 0,
+            r.get("particles") or 0,
+        ),
     )
     rows = [
-        [f"{part[0]['mu']:g}", METHODS[part[0]["method"]], flow(part[0]), *quality(part)]
-        for part in cells.values()
+        [f"{part[0]['mu']:g}", method_name(part[0]), flow(part[0]), *quality(part)] for part in cells.values()
     ]
     return markdown(["mu", "annealing", "layers", *QUALITY], rows)
 
@@ -135,7 +153,7 @@ def bimodal_table(records: Iterable[Record]) -> str:
 def summary_table(records: Iterable[Record]) -> str:
     """Return, over all separations, in how many trials each method keeps both modes."""
     order = list(METHODS)
-    cells = groups(records, lambda r: (r["case"], order.index(r["method"])))
+    cells = groups(filter(is_paper, records), lambda r: (r["case"], order.index(r["method"])))
     rows = [
         [
             part[0]["case"],
