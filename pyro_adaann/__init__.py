@@ -1,6 +1,7 @@
 """Annealed variational inference with normalizing flows for Pyro."""
 
 from pyro_adaann import plots
+from pyro_adaann.cess_schedule import CESSSchedule
 from pyro_adaann.diagnostics import Diagnosis, diagnose
 from pyro_adaann.fixed_schedules import ConstantSchedule, CosineSchedule, LinearSchedule, SequenceSchedule
 from pyro_adaann.guides import AutoFlow, AutoPlanar, AutoRealNVP
@@ -13,8 +14,12 @@ from pyro_adaann.importance import (
     weighted_mean,
 )
 from pyro_adaann.io_arviz import to_arviz
+from pyro_adaann.ladder import Ladder, Rung
+from pyro_adaann.lost_modes import LadderReport, LostMode, find_lost_modes, mixture_draws
+from pyro_adaann.mixed_kl import TraceMixedKL_ELBO
 from pyro_adaann.results import AnnealingHistory, AnnealingStage, Recovery
 from pyro_adaann.schedules import AdaAnnSchedule, AnnealingSchedule
+from pyro_adaann.stage_rules import ESSStageRule, StageRule
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.tempering import BRIDGE, JOINT, KL_WARMUP, LIKELIHOOD, Path, TemperedTrace_ELBO
 from pyro_adaann.version import __version__
@@ -32,19 +37,29 @@ __all__ = [
     "AutoFlow",
     "AutoPlanar",
     "AutoRealNVP",
+    "CESSSchedule",
     "ConstantSchedule",
     "CosineSchedule",
     "Diagnosis",
+    "ESSStageRule",
+    "Ladder",
+    "LadderReport",
     "LinearSchedule",
+    "LostMode",
     "Path",
     "Recovery",
+    "Rung",
     "SequenceSchedule",
+    "StageRule",
     "TemperedTrace_ELBO",
+    "TraceMixedKL_ELBO",
     "WeightedDraws",
     "__version__",
     "diagnose",
     "effective_sample_size",
+    "find_lost_modes",
     "importance_draws",
+    "mixture_draws",
     "pareto_smooth",
     "plots",
     "resample",

@@ -83,7 +83,11 @@ def plan_steps(schedule: AnnealingSchedule, plan: StepPlan, num_steps: int) -> S
 
 
 def next_within_budget(
-    schedule: AnnealingSchedule, plan: StepPlan, history: AnnealingHistory, draws: Tensor | None
+    schedule: AnnealingSchedule,
+    plan: StepPlan,
+    history: AnnealingHistory,
+    draws: Tensor | None,
+    log_weights: Tensor | None = None,
 ) -> float:
     """Return the inverse temperature with which annealing arrives at 1 as planned.
 
@@ -91,7 +95,7 @@ def next_within_budget(
     """
     t = history.stages[-1].inverse_temperature
     if plan.num_total is None or not isinstance(schedule, AdaAnnSchedule):
-        return schedule.next(t, draws)
+        return schedule.next(t, draws, log_weights)
     num_left = plan.num_increments_left(history.num_steps)
     if num_left == 1:
         return schedule.final_inverse_temperature
@@ -99,7 +103,9 @@ def next_within_budget(
     # The same c for a stage whose draws say nothing as the schedule assumes.
     c = statistics.median([s.inverse_temperature * s.log_factor_sd for s in recent] or [1.0])  # type: ignore[operator]
     tolerance = c * math.expm1(-math.log(t) / num_left)
-    return AdaAnnSchedule(tolerance, initial_inverse_temperature=t).next(t, draws)
+    return AdaAnnSchedule(tolerance, initial_inverse_temperature=t, weighted=schedule.weighted).next(
+        t, draws, log_weights
+    )
 
 
 def projected_num_steps(history: AnnealingHistory, schedule: AnnealingSchedule, plan: StepPlan) -> int | None:
@@ -119,7 +125,10 @@ def projected_num_steps(history: AnnealingHistory, schedule: AnnealingSchedule, 
         num_stages = math.log(end / t) * (len(times) - 1) / math.log(times[-1] / times[0])
     else:
         num_stages = (end - t) * (len(times) - 1) / (times[-1] - times[0])
-    return history.num_steps + int(num_stages * plan.num_per_stage + plan.num_final)
+    # With a stage rule a stage may be longer than planned.
+    recent = [stage.num_steps for stage in stages[1:][-_NUM_STAGES:-1]]
+    num_per_stage = max(statistics.mean(recent or [0]), plan.num_per_stage)
+    return history.num_steps + int(num_stages * num_per_stage + plan.num_final)
 
 
 def _num_increments(schedule: AnnealingSchedule) -> int:

@@ -14,10 +14,21 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from pyro_adaann.mixed_kl import TraceMixedKL_ELBO
+from pyro_adaann.particles import with_num_particles
 from pyro_adaann.schedules import AnnealingSchedule
+from pyro_adaann.stage_rules import StageRule
 from pyro_adaann.tempering import Path, TemperedTrace_ELBO, check_can_temper
 
-__all__ = ["check_count", "check_parts", "is_finite", "nonfinite_sites", "to_float"]
+__all__ = [
+    "check_count",
+    "check_parts",
+    "check_stage_rule",
+    "choose_final_loss",
+    "is_finite",
+    "nonfinite_sites",
+    "to_float",
+]
 
 
 def check_parts(guide: Any, optim: Any, loss: Any, schedule: AnnealingSchedule, path: Path) -> None:
@@ -46,8 +57,62 @@ def check_parts(guide: Any, optim: Any, loss: Any, schedule: AnnealingSchedule, 
             f"warm-up is for a model that is still being learned. Use LinearSchedule, CosineSchedule or "
             f"SequenceSchedule."
         )
+    if isinstance(loss, TraceMixedKL_ELBO) and path.entropy != 1:
+        raise ValueError(
+            f"Expected a loss that is linear in the log densities on path {path.name!r}; got "
+            f"TraceMixedKL_ELBO, whose weights are those of a given posterior. Use Trace_ELBO."
+        )
     if schedule.initial_inverse_temperature < 1:
         check_can_temper(guide, loss, path)
+
+
+def check_stage_rule(rule: Any, loss: Any, path: Path) -> None:
+    """Raise a `ValueError` if a stage rule is none, or cannot be asked on this path with this loss."""
+    if rule is None:
+        return
+    if not isinstance(rule, StageRule):
+        raise ValueError(
+            f"Expected `stage_rule` to be a StageRule; got {type(rule).__name__}. Use for example "
+            f"ESSStageRule(0.3)."
+        )
+    if not isinstance(loss, ELBO):
+        raise ValueError(
+            f"Expected an ELBO, whose particles a stage rule weighs; got a {type(loss).__name__}. Use "
+            f"Trace_ELBO."
+        )
+    if path.entropy != 1:
+        raise ValueError(
+            f"Expected a path of tempered posteriors with a stage rule; got {path.name!r}, on which the "
+            f"model itself moves. Leave the rule out."
+        )
+
+
+def choose_final_loss(loss: Any, final_loss: Any, num_final_particles: int | None) -> ELBO | None:
+    """Return the ELBO of the final stage, None for ``loss`` itself.
+
+    :raises ValueError: if the arguments contradict each other.
+    """
+    check_count("num_final_particles", num_final_particles, 1)
+    if final_loss is None and num_final_particles is None:
+        return None
+    if not isinstance(loss, ELBO):
+        raise ValueError(
+            f"Expected an ELBO as `loss`, which has particles, with `num_final_particles` or `final_loss`; "
+            f"got a {type(loss).__name__}."
+        )
+    if num_final_particles is not None and final_loss is None:
+        return with_num_particles(loss, num_final_particles)
+    if num_final_particles is not None:
+        raise ValueError(
+            "Expected one of `final_loss` and `num_final_particles`; got both. A final loss has its own "
+            "`num_particles`."
+        )
+    if not isinstance(final_loss, ELBO) or isinstance(final_loss, TemperedTrace_ELBO):
+        raise ValueError(
+            f"Expected `final_loss` to be an ELBO of the untempered model; got {type(final_loss).__name__}. "
+            f"Use for example Trace_ELBO."
+        )
+    return final_loss
 
 
 def check_count(name: str, value: int | None, minimum: int) -> None:

@@ -21,6 +21,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
+from pyro_adaann.broken import has_nonfinite_parameter
 from pyro_adaann.fits import (
     Fit,
     check_latents,
@@ -30,12 +31,12 @@ from pyro_adaann.fits import (
     plate_nesting,
 )
 from pyro_adaann.particles import (
-    has_nonfinite_parameter,
     marginal_log_density,
     per_particle,
     sites_of,
     with_num_particles,
 )
+from pyro_adaann.scores import has_density
 from pyro_adaann.tempering import is_delta
 
 __all__ = ["DrawBatch", "GuideDraws"]
@@ -221,6 +222,31 @@ class GuideDraws:
         raise _does_not_vectorize(
             f"shape {tuple(value.shape)} for {num_samples} draws of site {name!r} of shape {tuple(shape)}"
         )
+
+    def guide_density(self, guide_trace: Trace, num_samples: int) -> Tensor:
+        """Return the log density of what a guide draws, its `Delta` sites left out, shape ``(n,)``."""
+        terms = [per_particle(site, site["log_prob"]) for site in sites_of(guide_trace) if has_density(site)]
+        return torch.as_tensor(sum(terms)).double().reshape(-1).expand(num_samples)
+
+    def score_guide(self, batch: DrawBatch) -> Tensor:
+        """Return the log density of the guide, with its present parameters, at draws made before."""
+        fixed, num_samples = Trace(), len(batch.log_p)
+        for site in filter(has_density, sites_of(batch.guide_trace)):
+            # A copy: a transform may remember the point that it has mapped there.
+            name, value = site["name"], site["value"].clone()
+            fixed.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
+        guide: Callable[..., Any] = poutine.replay(self.guide, trace=fixed)
+        if self._vectorize:
+            guide = with_num_particles(self._loss, num_samples)._vectorized_num_particles(guide)
+        trace = poutine.trace(guide)
+
+        def run() -> Tensor:
+            scored = trace.get_trace(*self._args, **self._kwargs)
+            scored.compute_log_prob()
+            return self.guide_density(scored, num_samples)
+
+        result: Tensor = self._run_batch(run)
+        return result
 
     def predict(self, batch: DrawBatch) -> Trace:
         """Run the model once more on the draws of a batch, with its observed sites drawn."""

@@ -16,14 +16,13 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_adaann.broken import drop_broken, has_nonfinite_parameter, tame_gradients
+from pyro_adaann.mixed_kl import TraceMixedKL_ELBO
 from pyro_adaann.particles import (
     draw_log_factors,
-    drop_broken,
-    has_nonfinite_parameter,
     log_factors,
     log_weights,
     sites_of,
-    tame_gradients,
     with_num_particles,
     with_traces,
 )
@@ -32,12 +31,15 @@ from pyro_adaann.tempering import Path, Tempering
 
 __all__ = ["Objective", "sites_in", "spread_within_steps"]
 
-#: Fewest recycled draws behind a variance, once as many have been made: with fewer, the sd is itself
-#: uncertain by more than 1 / sqrt(2 * 100) = 7 %.
-_MIN_RECYCLED_DRAWS = 100
+#: Fresh draws behind a variance where training leaves none. With fewer, the sd is itself uncertain by
+#: more than 1 / sqrt(2 * 100) = 7 %.
+_NUM_FRESH_DRAWS = 100
 
 #: What a broken draw costs more than a typical good one, in nats, see `drop_broken`.
 _BROKEN_COST = 10.0
+
+#: Losses of which a particle can be left out: their parts are sums over particles.
+_DROPS_BROKEN = (Trace_ELBO, TraceMixedKL_ELBO)
 
 
 class Objective:
@@ -49,9 +51,9 @@ class Objective:
     :param evaluate: that loss as `SVI` calls it.
     :param evaluate_and_grads: likewise, with gradients.
     :param path: the path of tempered densities.
-    :param num_final_particles: particles in the final stage, None for those of the ELBO.
-    :param num_recycled_steps: of how many training steps the log factors are remembered; of more
-        where these make fewer than 100 draws; 0 for none.
+    :param final_loss: the ELBO of the final stage, None for ``loss``.
+    :param num_recycled_draws: of how many draws of the latest training steps the log factors are
+        remembered, at least; 0 for none.
     :param max_gradient_ratio: bound on the gradient of one particle, see
         :func:`~pyro_adaann.particles.tame_gradients`.
     """
@@ -62,14 +64,13 @@ class Objective:
         evaluate: Callable[..., Any],
         evaluate_and_grads: Callable[..., Any],
         path: Path,
-        num_final_particles: int | None,
-        num_recycled_steps: int,
+        final_loss: ELBO | None,
+        num_recycled_draws: int,
         max_gradient_ratio: float,
     ) -> None:
         self.path = path
         self.max_gradient_ratio = max_gradient_ratio
-        num_draws = num_recycled_steps * getattr(loss, "num_particles", 1)
-        self.num_recycled_draws = max(num_draws, _MIN_RECYCLED_DRAWS) if num_draws else 0
+        self.num_recycled_draws = num_recycled_draws
         self.inverse_temperature = 1.0
         self.is_final = False
         #: Broken and all particles of the evaluations since `start_stage`.
@@ -84,7 +85,7 @@ class Objective:
         self._tempering: Tempering | None = None
         self._is_training = False
         self._validates = True
-        self._drops_broken = type(loss) is Trace_ELBO
+        self._drops_broken = [type(elbo) in _DROPS_BROKEN for elbo in (loss, final_loss or loss)]
         #: Whether the loss is a number to go by; that of TraceTailAdaptive_ELBO is always infinite.
         self.reports_loss = not isinstance(loss, TraceTailAdaptive_ELBO)
         self._loss = loss
@@ -92,10 +93,7 @@ class Objective:
         self._variance_loss: ELBO | None = None
         self._seen: list[ELBO] = []
         if isinstance(loss, ELBO):
-            final = loss
-            if num_final_particles is not None:
-                final = with_num_particles(loss, num_final_particles)
-            self._seen = [with_traces(elbo, self._look) for elbo in (loss, final)]
+            self._seen = [with_traces(elbo, self._look) for elbo in (loss, final_loss or loss)]
             self._calls = [(elbo.loss, elbo.loss_and_grads) for elbo in self._seen]
 
     def start_stage(self, inverse_temperature: float, *, is_final: bool) -> None:
@@ -174,7 +172,7 @@ class Objective:
                     self._present.append(torch.stack([factors, offsets]))
         if self._is_training:
             tame_gradients(guide_trace, self.max_gradient_ratio)
-        if self._drops_broken:
+        if self._drops_broken[self.is_final]:
             num_broken, num_particles = drop_broken(
                 model_trace,
                 guide_trace,
@@ -196,6 +194,21 @@ class Objective:
         while self._num_recent - self._recent[0].shape[1] >= self.num_recycled_draws:
             self._num_recent -= self._recent.popleft().shape[1]
 
+    def ess(self) -> float:
+        """Return the effective sample size of the remembered draws as a share of their number.
+
+        Against the density at the present inverse temperature; a draw that is not finite counts, and
+        has no weight. 1 where nothing is remembered.
+        """
+        if not self._recent:
+            return 1.0
+        factors, offsets = torch.cat(list(self._recent), dim=1).double()
+        log_weights = offsets + self.inverse_temperature * factors
+        log_weights = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
+        weights = log_weights.softmax(0)
+        ess = float(1 / weights.square().sum())
+        return ess / len(weights) if ess > 0 else 0.0  # NaN without any finite draw
+
     def draw_log_factors(
         self, num_samples: int | None, model: Any, guide: Any, args: Any, kwargs: Any
     ) -> list[Tensor]:
@@ -211,7 +224,7 @@ class Objective:
             return [torch.stack([draws[0], draws[1] + t * draws[0]]) for draws in self._recent]
         if self._variance_loss is None:
             # Once, so that Pyro guesses the nesting of plates once.
-            self._variance_loss = self._make_variance_loss(num_samples or _MIN_RECYCLED_DRAWS)
+            self._variance_loss = self._make_variance_loss(num_samples or _NUM_FRESH_DRAWS)
         loss, t = self._variance_loss, self.inverse_temperature
 
         def draw() -> Tensor:

@@ -39,6 +39,8 @@ class AnnealingStage:
     #: same weights.
     log_normalizer: float | None = None
     ess: float | None = None
+    #: Whether the stage rule was met when the stage ended; None without a rule, and at 1.
+    is_tracked: bool | None = None
     #: Draws that they are of, and those among them left out as not finite.
     num_draws: int = 0
     num_nonfinite_draws: int = 0
@@ -102,6 +104,11 @@ class AnnealingHistory:
     def losses(self) -> list[float]:
         """Loss of every step, through all stages."""
         return [loss for stage in self.stages for loss in stage.losses]
+
+    @property
+    def untracked(self) -> list[AnnealingStage]:
+        """The stages that ran out of steps before their stage rule was met."""
+        return [stage for stage in self.stages if stage.is_tracked is False]
 
     @property
     def num_steps(self) -> int:

@@ -13,6 +13,7 @@ from pyro.infer import ELBO
 from pyro.optim import PyroLRScheduler, PyroOptim
 
 from pyro_adaann.checkpoint import get_random_states, set_random_states
+from pyro_adaann.mixed_kl import TraceMixedKL_ELBO
 from pyro_adaann.objective import sites_in
 from pyro_adaann.parameters import captured_parameters
 from pyro_adaann.results import AnnealingHistory, AnnealingStage, Recovery
@@ -31,8 +32,9 @@ def fit_state(svi: Any) -> dict[str, Any]:
         "buffers": {role: dict(part.named_buffers()) for role, part in _modules(svi).items()},
         "history": dataclasses.asdict(svi.history),
         "objective": svi._objective.state(),
-        "num_rejected_in_a_row": svi._num_rejected_in_a_row,
+        "num_rejected_in_a_row": svi._safety_net.num_rejected_in_a_row,
         "budget": None if svi._budget is None else dataclasses.asdict(svi._budget),
+        "ladder": None if svi.ladder is None else svi.ladder.state(),
         "random": get_random_states(),
     }
 
@@ -68,8 +70,10 @@ def restore_fit(svi: Any, state: dict[str, Any], args: tuple[Any, ...], kwargs: 
     svi.history.recoveries[:] = [Recovery(**recovery) for recovery in state["history"]["recoveries"]]
     svi._objective.start_stage(svi.inverse_temperature, is_final=_is_final(svi.history, svi.schedule))
     svi._objective.restore(state["objective"])
-    svi._num_rejected_in_a_row = state["num_rejected_in_a_row"]
+    svi._safety_net.num_rejected_in_a_row = state["num_rejected_in_a_row"]
     svi._fit_id = state["fit_id"]
+    if svi.ladder is not None:
+        svi.ladder.restore(state["ladder"])
     set_random_states(state["random"])
 
 
@@ -80,8 +84,13 @@ def settings_of(svi: Any, loss: Any) -> dict[str, str]:
         "loss": type(loss).__name__,
         "schedule": repr(svi.schedule),
         "path": repr(svi.path),
+        "stage_rule": repr(svi.stage_rule),
+        "ladder": repr(svi.ladder),
         "optim": _describe_optim(svi.optim),
     }
+    if isinstance(loss, TraceMixedKL_ELBO):
+        settings["forward_weight"] = str(loss.forward_weight)
+        settings["path_derivative"] = str(loss.path_derivative)
     if isinstance(loss, ELBO):
         settings["num_particles"] = str(loss.num_particles)
         settings["vectorize_particles"] = str(loss.vectorize_particles)

@@ -91,11 +91,19 @@ class AnnealingSchedule(ABC):
             possibly none, possibly not finite. None if ``needs_log_factor`` is false.
         """
 
-    def next(self, inverse_temperature: float, log_factor: Any = None) -> float:
+    def propose_weighted(self, inverse_temperature: float, log_factor: Tensor, log_weight: Tensor) -> float:
+        """Do :meth:`propose` for weighted draws; by default the weights are not used.
+
+        :param log_weight: log p_t - log q of every draw, up to a constant, float64.
+        """
+        return self.propose(inverse_temperature, log_factor)
+
+    def next(self, inverse_temperature: float, log_factor: Any = None, log_weight: Any = None) -> float:
         """Return the inverse temperature that follows, strictly larger unless it is the final one.
 
         :param inverse_temperature: the current one, in (0, 1].
         :param log_factor: draws of the log factor under the guide, any shape, or None.
+        :param log_weight: log weights of the same draws, or None for draws of the tempered density.
         :raises ValueError: if the inverse temperature is outside (0, 1], or draws are needed and
             none were given.
         """
@@ -103,14 +111,17 @@ class AnnealingSchedule(ABC):
         final = self.final_inverse_temperature
         if current >= final:
             return final
-        draws = None
-        if self.needs_log_factor:
-            if log_factor is None:
-                raise ValueError(
-                    f"Expected draws of the log factor, which {type(self).__name__} reads; got None."
-                )
-            draws = torch.as_tensor(log_factor, dtype=torch.float64).detach().flatten().cpu()
-        proposal = float(self.propose(current, draws))
+        if self.needs_log_factor and log_factor is None:
+            raise ValueError(
+                f"Expected draws of the log factor, which {type(self).__name__} reads; got None."
+            )
+        if not self.needs_log_factor:
+            proposal = self.propose(current, None)
+        elif log_weight is None:
+            proposal = self.propose(current, _flat(log_factor))
+        else:
+            proposal = self.propose_weighted(current, _flat(log_factor), _flat(log_weight))
+        proposal = float(proposal)
         if math.isnan(proposal):
             proposal = current
         return min(max(proposal, math.nextafter(current, math.inf)), final)
@@ -148,6 +159,9 @@ class AdaAnnSchedule(AnnealingSchedule):
     :param tolerance: :math:`\tau` > 0. The paper uses 0.005 to 0.01 for multimodal posteriors and 0.5 for
         a unimodal one; 1 loses modes.
     :param initial_inverse_temperature: the first inverse temperature, in (0, 1].
+    :param weighted: whether to take the sd under the tempered density itself, which the theorem speaks of,
+        by weighting the draws, instead of the sd under the guide. An increment is then at most t: where
+        weights are uneven, few draws say how far to go.
     :raises ValueError: if the tolerance is not a positive number.
 
     Source: Cobian et al., *AdaAnn*, arXiv 2202.00792, Theorem 1, Eq. 19 and Algorithm 1.
@@ -164,37 +178,63 @@ class AdaAnnSchedule(AnnealingSchedule):
 
     needs_log_factor = True
 
-    def __init__(self, tolerance: float = 0.01, *, initial_inverse_temperature: float = 0.01) -> None:
+    def __init__(
+        self,
+        tolerance: float = 0.01,
+        *,
+        initial_inverse_temperature: float = 0.01,
+        weighted: bool = False,
+    ) -> None:
         super().__init__(initial_inverse_temperature)
         if not 0 < tolerance < math.inf:
             raise ValueError(f"Expected `tolerance` > 0; got {tolerance}.")
         self.tolerance = float(tolerance)
+        self.weighted = weighted
 
     def propose(self, inverse_temperature: float, log_factor: Tensor | None) -> float:
+        return self._propose(inverse_temperature, log_factor, None)
+
+    def propose_weighted(self, inverse_temperature: float, log_factor: Tensor, log_weight: Tensor) -> float:
+        return self._propose(inverse_temperature, log_factor, log_weight if self.weighted else None)
+
+    def _propose(self, t: float, log_factor: Tensor | None, log_weight: Tensor | None) -> float:
         assert log_factor is not None  # `next` has checked
-        sd = standard_deviation(log_factor)
-        normal_increment = self.tolerance * inverse_temperature
+        sd = standard_deviation(log_factor, log_weight)
+        normal_increment = self.tolerance * t
         if sd is None:
-            increment = min(self.tolerance, 0.1) * inverse_temperature
+            increment = min(self.tolerance, 0.1) * t
         else:
             increment = max(self.tolerance / sd, 0.001 * normal_increment)
-        return inverse_temperature + increment
+        if self.weighted:
+            increment = min(increment, t)
+        return t + increment
 
 
-def standard_deviation(draws: Tensor) -> float | None:
+def standard_deviation(draws: Tensor, log_weights: Tensor | None = None) -> float | None:
     """Return the sd of the finite draws, outliers moved in, or None where they do not determine one.
 
     That is with fewer than two finite draws, or a spread below the rounding errors of
-    single-precision numbers of their size. Safe against overflow of the squares.
+    single-precision numbers of their size. Safe against overflow of the squares. With weights it is
+    the sd under them, with the effective number of draws minus one in the denominator.
     """
     moved = move_outliers_in(draws.double())
-    finite = moved[torch.isfinite(moved)]
+    is_finite = torch.isfinite(moved)
+    if log_weights is not None:
+        is_finite &= torch.isfinite(log_weights)
+    finite = moved[is_finite]
     if finite.numel() < 2:
         return None
     size = float(finite.abs().max())
     if size == 0:
         return None
-    relative = float((finite / size).std(correction=1))
+    if log_weights is None:
+        relative = float((finite / size).std(correction=1))
+    else:
+        weights = log_weights[is_finite].double().softmax(0)
+        spread = finite / size - weights @ (finite / size)
+        # 1 - sum of squares is 1 - 1 / ess.
+        correction = float(1 - weights.square().sum())
+        relative = math.sqrt(float(weights @ spread.square()) / correction) if correction > 0 else 0.0
     return relative * size if relative > torch.finfo(torch.float32).eps else None
 
 
@@ -214,6 +254,10 @@ def move_outliers_in(draws: Tensor) -> Tensor:
     if not 0 < reach < math.inf:
         return draws
     return torch.where(is_finite, draws.clamp(median - reach, median + reach), draws)
+
+
+def _flat(draws: Any) -> Tensor:
+    return torch.as_tensor(draws, dtype=torch.float64).detach().flatten().cpu()
 
 
 def _check_inverse_temperature(name: str, value: float) -> float:

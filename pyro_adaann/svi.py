@@ -21,28 +21,30 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_adaann.budget import StepPlan, next_within_budget, plan_steps, projected_num_steps
 from pyro_adaann.checkpoint import CheckpointKeeper, read_checkpoint, write_checkpoint
-from pyro_adaann.checks import check_count, check_parts, is_finite, nonfinite_sites, to_float
+from pyro_adaann.checks import (
+    check_count,
+    check_parts,
+    check_stage_rule,
+    choose_final_loss,
+    is_finite,
+    nonfinite_sites,
+    to_float,
+)
 from pyro_adaann.endings import announce_short_training, count_annealing_steps, watch_end
 from pyro_adaann.interrupt import InterruptGuard
+from pyro_adaann.ladder import Ladder, Rung, put
 from pyro_adaann.objective import Objective, spread_within_steps
 from pyro_adaann.parameters import FitParameters, captured_parameters
 from pyro_adaann.progress import ProgressBar
-from pyro_adaann.results import AnnealingHistory, AnnealingStage, Recovery
+from pyro_adaann.recovery import MAX_REJECTED, RECOVERY_FACTOR, HopelessFit, SafetyNet
+from pyro_adaann.results import AnnealingHistory, AnnealingStage
 from pyro_adaann.resume import fit_state, restore_fit, settings_of
 from pyro_adaann.schedules import AdaAnnSchedule, AnnealingSchedule, standard_deviation
+from pyro_adaann.stage_rules import StageRule
 from pyro_adaann.tempering import Path, get_path
 
 __all__ = ["AdaAnnSVI"]
 
-#: Attempts at a finite loss before the driver says that there is none.
-_MAX_REJECTED = 100
-#: Rejected steps in a row after which the fit returns to its last good state.
-_NUM_REJECTED_TO_GO_BACK = 20
-#: What a return multiplies the learning rate and the increments by, and how many there may be.
-_RECOVERY_FACTOR = 0.5
-_MAX_RECOVERIES = 10
-#: Steps between two good states that are kept.
-_KEEP_EVERY = 100
 #: More stages than this are absurd (the paper's longest run has 4,645), and when that can be told.
 _MAX_STAGES = 50_000
 _NUM_STAGES_TO_PROJECT = 20
@@ -74,6 +76,11 @@ class AdaAnnSVI(SVI):
     :param num_steps_per_stage: T, steps at every inverse temperature between the first and 1.
     :param num_final_steps: T1, steps at 1 before :attr:`is_done`.
     :param num_final_particles: N1, particles of the ELBO at 1; by default its own number.
+    :param final_loss: another ELBO at 1, in place of ``loss`` and ``num_final_particles``.
+    :param stage_rule: when a stage below 1 ends, once it has its number of steps; by default then. The
+        first stage then has ``num_initial_steps`` at least.
+    :param ladder: keeps the guide at a few inverse temperatures, by which :func:`diagnose` sees whether a
+        mode was lost on the way.
     :param num_variance_samples: M, fresh guide draws behind each answer of the schedule. By default
         the draws of the latest training steps are used again, which costs no model run: those of
         one stage, and of the stages before it where they are fewer than 100.
@@ -132,6 +139,9 @@ class AdaAnnSVI(SVI):
         num_steps_per_stage: int = 5,
         num_final_steps: int = 5000,
         num_final_particles: int | None = None,
+        final_loss: ELBO | None = None,
+        stage_rule: StageRule | None = None,
+        ladder: Ladder | None = None,
         num_variance_samples: int | None = None,
         num_training_steps: int | None = None,
         lr_schedule: Literal["final", "always", "never"] = "final",
@@ -140,17 +150,13 @@ class AdaAnnSVI(SVI):
         path = get_path(path)
         schedule = AdaAnnSchedule() if schedule is None else schedule
         check_parts(guide, optim, loss, schedule, path)
+        check_stage_rule(stage_rule, loss, path)
         check_count("num_initial_steps", num_initial_steps, 0)
         check_count("num_steps_per_stage", num_steps_per_stage, 1)
         check_count("num_final_steps", num_final_steps, 1)
-        check_count("num_final_particles", num_final_particles, 1)
         check_count("num_variance_samples", num_variance_samples, 2)
         check_count("num_training_steps", num_training_steps, 1)
-        if num_final_particles is not None and not isinstance(loss, ELBO):
-            raise ValueError(
-                f"Expected an ELBO, which has particles, with `num_final_particles`; got a "
-                f"{type(loss).__name__}."
-            )
+        final_loss = choose_final_loss(loss, final_loss, num_final_particles)
         if lr_schedule not in ("final", "always", "never"):
             raise ValueError(
                 f"Expected `lr_schedule` to be 'final', 'always' or 'never'; got {lr_schedule!r}."
@@ -158,6 +164,9 @@ class AdaAnnSVI(SVI):
         super().__init__(model, guide, optim, loss, loss_and_grads)
         self.schedule = schedule
         self.path = path
+        self.stage_rule = stage_rule
+        #: The :class:`~pyro_adaann.Ladder` of the fit, or None.
+        self.ladder = ladder
         self.num_initial_steps = num_initial_steps
         self.num_steps_per_stage = num_steps_per_stage
         self.num_final_steps = num_final_steps
@@ -166,14 +175,17 @@ class AdaAnnSVI(SVI):
         #: The :class:`~pyro_adaann.AnnealingHistory` of the fit so far.
         self.history = AnnealingHistory()
 
-        recycles = schedule.needs_log_factor and num_variance_samples is None
+        num_recycled_draws = 0
+        if (schedule.needs_log_factor and num_variance_samples is None) or stage_rule is not None:
+            num_recycled_draws = num_steps_per_stage * getattr(loss, "num_particles", 1)
+            num_recycled_draws = max(num_recycled_draws, 100 if stage_rule is None else 500)
         self._objective = Objective(
             loss,
             self.loss,
             self.loss_and_grads,
             path,
-            num_final_particles,
-            num_steps_per_stage if recycles else 0,
+            final_loss,
+            num_recycled_draws,
             # At 1 from the start it is plain SVI, to the last digit.
             _MAX_GRADIENT_RATIO if schedule.initial_inverse_temperature < 1 else math.inf,
         )
@@ -181,9 +193,9 @@ class AdaAnnSVI(SVI):
         self.loss_and_grads = self._objective.loss_and_grads
         self._start_stage(schedule.initial_inverse_temperature)
         self._num_steps = 0
-        self._num_rejected_in_a_row = 0
         self._parameters = FitParameters(guide, optim)
-        self._last_good: tuple[dict[str, Any], float] | None = None
+        self._safety_net = SafetyNet(self._parameters, self.history)
+        self._guide_names: list[str] | None = None
         self._budget: StepPlan | None = None
         self._settings = settings_of(self, loss)
         # Not of Python's generators, which the user may have seeded.
@@ -236,19 +248,17 @@ class AdaAnnSVI(SVI):
         loss = to_float(loss)
         is_accepted = is_finite(params, loss if self._objective.reports_loss else 0.0)
         if is_accepted:
-            if self._last_good is None:
-                self._keep()
+            if not self._safety_net.is_set:
+                self._safety_net.keep()
+                if self.ladder is not None:
+                    self.ladder.start(self.inverse_temperature, self._guide_parameters(args, kwargs))
             self.optim(params)
         pyro.infer.util.zero_grads(params)
         self._count(loss)
         if is_accepted and self._parameters.is_finite():
-            self._num_rejected_in_a_row = 0
-            if self._num_steps % _KEEP_EVERY == 0:
-                self._keep()
-        elif is_accepted:
-            self._go_back("a parameter, or the optimizer's memory of it", args, kwargs)
+            self._safety_net.accept(self._num_steps)
         else:
-            self._reject(args, kwargs)
+            self._recover(is_accepted, args, kwargs)
         return loss
 
     def run(
@@ -280,6 +290,11 @@ class AdaAnnSVI(SVI):
         """
         if num_steps is not None:
             own = StepPlan(self.num_initial_steps, self.num_steps_per_stage, self.num_final_steps)
+            if self.stage_rule is not None:
+                raise ValueError(
+                    "Expected `num_steps` to be None with a stage rule, which decides how long a stage "
+                    f"is; got {num_steps}. Leave one of them out."
+                )
             self._budget = plan_steps(self.schedule, own, num_steps)
         keeper = None
         if checkpoint is not None:
@@ -307,8 +322,11 @@ class AdaAnnSVI(SVI):
             )
         return self.history
 
-    def restart(self) -> None:
+    def restart(self, rung: Rung | None = None) -> None:
         """Anneal once more from the schedule's first inverse temperature, with the guide as it is.
+
+        :param rung: a rung of :attr:`ladder`: anneal once more from there, with the guide as it was then.
+            The rungs above it are forgotten.
 
         This makes every schedule a cyclical one (Fu et al., *Cyclical annealing schedule*, NAACL 2019).
         A cycle rises to 1 and stays there for ``num_final_steps`` steps::
@@ -319,7 +337,16 @@ class AdaAnnSVI(SVI):
                 for batch in loader:
                     svi.step(batch)
         """
-        self._start_stage(self.schedule.initial_inverse_temperature)
+        if rung is None:
+            self._start_stage(self.schedule.initial_inverse_temperature)
+            return
+        if self.ladder is None or rung not in self.ladder.rungs:
+            raise ValueError(
+                "Expected a rung of this fit's ladder; got another one. Take one of `svi.ladder.rungs`."
+            )
+        put(rung.values, self._parameters.tensors)
+        self.ladder.cut(rung)
+        self._start_stage(rung.inverse_temperature)
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Write all that decides how the fit goes on to one file, whole or not at all.
@@ -345,7 +372,7 @@ class AdaAnnSVI(SVI):
         if state["budget"] is not None and self._budget is None:
             self._budget = StepPlan(**state["budget"])
         self._num_steps = self.history.num_steps
-        self._keep()
+        self._safety_net.keep()
 
     def _resume(self, path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not os.path.exists(path):
@@ -362,12 +389,9 @@ class AdaAnnSVI(SVI):
     def _state(self) -> dict[str, Any]:
         # A resumed fit has this state as its last good one; so must the one that goes on.
         self._parameters.optim = self.optim
-        if self._last_good is not None:
-            self._keep()
+        if self._safety_net.is_set:
+            self._safety_net.keep()
         return fit_state(self)
-
-    def _keep(self) -> None:
-        self._last_good = self._parameters.state(), self.inverse_temperature
 
     def _loss_and_params(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -384,6 +408,14 @@ class AdaAnnSVI(SVI):
                 raise
         return loss, captured_parameters(capture.trace)
 
+    def _guide_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the parameters that the guide alone has, not those of the model."""
+        if self._guide_names is None:
+            with poutine.trace(param_only=True) as capture, torch.no_grad():
+                self.guide(*args, **kwargs)
+            self._guide_names = list(captured_parameters(capture.trace))
+        return {name: self._parameters.tensors[name] for name in self._guide_names}
+
     def _advance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start the next stage if the present one has all its steps.
 
@@ -395,19 +427,27 @@ class AdaAnnSVI(SVI):
         length = plan.num_initial if is_first else plan.num_per_stage
         if self._objective.is_final or stage.num_steps < length:
             return
-        draws = None
+        if self.stage_rule is not None:
+            ess = self._objective.ess()
+            if not self.stage_rule.is_over(stage.num_steps, ess):
+                return
+            stage.is_tracked = self.stage_rule.is_met(ess)
+        draws = weights = None
         if self.schedule.needs_log_factor:
             steps = self._objective.draw_log_factors(
                 self.num_variance_samples, self.model, self.guide, args, kwargs
             )
             stage.record(*torch.cat(steps, dim=1))
             draws = spread_within_steps([factors for factors, _ in steps])
+            weights = torch.cat([weights for _, weights in steps])
             stage.log_factor_sd = standard_deviation(draws)  # what the schedule sees
         t = stage.inverse_temperature
-        following = next_within_budget(self.schedule, plan, self.history, draws)
+        following = next_within_budget(self.schedule, plan, self.history, draws, weights)
         if self.history.recoveries and plan.num_total is None:
-            factor = _RECOVERY_FACTOR ** len(self.history.recoveries)
+            factor = RECOVERY_FACTOR ** len(self.history.recoveries)
             following = max(t + factor * (following - t), math.nextafter(t, math.inf))
+        if self.ladder is not None:
+            self.ladder.climb(stage, following, self._guide_parameters(args, kwargs))
         self._start_stage(following)
         if len(self.history.stages) == _NUM_STAGES_TO_PROJECT:
             self._warn_if_endless()
@@ -435,41 +475,31 @@ class AdaAnnSVI(SVI):
         stage.num_broken = self._objective.num_broken
         stage.num_particles = self._objective.num_particles
 
-    def _reject(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._stage.num_rejected += 1
-        self._num_rejected_in_a_row += 1
-        if self._num_steps == 1 and not self._finds_finite_loss(args, kwargs):
-            self._num_rejected_in_a_row = _MAX_REJECTED
-        if self._num_rejected_in_a_row >= _MAX_REJECTED:
-            self._give_up(f"{_MAX_REJECTED} attempts", args, kwargs)
-        if self._num_rejected_in_a_row % _NUM_REJECTED_TO_GO_BACK == 0 and self._last_good is not None:
-            self._go_back("the loss or its gradient", args, kwargs)
-
-    def _go_back(self, cause: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Return to the last good state, with half the learning rate and half the increments."""
-        assert self._last_good is not None  # a step that is accepted keeps one before it
-        state, t = self._last_good
-        self._parameters.go_back(state, _RECOVERY_FACTOR)
-        recoveries = self.history.recoveries
-        if len(recoveries) >= _MAX_RECOVERIES:
-            self._give_up(f"spite of {_MAX_RECOVERIES} returns to the last good state", args, kwargs)
-        recoveries.append(Recovery(self._num_steps, self.inverse_temperature, t, cause))
-        if t != self.inverse_temperature:
-            self._start_stage(t)
-
-    def _give_up(self, when: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sites = nonfinite_sites(self.model, self.guide, args, kwargs)
-        raise ValueError(
-            f"Expected a finite loss and finite parameters; got none in {when} at inverse temperature "
-            f"{self.inverse_temperature:.3g}, stage {len(self.history.stages)} (sites with a log density or "
-            f"gradient that is not finite: {', '.join(sites) or 'none in the latest draw'}). The parameters "
-            f"are the last good ones. Start the guide where the model has a finite density (init_loc_fn, "
-            f"base_loc, base_scale) or lower the learning rate."
-        )
+    def _recover(self, was_accepted: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Deal with a step after which loss, gradient or parameters are not finite."""
+        net, t = self._safety_net, self.inverse_temperature
+        try:
+            if was_accepted:
+                net.go_back(self._num_steps, "a parameter, or the optimizer's memory of it")
+            else:
+                is_hopeless = self._num_steps == 1 and not self._finds_finite_loss(args, kwargs)
+                if not net.reject(self._num_steps, is_hopeless):
+                    return
+        except HopelessFit as error:
+            sites = nonfinite_sites(self.model, self.guide, args, kwargs)
+            raise ValueError(
+                f"Expected a finite loss and finite parameters; got none in {error} at inverse temperature "
+                f"{t:.3g}, stage {len(self.history.stages)} (sites with a log density or gradient that is "
+                f"not finite: {', '.join(sites) or 'none in the latest draw'}). The parameters are the last "
+                f"good ones. Start the guide where the model has a finite density (init_loc_fn, base_loc, "
+                f"base_scale) or lower the learning rate."
+            ) from None
+        if net.inverse_temperature != t:
+            self._start_stage(net.inverse_temperature)
 
     def _finds_finite_loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return any(
-            is_finite((), to_float(self.evaluate_loss(*args, **kwargs))) for _ in range(_MAX_REJECTED - 1)
+            is_finite((), to_float(self.evaluate_loss(*args, **kwargs))) for _ in range(MAX_REJECTED - 1)
         )
 
     def _step_lr_scheduler(self, loss: float) -> None:

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoPlanar, AutoRealNVP, ConstantSchedule
-from pyro_adaann.particles import _log_density_at_fixed_draws
+from pyro_adaann.scores import log_density_at_fixed_draws
 
 #: The parts of the plane, and of space, where the models below have no density: 30 % of N(0, I)
 #: behind a straight edge, 37 % behind a curved one.
@@ -131,7 +131,7 @@ def test_the_density_at_own_draws_has_the_gradient_at_fixed_draws(flow, num_tran
     z = posterior.rsample()
     weight = torch.randn(20, dtype=torch.float64)
     parameters = list(guide.parameters())
-    own = torch.autograd.grad((weight * _log_density_at_fixed_draws(posterior, z)).sum(), parameters)
+    own = torch.autograd.grad((weight * log_density_at_fixed_draws(posterior, z)).sum(), parameters)
     fixed = z.detach().clone()
     inverse = torch.autograd.grad((weight * posterior.log_prob(fixed)).sum(), parameters)
     for a, b in zip(own, inverse, strict=True):

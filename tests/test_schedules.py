@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pyro_adaann import (
     AdaAnnSchedule,
     AnnealingSchedule,
+    CESSSchedule,
     ConstantSchedule,
     LinearSchedule,
     SequenceSchedule,
@@ -62,6 +63,56 @@ def test_adaann_ends_at_exactly_one_whatever_it_is_given(cycle, tolerance):
             break
     assert t == 1.0
     assert schedule.next(t, cycle[0]) == 1.0
+
+
+WEIGHTED = [AdaAnnSchedule(0.5, weighted=True), CESSSchedule(0.9)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(WEIGHTED),
+    st.floats(1e-8, 1, exclude_max=True),
+    st.lists(st.tuples(NUMBERS, NUMBERS), max_size=8),
+)
+def test_weighted_schedules_rise_at_most_double_and_stay_finite(schedule, t, pairs):
+    factors, weights = zip(*pairs, strict=True) if pairs else ((), ())
+    following = schedule.next(t, factors, weights)
+    assert t < following <= min(1.0, math.nextafter(2 * t, 1))
+
+
+@pytest.mark.parametrize("schedule", WEIGHTED)
+def test_weighted_schedules_end_at_exactly_one(schedule):
+    # Absurd draws: all the weight on one of them, an infinite one, none.
+    for draws in ([0.0, 1e30], [math.inf, 0.0], [1.0, math.nan], []):
+        t, count = 0.5, 0
+        while t < 1 and count < 200_000:
+            t, count = schedule.next(t, draws, [0.0] * len(draws)), count + 1
+        assert t == 1.0
+
+
+@pytest.mark.parametrize("t", [0.1, 0.4])
+def test_weights_correct_the_draws_of_a_guide_that_is_too_wide(t):
+    """Draws of N(0, 2 / t) weighted to p^t = N(0, 1 / t), d = 3: the increments are those of p^t itself."""
+    n, d = 400_000, 3
+    z = torch.randn(n, d, dtype=torch.float64) * math.sqrt(2 / t)
+    log_p = -0.5 * (z**2).sum(-1)
+    log_weight = t * log_p - t / 2 * log_p
+    # The effective number of draws is a third of n; the rest as for the unweighted draws above.
+    bound = 5 * math.sqrt((2 + 12 / d) / (4 * n / 3))
+    sd = math.sqrt(d / 2) / t
+    increment = AdaAnnSchedule(0.01, weighted=True).next(t, log_p, log_weight) - t
+    assert increment == pytest.approx(0.01 / sd, rel=bound)
+    assert AdaAnnSchedule(0.01).next(t, log_p, log_weight) - t == pytest.approx(0.01 / (2 * sd), rel=bound)
+    # CESS(e) = Z(t + e)^2 / (Z(t) Z(t + 2 e)) with Z(t) ~ t^(-d / 2), of a normal density.
+    increment = CESSSchedule(0.9).next(t, log_p, log_weight) - t
+    cess = ((t + increment) ** 2 / (t * (t + 2 * increment))) ** (-d / 2)
+    assert cess == pytest.approx(0.9, abs=0.005)
+    assert CESSSchedule(0.9).next(t, log_p) - t < 0.9 * increment
+
+
+def test_cess_wants_a_share():
+    with pytest.raises(ValueError, match="target"):
+        CESSSchedule(1.0)
 
 
 @pytest.mark.parametrize("bad", [[], [1.0], [3.0] * 50, [math.nan] * 9, [math.inf, -math.inf, 2.0]])

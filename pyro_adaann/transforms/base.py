@@ -6,6 +6,7 @@ import copy
 from abc import abstractmethod
 from typing import Any
 
+import torch
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
@@ -51,6 +52,30 @@ class FlowTransform(TransformModule):
         """Map ``x`` of shape ``(..., d)``; also return ``log|det dy/dx|`` of shape ``(...)``."""
         y, log_det = self._forward(x.reshape(-1, self.input_dim))
         return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
+
+    def score(self, x: Tensor, base_score: Tensor) -> Tensor:
+        r"""Return :math:`\nabla_y \log q(y)` at the images y of given points, without a graph.
+
+        .. math:: \nabla_y \log q(y) = J^{-\top} \nabla_x (\log q_0(x) - \log|\det J(x)|)
+
+        :param x: points, shape ``(..., d)``.
+        :param base_score: :math:`\nabla_x \log q_0(x)`, likewise.
+        """
+        flat = x.detach().reshape(-1, self.input_dim)
+        score = self._score(flat, base_score.detach().reshape(flat.shape))
+        return score.reshape(x.shape)
+
+    def _score(self, x: Tensor, base_score: Tensor) -> Tensor:
+        """Do :meth:`score` on a flat batch; by way of the inverse map unless a flow knows a better one."""
+        with torch.no_grad():
+            y = self._forward(x)[0]
+        with torch.enable_grad():
+            y.requires_grad_()
+            inverse = self._backward_map(y)
+            log_det = self._forward(inverse)[1]
+            # The gradient of log q0 at the inverse image is given; the rest is the chain rule.
+            total = (base_score * inverse).sum() - log_det.sum()
+            return torch.autograd.grad(total, y)[0]
 
     def __call__(self, x: Tensor) -> Tensor:
         self._forget_if_updated()

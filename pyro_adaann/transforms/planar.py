@@ -119,6 +119,10 @@ class PlanarStack(FlowTransform):
             return _layer_by_layer(x, self.u, self.w, self.b)
         return _Stack.apply(x, self.u, self.w, self.b)
 
+    @torch.no_grad()
+    def _score(self, x: Tensor, base_score: Tensor) -> Tensor:
+        return _score(x, base_score, constrain(self.u, self.w), self.w, self.b)
+
     def _backward_map(self, y: Tensor) -> Tensor:
         u = constrain(self.u, self.w)
         return _invert(y.double(), u.double(), self.w.double(), self.b.double()).to(y.dtype)
@@ -242,6 +246,30 @@ def _solve_adjoint(c: Tensor, gram: Tensor, slope: Tensor) -> None:
             if i + 1 < len(block):
                 row += np.dot(within[i, i + 1 :], block[i + 1 :])
             row *= slopes[i]
+
+
+def _score(x: Tensor, base_score: Tensor, u: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    r"""Follow :math:`s = \nabla_z \log q` through the layers, from the base to the images of ``x``.
+
+    The Jacobian of a layer, :math:`I + h' u w^\top` with :math:`h' = 1 - h^2`, is the identity plus a term
+    of rank one, and so is its inverse. With :math:`c = u \cdot w` and :math:`j = 1 + c h'`,
+
+    .. math:: s_l = J^{-\top} (s_{l-1} - \nabla \log j) = s_{l-1} + \beta_l w_l, \qquad
+              \beta_l = \frac{h'}{j} \Bigl(\frac{2 c h}{j} - u_l \cdot s_{l-1}\Bigr),
+
+    and :math:`u_l \cdot s_{l-1} = u_l \cdot s_0 + \sum_{k<l} G_{kl} \beta_k`: the recursion of the
+    gradient, with the layers in reverse order.
+    """
+    h = torch.addmm(b.unsqueeze(-1), w, x.t())
+    gram = w @ u.t()
+    _solve_activations(h, gram)
+    jacobian = _jacobian(gram, h)
+    slope = (h * h).sub_(1).div_(jacobian)  # -h' / j
+    c = u @ base_score.t()
+    c.sub_(2 * gram.diagonal().unsqueeze(-1) * h / jacobian)
+    beta = c.flip(0)
+    _solve_adjoint(beta, gram.flip((0, 1)), slope.flip(0))
+    return base_score + beta.flip(0).t() @ w
 
 
 def _invert(y: Tensor, u: Tensor, w: Tensor, b: Tensor) -> Tensor:

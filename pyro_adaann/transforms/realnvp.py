@@ -212,6 +212,33 @@ class RealNVPStack(FlowTransform):
             *halves, log_det = _Stack.apply(first, second, len(self.networks), *self._matrices())
         return torch.cat(halves if self.num_transforms % 2 == 0 else halves[::-1], dim=-1), log_det
 
+    @torch.no_grad()
+    def _score(self, x: Tensor, base_score: Tensor) -> Tensor:
+        r"""Follow :math:`\nabla \log q` through the layers, from the base to the images of ``x``.
+
+        A layer's inverse is :math:`x_b = (y_b - t(y_a)) e^{-s(y_a)}`, so the score of the mapped half
+        becomes :math:`g_b e^{-s}` and that of the copied half gains what goes through the networks.
+        """
+        copied, mapped = x.split(self.split_sizes, dim=-1)
+        score_copied, score_mapped = base_score.split(self.split_sizes, dim=-1)
+        for layer in _by_layer(self._matrices(), len(self.networks)):
+            inputs = [copied.expand(2, *copied.shape)]
+            for weight, bias in layer[:-1]:
+                inputs.append(torch.baddbmm(bias, inputs[-1], weight).relu_())
+            log_scale, shift = torch.baddbmm(layer[-1][1], inputs[-1], layer[-1][0]).unbind(0)
+            log_scale = torch.tanh(log_scale)
+            by_log_scale = -(1 + mapped * score_mapped) * (1 - log_scale * log_scale)
+            score_mapped = score_mapped * torch.exp(-log_scale)
+            grad = torch.stack([by_log_scale, -score_mapped])
+            for k in range(len(inputs) - 1, -1, -1):
+                grad = torch.bmm(grad, layer[k][0].transpose(1, 2))
+                if k:
+                    grad = torch.ops.aten.threshold_backward(grad, inputs[k], 0)
+            score_copied, score_mapped = score_mapped, score_copied + grad.sum(0)
+            copied, mapped = torch.addcmul(shift, mapped, log_scale.exp()), copied
+        scores = (score_copied, score_mapped)
+        return torch.cat(scores if self.num_transforms % 2 == 0 else scores[::-1], dim=-1)
+
     def _backward_map(self, y: Tensor) -> Tensor:
         halves = y.split(self.split_sizes, dim=-1)
         copied, mapped = halves if self.num_transforms % 2 == 0 else halves[::-1]

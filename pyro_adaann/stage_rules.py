@@ -1,0 +1,75 @@
+"""Stage rules: when a stage at one inverse temperature ends.
+
+Without a rule a stage has the number of steps that `AdaAnnSVI` was given. A rule is asked after each
+further step, and sees how well the guide stands for the tempered density of the stage::
+
+    rule.is_over(num_steps, ess)
+
+It knows nothing of the schedule, nor the schedule of it. To write another, subclass :class:`StageRule`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+__all__ = ["ESSStageRule", "StageRule"]
+
+
+class StageRule(ABC):
+    """Base class of all stage rules."""
+
+    @abstractmethod
+    def is_over(self, num_steps: int, ess: float) -> bool:
+        """Whether the stage ends here.
+
+        :param num_steps: steps of the stage so far, at least ``num_steps_per_stage``.
+        :param ess: effective sample size of the latest draws of the guide against the tempered density,
+            as a share of their number, in (0, 1].
+        """
+
+    @abstractmethod
+    def is_met(self, ess: float) -> bool:
+        """Whether the guide is where the rule wants it, or the stage has only run out of steps."""
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({arguments})"
+
+
+class ESSStageRule(StageRule):
+    r"""A stage goes on until the guide tracks its tempered density, in effective sample size.
+
+    .. math:: \frac{(\sum_i w_i)^2}{n \sum_i w_i^2} \ge \text{target}, \qquad
+              w_i = \frac{p_t(z_i)}{q(z_i)}, \quad z_i \sim q
+
+    Modes are lost where the inverse temperature runs ahead of the guide. The draws are those of the
+    latest training steps, at least 500: they cost no model run, and smooth the decision.
+    A stage that ends without is noted (:attr:`AnnealingStage.is_tracked`), and :func:`diagnose` says so.
+
+    :param target: share of the draws, in (0, 1).
+    :param max_num_steps: most steps of a stage.
+    :raises ValueError: if one is out of range.
+
+    Source: Chopin, *A sequential particle filter method for static models*, Biometrika 89 (2002), for the
+    effective sample size as the measure of how far two densities of a sequence are apart.
+
+    Example::
+
+        >>> rule = ESSStageRule(0.3, max_num_steps=100)
+        >>> rule.is_over(5, ess=0.2), rule.is_over(5, ess=0.4), rule.is_over(100, ess=0.2)
+        (False, True, True)
+    """
+
+    def __init__(self, target: float = 0.3, *, max_num_steps: int = 200) -> None:
+        if not 0 < target < 1:
+            raise ValueError(f"Expected `target` in (0, 1); got {target}.")
+        if not isinstance(max_num_steps, int) or max_num_steps < 1:
+            raise ValueError(f"Expected `max_num_steps` to be an integer >= 1; got {max_num_steps!r}.")
+        self.target = float(target)
+        self.max_num_steps = max_num_steps
+
+    def is_over(self, num_steps: int, ess: float) -> bool:
+        return self.is_met(ess) or num_steps >= self.max_num_steps
+
+    def is_met(self, ess: float) -> bool:
+        return ess >= self.target
