@@ -81,7 +81,13 @@ def fit_without_annealing(target: Mixture, guide: AutoFlow, learning_rate: float
 
 
 def make_svi(
-    target: Mixture, guide: AutoFlow, learning_rate: float, tolerance: float, *, fast: bool = False
+    target: Mixture,
+    guide: AutoFlow,
+    learning_rate: float,
+    tolerance: float,
+    *,
+    loss: Trace_ELBO | None = None,
+    fast: bool = False,
 ) -> AdaAnnSVI:
     """Return the same with `AdaAnnSVI`, not yet run; the paper does not refine these fits at t = 1."""
     # With hardly any training the log densities stay far apart, and AdaAnn's steps small.
@@ -90,7 +96,7 @@ def make_svi(
         target.model,
         guide,
         pyro.optim.Adam({"lr": learning_rate}),
-        make_elbo(),
+        loss or make_elbo(),
         schedule=schedule,
         num_initial_steps=5 if fast else 500,
         num_steps_per_stage=5,

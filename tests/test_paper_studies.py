@@ -16,9 +16,10 @@ import torch
 from comparison import compare
 from mixture import make_svi
 from records import missing_trials, read_records
-from together import Planars, RealNVPs, fit_together
+from together import Planars, RealNVPs, _truncated_weights, fit_together
 
 from pyro_adaann import AdaAnnSchedule, AutoPlanar
+from pyro_adaann.mixed_kl import truncated_weights
 
 MAKERS = {
     "planar, line": (lambda: Planars.make(3, 1, 9, 2.0), 1),
@@ -48,6 +49,18 @@ def test_flows_together_are_the_flows_alone(name):
         torch.testing.assert_close(log_det[i], log_det_alone, rtol=1e-5, atol=1e-5)
         for key, parameter in stack.named_parameters():
             torch.testing.assert_close(flows.parameters[key].grad[i], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_score_and_weights_are_those_of_the_package():
+    flows = Planars.make(2, 2, 9, 2.0)
+    x = torch.randn(2, 20, 2)
+    base_score = torch.randn_like(x)
+    score = flows.score(x, base_score)
+    log_weights = 3 * torch.randn(2, 20)
+    weights = _truncated_weights(log_weights)
+    for i, stack in enumerate(flows.write_back()):
+        torch.testing.assert_close(score[i], stack.score(x[i], base_score[i]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights[i], truncated_weights(log_weights[i]))
 
 
 def test_every_trial_has_its_own_inverse_temperatures():

@@ -70,7 +70,7 @@ def capture_rates(records: Iterable[Record], cases: list[str], path: Path) -> No
     records = list(records)
     for panel, case in zip(panels, cases, strict=True):
         cells = groups(
-            (r for r in records if r["case"] == case and r["method"] != "adaann_svi" and is_paper(r)),
+            (r for r in records if r["case"] == case and not r["method"].endswith("_svi") and is_paper(r)),
             lambda r: (r["method"], r["hidden_dim"], r["num_transforms"]),
         )
         for (method, hidden_dim, num_transforms), part in cells.items():
@@ -78,8 +78,12 @@ def capture_rates(records: Iterable[Record], cases: list[str], path: Path) -> No
                 mu: sum(map(is_captured, trials)) / len(trials)
                 for (mu,), trials in groups(part, lambda r: (r["mu"],)).items()
             }
-            label = f"{METHODS[method]}, L = {num_transforms}" + (f", H = {hidden_dim}" if hidden_dim else "")
-            style = {"adaann": "o-", "linear": "s--", "none": "x:", "realnvp": "^-."}[method]
+            label = f"{METHODS[method].replace('*', '')}, L = {num_transforms}" + (
+                f", H = {hidden_dim}" if hidden_dim else ""
+            )
+            style = {"adaann": "o-", "linear": "s--", "none": "x:", "realnvp": "^-.", "covering": "D-"}[
+                method
+            ]
             panel.plot(list(shares), [100 * share for share in shares.values()], style, label=label)
         panel.set(title=case, xlabel="mu", ylim=(-5, 105))
         panel.legend(frameon=False, fontsize=7)

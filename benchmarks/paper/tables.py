@@ -24,6 +24,8 @@ METHODS = {
     "linear": "linear",
     "adaann": "AdaAnn",
     "adaann_svi": "AdaAnn, driver",
+    "covering": "AdaAnn, *mass-covering loss*",
+    "covering_svi": "AdaAnn, *mass-covering loss*, driver",
     "realnvp": "RealNVP, none",
 }
 

@@ -13,6 +13,7 @@ out again as such. The loss is that of `Trace_ELBO`; unlike in `AdaAnnSVI`, no p
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ class Flows(ABC):
         """Map ``x`` without gradient, for when no log-determinant is asked for."""
         return self(x)[0]
 
+    def score(self, x: Tensor, base_score: Tensor) -> Tensor:
+        """Return the score of log q at the images of ``x``, given that of the base at ``x``."""
+        raise NotImplementedError(f"{type(self).__name__} has no score of its own draws; use Planars.")
+
     def write_back(self) -> list[FlowTransform]:
         """Write the parameters into the stacks and return them."""
         with torch.no_grad():
@@ -87,6 +92,28 @@ class Planars(Flows):
         scratch = np.empty_like(z[0])
         _apply(z, u, w, b, itertools.repeat(scratch))
         return torch.from_numpy(z.transpose(1, 2, 0))
+
+    @torch.no_grad()
+    def score(self, x: Tensor, base_score: Tensor) -> Tensor:
+        """Return the score of log q at the images of ``x``, given that of the base at ``x``.
+
+        A layer and its inverse are the identity plus a term of rank one; the score follows the layers.
+        """
+        z, s = _columns_of_points(x), _columns_of_points(base_score)
+        u, w, b = (_columns(p) for p in self._constrained())
+        h = np.empty((len(b), *z.shape[1:]), z.dtype)
+        _apply(z, u, w, b, h)
+        gram = (u * w).sum(1)
+        slope = 1 - h * h
+        ratio = slope / (1 + gram * slope)
+        for layer in range(len(b)):
+            along = sum(u[layer, k] * s[k] for k in range(len(s)))
+            s += (
+                ratio[layer]
+                * (2 * gram[layer] * h[layer] / (1 + gram[layer] * slope[layer]) - along)
+                * w[layer]
+            )
+        return torch.from_numpy(s.transpose(1, 2, 0).copy())
 
 
 class _PlanarLayers(torch.autograd.Function):
@@ -196,6 +223,12 @@ class RealNVPs(Flows):
         return hidden
 
 
+def _truncated_weights(log_weights: Tensor) -> Tensor:
+    """Importance weights of every trial, none above the sum divided by the root of their number."""
+    limit = log_weights.logsumexp(1, keepdim=True) - 0.5 * math.log(log_weights.shape[1])
+    return log_weights.minimum(limit).softmax(1)
+
+
 @dataclass(frozen=True)
 class Trials:
     """The trials when all have ended."""
@@ -217,6 +250,7 @@ def fit_together(
     num_steps_per_stage: int,
     num_particles: int = 100,
     num_variance_samples: int = 1000,
+    forward_weight: float | None = None,
 ) -> Trials:
     """Anneal every trial to 1 and return it after its ``num_steps_per_stage`` steps there.
 
@@ -224,6 +258,8 @@ def fit_together(
 
     :param log_density: of points ``(..., d)``, normalized or not.
     :param base_scale: of the base N(0, base_scale^2) of all coordinates.
+    :param forward_weight: a share of the forward divergence in the loss, as in `TraceMixedKL_ELBO`; None is
+        `Trace_ELBO`.
     """
     num_trials, dim = len(flows.stacks), flows.stacks[0].input_dim
     optim = torch.optim.Adam(flows.parameters.values(), lr=learning_rate)
@@ -235,8 +271,17 @@ def fit_together(
     def take(steps: int) -> None:
         temperatures = torch.tensor([path[-1] for path in paths]).unsqueeze(-1)
         for _ in range(steps):
-            z, log_det = flows(base_scale * torch.randn(num_trials, num_particles, dim))
-            loss = -(log_det + temperatures * log_density(z)).mean(1).sum()
+            x = base_scale * torch.randn(num_trials, num_particles, dim)
+            z, log_det = flows(x)
+            log_p = temperatures * log_density(z)
+            loss = -(log_det + log_p).mean(1).sum()
+            if forward_weight is not None:
+                log_q = -0.5 * (x / base_scale).square().sum(-1) - log_det
+                weights = _truncated_weights((log_p - log_q).detach())
+                factor = 2 * forward_weight - 1 - forward_weight * num_particles * weights
+                # Its gradient is that of log q at fixed draws.
+                fixed = -log_det - (flows.score(x, -x / base_scale**2) * z).sum(-1)
+                loss = (1 - forward_weight) * loss + (factor * fixed).mean(1).sum()
             optim.zero_grad()
             loss.backward()
             optim.step()
