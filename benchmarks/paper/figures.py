@@ -15,6 +15,8 @@ from tables import METHODS, groups, hiv, is_captured, is_paper, lorenz
 
 __all__ = ["capture_rates", "densities", "posteriors", "schedules"]
 
+STYLES = {"adaann": "o-", "covering": "D-", "linear": "s--", "none": "x:", "realnvp": "^-."}
+
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure; without the time in it, so that the same records give the same file."""
@@ -78,13 +80,9 @@ def capture_rates(records: Iterable[Record], cases: list[str], path: Path) -> No
                 mu: sum(map(is_captured, trials)) / len(trials)
                 for (mu,), trials in groups(part, lambda r: (r["mu"],)).items()
             }
-            label = f"{METHODS[method].replace('*', '')}, L = {num_transforms}" + (
-                f", H = {hidden_dim}" if hidden_dim else ""
-            )
-            style = {"adaann": "o-", "linear": "s--", "none": "x:", "realnvp": "^-.", "covering": "D-"}[
-                method
-            ]
-            panel.plot(list(shares), [100 * share for share in shares.values()], style, label=label)
+            label = f"{METHODS[method]}, L = {num_transforms}".replace("*", "")
+            label += f", H = {hidden_dim}" if hidden_dim else ""
+            panel.plot(list(shares), [100 * share for share in shares.values()], STYLES[method], label=label)
         panel.set(title=case, xlabel="mu", ylim=(-5, 105))
         panel.legend(frameon=False, fontsize=7)
     panels[0].set_ylabel("both modes, % of the trials")

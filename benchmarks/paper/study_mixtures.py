@@ -17,7 +17,8 @@ paper's settings:
 * ``adaann_svi``, ``covering_svi``: the same through the package's driver, one trial at a time, ten times
   slower: to show that trials run together are the same.
 
-All but the last two run the trials of a cell together (``together.py``), with the package's flows and schedules.
+All but the last two run the trials of a cell together (``together.py``), with the package's flows and
+schedules.
 """
 
 from __future__ import annotations
