@@ -7,6 +7,7 @@ import math
 
 import mixture_1d
 import mixture_2d
+import pyro
 import pyro.distributions as dist
 import pytest
 import report
@@ -18,7 +19,7 @@ from mixture import make_svi
 from records import missing_trials, read_records
 from together import Planars, RealNVPs, _truncated_weights, fit_together
 
-from pyro_adaann import AdaAnnSchedule, AutoPlanar
+from pyro_adaann import AdaAnnSchedule, AutoPlanar, TraceMixedKL_ELBO
 from pyro_adaann.mixed_kl import truncated_weights
 
 MAKERS = {
@@ -142,19 +143,23 @@ def test_stopped_study_goes_on_and_the_page_is_made(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("loss", ["paper", "covering"])
 @pytest.mark.parametrize("example", ["mixture_1d", "mixture_2d"])
-@pytest.mark.parametrize("seed", range(3))
-def test_annealed_fit_has_both_modes(example, seed):
-    """With the paper's settings a mode was never lost in the trials of the studies; weights vary."""
-    import pyro
+@pytest.mark.parametrize("seed", range(2))
+def test_annealed_fit_has_both_modes(seed, example, loss):
+    """The driver, seed by seed: both modes are there, and the shares right at the latest when weighted.
 
+    With the paper's loss the shares vary (docs/paper.md: 0.03 to 0.69 in 20 trials of this example in the
+    plane), with the mass-covering one they do not.
+    """
     module = {"mixture_1d": mixture_1d, "mixture_2d": mixture_2d}[example]
     args = ("asymmetric", 3.0) if example == "mixture_1d" else (0.5,)
     target = module.make_target(*args)
     pyro.set_rng_seed(seed)
     guide = AutoPlanar(target.model, 75, base_loc=0.0, base_scale=module.BASE_SCALE)
-    svi = make_svi(target, guide, module.learning_rate(*args), module.TOLERANCE)
+    elbo = TraceMixedKL_ELBO(study_mixtures.FORWARD_WEIGHT) if loss == "covering" else None
+    svi = make_svi(target, guide, module.learning_rate(*args), module.TOLERANCE, loss=elbo)
     svi.run(progress_bar=False)
     found = compare(guide.get_posterior(), target)
-    assert 0.1 < found.first_mode < 0.9
-    assert found.ess > 0.5
+    assert abs(found.weighted_first_mode - 0.5) < 0.05
+    assert abs(found.first_mode - 0.5) < (0.1 if loss == "covering" else 0.49)
