@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import bimodal
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from records import Record
-from study_bimodal import FIGURE_GRID
+from study_bimodal import FIGURE_GRID, bimodal
 from tables import METHODS, groups, hiv, is_captured, is_paper, lorenz
 
 __all__ = ["capture_rates", "densities", "posteriors", "schedules"]

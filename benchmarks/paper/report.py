@@ -42,11 +42,26 @@ def make_tables(records: dict[str, list[Record]]) -> dict[str, str]:
         "lorenz_table": tables.lorenz_table(records["odes"]),
         "hiv_table": tables.hiv_table(records["odes"]),
     }
-    if any("draws" in record for record in records["odes"]):
-        made["ode_figure"] = "![Draws of the guide, pair by pair, examples 4 and 5](figures/paper_odes.png)"
-    else:
-        made["ode_figure"] = MISSING
     return {name: table or MISSING for name, table in made.items()}
+
+
+def figure(name: str, title: str, is_there: bool) -> str:
+    """Return the reference to a figure of the page."""
+    return f"![{title}](figures/paper_{name}.png)" if is_there else ""
+
+
+def make_figures(records: dict[str, list[Record]]) -> dict[str, str]:
+    """Return the references to the figures by their names on the page."""
+    has = {name: bool(found) for name, found in records.items()}
+    has_draws = any("draws" in record for record in records["odes"])
+    made = {
+        "bimodal": ("Fitted densities of example 1 over the exact one", has["bimodal"]),
+        "schedules": ("Schedules of examples 1, 4 and 5", has["bimodal"]),
+        "mixture_1d": ("Share of the trials with both modes, example 2", has["mixture_1d"]),
+        "mixture_2d": ("Share of the trials with both modes, example 3", has["mixture_2d"]),
+        "odes": ("Draws of the guide, pair by pair, examples 4 and 5", has_draws),
+    }
+    return {f"{name}_figure": figure(name, *what) for name, what in made.items()}
 
 
 def draw(records: dict[str, list[Record]], folder: Path) -> None:
@@ -71,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     records = load(args.results)
     args.out.mkdir(parents=True, exist_ok=True)
-    page = Template((HERE / "page.md").read_text()).substitute(make_tables(records))
+    page = Template((HERE / "page.md").read_text()).substitute(make_tables(records), **make_figures(records))
     (args.out / "paper.md").write_text(page)
     draw(records, args.out / "figures")
     print(f"wrote {args.out / 'paper.md'}")

@@ -84,7 +84,7 @@ def run_driver(cell: Mapping[str, Any], trials: list[int]) -> list[Record]:
     fast = cell.get("fast", False)
     schedule: AnnealingSchedule = LinearSchedule(3 if fast else 9900)
     if cell["method"] == "adaann":
-        schedule = AdaAnnSchedule(1e3 * cell["tolerance"] if fast else cell["tolerance"])
+        schedule = AdaAnnSchedule(1e5 * cell["tolerance"] if fast else cell["tolerance"])
     records = []
     for trial in trials:
         pyro.set_rng_seed(trial)
