@@ -5,8 +5,8 @@
 
 Each adds to its file in ``benchmarks/results/paper/`` what is not there yet; stopped, it goes on at the next
 start. By default four separations of every case; ``--all-mu`` for those of the paper, ``--methods`` for some
-methods alone; ``--rate`` and ``--particles`` for settings that are not the paper's. The methods, with the
-paper's settings:
+methods alone; ``--rate``, ``--particles`` and ``--final-steps`` for settings that are not the paper's. The
+methods, with the paper's settings:
 
 * ``none``: 8,000 steps at t = 1 (example 3: as many; the paper does not say);
 * ``linear``: 500 steps at t = 0.01, then one at each of 9,900 inverse temperatures;
@@ -117,6 +117,7 @@ def run_together(cell: Mapping[str, Any], trials: list[int]) -> list[Record]:
         num_initial_steps=num_initial_steps,
         num_steps_per_stage=num_steps_per_stage,
         num_particles=cell["particles"] or 100,
+        num_final_steps=cell["final_steps"] or 0,
         forward_weight=FORWARD_WEIGHT if cell["method"] == "covering" else None,
     )
     seconds = (time.process_time() - start) / len(trials)
@@ -179,11 +180,12 @@ def make_tasks(args: argparse.Namespace) -> list[Task]:
                 if args.layers and flow["num_transforms"] not in args.layers:
                     continue
                 cell = {"case": case, "mu": mu, **flow, "rate": args.rate, "particles": args.particles}
+                cell["final_steps"] = args.final_steps
                 if args.fast:
                     cell["fast"] = True
                 trials = missing_trials(records, cell, args.trials)
                 alone = flow["method"].endswith("_svi")
-                if alone and (args.rate or args.particles):
+                if alone and (args.rate or args.particles or args.final_steps):
                     continue  # trials run together are enough to compare settings
                 size = 1 if alone else MAX_TOGETHER
                 run = run_driver if alone else run_together
@@ -202,6 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--all-mu", action="store_true", help="all separations of the paper")
     parser.add_argument("--rate", type=float, help="another learning rate; rows of their own")
     parser.add_argument("--particles", type=int, help="other than 100 particles; rows of their own")
+    parser.add_argument("--final-steps", type=int, help="further steps at t = 1; rows of their own")
     add_arguments(parser, num_trials=20)
     args = parser.parse_args(arguments)
     args.file = args.file or RESULTS / f"{args.example}.jsonl"

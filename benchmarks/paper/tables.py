@@ -32,6 +32,10 @@ METHODS = {
 }
 
 
+#: Settings of a trial that are not the paper's, where a record has them.
+OTHER_SETTINGS = {"rate": "learning rate", "particles": "particles", "final_steps": "steps at t = 1"}
+
+
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]
@@ -102,14 +106,13 @@ QUALITY = [
 
 def is_paper(record: Record) -> bool:
     """Whether a trial has the paper's settings."""
-    return not (record.get("rate") or record.get("particles"))
+    return not any(record.get(name) for name in OTHER_SETTINGS)
 
 
 def method_name(record: Record) -> str:
     """Return the method, and what of its settings is not the paper's."""
-    rate = f", *learning rate {record['rate']:g}*" if record.get("rate") else ""
-    particles = f", *{record['particles']} particles*" if record.get("particles") else ""
-    return METHODS[record["method"]] + rate + particles
+    other = [f", *{record[name]:g} {what}*" for name, what in OTHER_SETTINGS.items() if record.get(name)]
+    return METHODS[record["method"]] + "".join(other)
 
 
 def flow(record: Record) -> str:
@@ -128,8 +131,7 @@ def mixture_table(records: Iterable[Record], case: str) -> str:
             order.index(r["method"]),
             r["hidden_dim"],
             r["num_transforms"],
-            r.get("rate") or 0,
-            r.get("particles") or 0,
+            *(r.get(name) or 0 for name in OTHER_SETTINGS),
         ),
     )
     rows = [

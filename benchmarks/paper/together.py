@@ -251,6 +251,7 @@ def fit_together(
     num_particles: int = 100,
     num_variance_samples: int = 1000,
     forward_weight: float | None = None,
+    num_final_steps: int = 0,
 ) -> Trials:
     """Anneal every trial to 1 and return it after its ``num_steps_per_stage`` steps there.
 
@@ -260,6 +261,7 @@ def fit_together(
     :param base_scale: of the base N(0, base_scale^2) of all coordinates.
     :param forward_weight: a share of the forward divergence in the loss, as in `TraceMixedKL_ELBO`; None is
         `Trace_ELBO`.
+    :param num_final_steps: further steps of all trials at 1, the learning rate halved after every quarter.
     """
     num_trials, dim = len(flows.stacks), flows.stacks[0].input_dim
     optim = torch.optim.Adam(flows.parameters.values(), lr=learning_rate)
@@ -310,4 +312,8 @@ def fit_together(
     with torch.no_grad():
         for name, value in final.items():
             flows.parameters[name].copy_(value)
+    running = list(range(num_trials))
+    for _ in range(4):
+        take(num_final_steps // 4)
+        optim.param_groups[0]["lr"] /= 2
     return Trials(flows.write_back(), paths, num_steps)
