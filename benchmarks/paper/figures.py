@@ -55,7 +55,8 @@ def schedules(bimodal_records: list[Record], ode_records: list[Record], path: Pa
     right.set(title="examples 1, 4 and 5", xscale="log", yscale="log")
     for panel in (left, right):
         panel.set(xlabel="stage", ylabel="inverse temperature")
-        panel.legend(frameon=False, fontsize=7)
+        if panel.lines:
+            panel.legend(frameon=False, fontsize=7)
     save(figure, path)
 
 

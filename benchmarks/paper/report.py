@@ -16,6 +16,7 @@ from string import Template
 import figures
 import tables
 from records import RESULTS, Record, read_records
+from study_mixtures import SEPARATIONS, flows_of
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
@@ -29,6 +30,16 @@ def load(folder: Path) -> dict[str, list[Record]]:
     return {name: [r for r in records if not r.get("fast")] for name, records in found.items()}
 
 
+def planned_cells() -> list[Record]:
+    """Return all cells of examples 2 and 3."""
+    return [
+        {"case": case, "mu": mu, **cell}
+        for case, separations in SEPARATIONS.items()
+        for cell in flows_of(case)
+        for mu in separations
+    ]
+
+
 def make_tables(records: dict[str, list[Record]]) -> dict[str, str]:
     """Return the tables by their names on the page."""
     mixtures = records["mixture_1d"]
@@ -38,6 +49,7 @@ def make_tables(records: dict[str, list[Record]]) -> dict[str, str]:
         "asymmetric_table": mixtures and tables.mixture_table(mixtures, "asymmetric"),
         "plane_table": records["mixture_2d"] and tables.mixture_table(records["mixture_2d"], "plane"),
         "summary_table": mixtures and tables.summary_table(mixtures + records["mixture_2d"]),
+        "missing_cells": tables.missing_cells(mixtures + records["mixture_2d"], planned_cells()),
         "times_table": records["times"] and tables.times_table(records["times"]),
         "lorenz_table": tables.lorenz_table(records["odes"]),
         "hiv_table": tables.hiv_table(records["odes"]),

@@ -116,6 +116,7 @@ def describe(posterior: dist.TorchDistribution, inverse_temperatures: list[float
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tolerances", nargs="+", type=float, default=TOLERANCES, help="these alone")
     add_arguments(parser, num_trials=5)
     args = parser.parse_args(arguments)
     args.file = args.file or RESULTS / "bimodal.jsonl"

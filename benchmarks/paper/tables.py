@@ -17,7 +17,15 @@ import lorenz
 from comparison import MIN_SHARE
 from posterior import REFERENCES, load_reference
 
-__all__ = ["bimodal_table", "hiv_table", "lorenz_table", "mixture_table", "summary_table", "times_table"]
+__all__ = [
+    "bimodal_table",
+    "hiv_table",
+    "lorenz_table",
+    "missing_cells",
+    "mixture_table",
+    "summary_table",
+    "times_table",
+]
 
 #: A weight is right within this of one half.
 RIGHT = 0.05
@@ -171,6 +179,23 @@ def summary_table(records: Iterable[Record]) -> str:
         for part in cells.values()
     ]
     return markdown(["case", "annealing", "mu", "both modes", "weights right"], rows)
+
+
+def missing_cells(records: Iterable[Record], planned: Iterable[Record]) -> str:
+    """Return, as a list, the cells of examples 2 and 3 that no record is of."""
+    names = ("case", "method", "num_transforms", "hidden_dim")
+
+    def key(record: Record) -> tuple:
+        return tuple(record[name] for name in names)
+
+    done = {(*key(record), record["mu"]) for record in records if is_paper(record)}
+    lines = []
+    for part in groups(planned, key).values():
+        lacking = [f"{cell['mu']:g}" for cell in part if (*key(cell), cell["mu"]) not in done]
+        if lacking:
+            name = f"{part[0]['case']}, {METHODS[part[0]['method']]}, L = {flow(part[0])}"
+            lines.append(f"* {name}: mu = {', '.join(lacking)}")
+    return "\n".join(lines) or "None."
 
 
 #: Minutes in the paper's Table 2, median.
