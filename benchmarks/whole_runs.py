@@ -83,7 +83,7 @@ def prepare(name: str) -> tuple[AdaAnnSVI, tuple[Any, ...]]:
         return lorenz.make_svi(fast=False), (data, 0.2)
     import hiv
 
-    return hiv.make_svi(fast=False), (hiv.simulate(hiv.DATA_SEED).float(),)
+    return hiv.make_svi(fast=False, settings="paper"), (hiv.simulate(hiv.DATA_SEED).float(),)
 
 
 def main() -> None:

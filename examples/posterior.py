@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from torch import Tensor
 
-from pyro_adaann import AnnealingHistory, plots
+from pyro_adaann import AnnealingHistory, plots, weighted_mean
 
 REFERENCES = Path(__file__).resolve().parents[1] / "benchmarks" / "reference"
 
@@ -20,6 +20,15 @@ Moments = Mapping[str, tuple[float, float]]
 def moments(draws: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
     """Return the mean and the standard deviation of every parameter."""
     return {name: (float(x.double().mean()), float(x.double().std())) for name, x in draws.items()}
+
+
+def weighted_moments(draws: Mapping[str, Tensor], log_weights: Tensor) -> dict[str, tuple[float, float]]:
+    """Return the mean and the standard deviation of every parameter under importance weights."""
+    means = {name: weighted_mean(x.double(), log_weights) for name, x in draws.items()}
+    return {
+        name: (float(means[name]), float(weighted_mean((x.double() - means[name]) ** 2, log_weights).sqrt()))
+        for name, x in draws.items()
+    }
 
 
 def load_reference(name: str, key: str) -> dict[str, tuple[float, float]] | None:

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pyro_adaann.lost_modes import LadderReport
 from pyro_adaann.thermodynamic import ThermodynamicEstimate
 
 __all__ = ["Diagnosis"]
@@ -14,6 +15,8 @@ __all__ = ["Diagnosis"]
 #: From this divergence on, in nats, a guide is worth correcting: between normal distributions of equal
 #: width it is a shift of the mean by sqrt(2 * 0.05) = 0.3 standard deviations.
 _NOTICEABLE_GAP = 0.05
+#: From this one on, in nats, it says nothing of the bulk of the draws: a few of them make it.
+_FAR_GAP = 5.0
 #: Two estimates of the log evidence differ if by more than this many nats, a quarter of the evidence, and
 #: by 3 standard errors. A lost mode of half the mass makes log 2 = 0.69.
 _NOTICEABLE_DIFFERENCE = 0.3
@@ -39,6 +42,21 @@ class Diagnosis:
     :param is_done: whether the fit has taken all its steps; None where the fit does not say.
     :param thermodynamic: the log evidence from the temperatures visited, a second opinion; None where
         the schedule asked for no draws, or nothing was annealed.
+    :param ladder: what the rungs of the fit's ladder say of lost modes; None without a ladder.
+    :param num_untracked: stages that ran out of steps before their stage rule was met.
+    :param num_stages: stages below 1.
+
+    Source: Yao et al., *Yes, but did it work? Evaluating variational inference*, ICML 2018; Vehtari et
+    al., *Pareto smoothed importance sampling*, JMLR 25 (2024).
+
+    Example::
+
+        >>> diagnosis = Diagnosis(num_samples=10_000, num_broken=0, k_hat=0.2, ess=9_800.0, elbo=-1.52,
+        ...                       elbo_se=0.01, log_evidence=-1.5, log_evidence_se=0.01)
+        >>> diagnosis.is_good, round(diagnosis.gap, 2)
+        (True, 0.02)
+        >>> print(diagnosis.verdict)
+        GOOD. The guide's draws can be used as they are, as far as they reach.
     """
 
     num_samples: int
@@ -52,6 +70,9 @@ class Diagnosis:
     inverse_temperature: float = 1.0
     is_done: bool | None = None
     thermodynamic: ThermodynamicEstimate | None = None
+    ladder: LadderReport | None = None
+    num_untracked: int = 0
+    num_stages: int = 0
 
     @property
     def broken_share(self) -> float:
@@ -98,6 +119,13 @@ class Diagnosis:
         return -math.expm1(-excess) if excess > max(3 * error, _NOTICEABLE_DIFFERENCE) else None
 
     @property
+    def has_lost_mode(self) -> bool:
+        """Whether a rung of the ladder, or else thermodynamic integration, sees what the draws do not."""
+        if self.ladder is not None:
+            return bool(self.ladder.lost)
+        return self.lost_share is not None
+
+    @property
     def is_good(self) -> bool:
         """Whether nothing here speaks against using the draws of the guide as they are.
 
@@ -107,7 +135,7 @@ class Diagnosis:
             self.is_annealed
             and self.is_done is not False
             and self.has_reliable_weights
-            and self.lost_share is None
+            and not self.has_lost_mode
             and self.gap <= _NOTICEABLE_GAP
         )
 
@@ -117,7 +145,7 @@ class Diagnosis:
         return " ".join(_sentences(self))
 
     def __str__(self) -> str:
-        paragraphs = [f"Verdict: {self.verdict}", _BLIND_SPOT]
+        paragraphs = [f"Verdict: {self.verdict}", _BLIND_SPOT if self.ladder is None else _LADDER_SPOT]
         text = [textwrap.fill(paragraph, 88) for paragraph in paragraphs]
         return "\n".join([_table(self), *text])
 
@@ -132,6 +160,10 @@ def _table(d: Diagnosis) -> str:
         ("log evidence", f"{d.log_evidence:.3f} +- {d.log_evidence_se:.3f}"),
         ("ELBO", f"{d.elbo:.3f} +- {d.elbo_se:.3f}, {d.gap:.3f} nats below"),
     ]
+    if d.ladder is not None:
+        rows.append(("ladder", f"{d.ladder.num_rungs} rungs, lost modes: {len(d.ladder.lost)}"))
+    if d.num_untracked:
+        rows.append(("stages not tracked", f"{d.num_untracked} of {d.num_stages}"))
     if d.thermodynamic is not None:
         value = f"{d.thermodynamic.log_evidence:.3f} +- {d.thermodynamic.error:.3f}"
         rows.append(("log evidence, 2nd way", f"{value} (thermodynamic integration, rather too low)"))
@@ -146,7 +178,13 @@ def _sentences(d: Diagnosis) -> Iterator[str]:
             f"draws. Go on to inverse temperature 1, for example with svi.run()."
         )
         return
-    if d.lost_share is not None:
+    if d.ladder is not None and d.ladder.lost:
+        yield (
+            f"LOST MODE. {d.ladder} The guide's draws, and weights of them, do not stand for the posterior. "
+            f"Draws of all rungs together may (mixture_draws); or anneal again from the rung below the loss "
+            f"(svi.restart), with smaller steps."
+        )
+    elif d.ladder is None and d.lost_share is not None:
         yield (
             f"WARNING: thermodynamic integration finds more evidence than the guide's draws; "
             f"{d.lost_share:.0%} of the posterior may be in a part that the guide lost while annealing, "
@@ -164,19 +202,37 @@ def _sentences(d: Diagnosis) -> Iterator[str]:
             f"do not use its intervals or the log evidence. A more flexible guide, more final steps or a "
             f"smaller learning rate at the end may help."
         )
+    elif d.gap > _FAR_GAP:
+        yield (
+            f"USABLE WITH WEIGHTS. Some draws of the guide are absurd to the model: the mean log weight is "
+            f"{d.gap:.3g} nats below the log evidence. The weights are reliable: use weighted means or "
+            f"resampled draws (importance_draws)."
+        )
     elif d.gap > _NOTICEABLE_GAP:
         yield (
             f"USABLE WITH WEIGHTS. The guide is {d.gap:.2f} nats from the posterior, enough to move a "
             f"mean by up to {math.sqrt(2 * d.gap):.1f} posterior standard deviations, and its weights are "
             f"reliable: use weighted means or resampled draws (importance_draws)."
         )
-    elif d.lost_share is None and d.is_done is not False:
+    elif not d.has_lost_mode and d.is_done is not False:
         yield "GOOD. The guide's draws can be used as they are, as far as they reach."
+    if d.num_untracked > 0.1 * d.num_stages:
+        yield (
+            f"In {d.num_untracked} of {d.num_stages} stages the guide did not keep up with the tempered "
+            f"posterior, which is where modes get lost: more steps for a stage (max_num_steps), more "
+            f"transforms, or smaller steps of the schedule may help."
+        )
     if d.is_done is False:
         yield "The fit has not taken all its final steps: go on with svi.run()."
 
 
 _BLIND_SPOT = (
     "Not seen by k-hat, nor by any number from the guide's own draws: a mode that none of them visits. "
-    "Fit again from other seeds or a wider base; the fit with the higher log evidence has found more."
+    "Fit again from other seeds or a wider base, or keep a ladder (AdaAnnSVI(ladder=Ladder())); the fit with "
+    "the higher log evidence has found more."
+)
+
+_LADDER_SPOT = (
+    "Not seen by any of these numbers: a mode that the base of the guide does not reach. Fit again with a "
+    "wider base; the fit with the higher log evidence has found more."
 )

@@ -12,6 +12,7 @@ from pyro_adaann.diagnosis import Diagnosis
 from pyro_adaann.draws import GuideDraws
 from pyro_adaann.fits import Fit
 from pyro_adaann.importance import effective_sample_size, pareto_smooth
+from pyro_adaann.lost_modes import find_lost_modes
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.tempering import TemperedTrace_ELBO
 from pyro_adaann.thermodynamic import (
@@ -77,6 +78,7 @@ def diagnose(
         inverse_temperature=get_inverse_temperature(svi),
         is_done=svi.is_done if isinstance(svi, AdaAnnSVI) else None,
         thermodynamic=_thermodynamic(svi, args, kwargs, vectorize),
+        **_annealing(svi, args, kwargs, vectorize),
     )
 
 
@@ -111,6 +113,19 @@ def _statistics(log_weights: Tensor) -> dict[str, Any]:
         "elbo": float(finite.mean()),
         "elbo_se": float(finite.std()) / math.sqrt(finite.numel()),
     }
+
+
+def _annealing(svi: Fit, args: tuple[Any, ...], kwargs: dict[str, Any], vectorize: bool) -> dict[str, Any]:
+    if not isinstance(svi, AdaAnnSVI):
+        return {}
+    stages = svi.history.stages
+    found: dict[str, Any] = {
+        "num_untracked": len(svi.history.untracked),
+        "num_stages": sum(stage.inverse_temperature < 1 for stage in stages),
+    }
+    if svi.ladder is not None and svi.ladder.rungs:
+        found["ladder"] = find_lost_modes(svi, *args, vectorize=vectorize, **kwargs)
+    return found
 
 
 def _thermodynamic(

@@ -9,7 +9,7 @@ from pyro.infer import SVI
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 
-from pyro_adaann.particles import sites_of
+from pyro_adaann.particles import sites_of, subsampled_plate
 
 __all__ = [
     "Fit",
@@ -62,13 +62,11 @@ def check_latents(prototype: Trace, names: list[str]) -> None:
 
 def check_subsampling(*traces: Trace) -> None:
     """Raise a `ValueError` if a plate is subsampled."""
-    for trace in traces:
-        for site in sites_of(trace):
-            for frame in site["cond_indep_stack"]:
-                if frame.full_size is not None and frame.size != frame.full_size:
-                    raise ValueError(
-                        f"Expected every plate in full; got {frame.size} of {frame.full_size} in plate "
-                        f"{frame.name!r}. The weights of a random part of the data are not those of the "
-                        f"posterior: call with the whole plate, for example by making its subsample_size "
-                        f"an argument of the model that is None here."
-                    )
+    frame = subsampled_plate(*traces)
+    if frame is not None:
+        raise ValueError(
+            f"Expected every plate in full; got {frame.size} of {frame.full_size} in plate "
+            f"{frame.name!r}. The weights of a random part of the data are not those of the posterior: call "
+            f"with the whole plate, for example by making its subsample_size an argument of the model that "
+            f"is None here."
+        )

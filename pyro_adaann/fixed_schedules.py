@@ -1,4 +1,33 @@
-"""Schedules that are fixed in advance: they read no draws and cost no model evaluation."""
+"""Schedules that are fixed in advance: they read no draws and cost no model evaluation.
+
+Any of them is made cyclical (Fu et al., *Cyclical annealing schedule*, NAACL 2019) by `AdaAnnSVI.restart`
+whenever a cycle is over. With one inverse temperature per epoch, and two epochs at 1::
+
+    >>> import pyro, torch, pyro.distributions as dist
+    >>> from pyro.infer import Trace_ELBO
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> from pyro_adaann import AdaAnnSVI
+    >>> pyro.clear_param_store()
+    >>> loader = torch.utils.data.DataLoader(torch.randn(100) + 3, batch_size=25, shuffle=True)
+    >>> def model(batch):
+    ...     z = pyro.sample("z", dist.Normal(0.0, 10.0))
+    ...     with pyro.plate("data", 100, subsample=batch):
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=batch)
+    >>> optim = pyro.optim.Adam({"lr": 0.01})
+    >>> svi = AdaAnnSVI(model, AutoNormal(model), optim, Trace_ELBO(), path="likelihood",
+    ...                 schedule=LinearSchedule(2, initial_inverse_temperature=0.5),
+    ...                 num_initial_steps=len(loader), num_steps_per_stage=len(loader),
+    ...                 num_final_steps=2 * len(loader))
+    >>> inverse_temperatures = []
+    >>> for epoch in range(9):
+    ...     if svi.is_done:
+    ...         svi.restart()
+    ...     for batch in loader:
+    ...         loss = svi.step(batch)
+    ...     inverse_temperatures.append(svi.inverse_temperature)
+    >>> inverse_temperatures
+    [0.5, 0.75, 1.0, 1.0, 0.5, 0.75, 1.0, 1.0, 0.5]
+"""
 
 from __future__ import annotations
 

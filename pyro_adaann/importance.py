@@ -174,8 +174,17 @@ class WeightedDraws:
     :param samples: for every latent site of the model its draws, shape ``(n,) + shape of the site``.
     :param log_p: log joint density of the model at every draw, shape ``(n,)``.
     :param log_q: log density of the guide, likewise.
-    :param log_weights: Pareto-smoothed log weights.
+    :param log_weights: Pareto-smoothed log weights, likewise.
     :param k_hat: shape of the tail of the weights.
+
+    Example::
+
+        >>> zero = torch.zeros(2)
+        >>> draws = WeightedDraws({"z": torch.tensor([1.0, 5.0])}, zero, zero, zero, k_hat=0.1)
+        >>> float(draws.mean("z")), draws.ess
+        (3.0, 2.0)
+        >>> draws.resample(4)["z"].shape
+        torch.Size([4])
     """
 
     samples: dict[str, Tensor]

@@ -22,6 +22,7 @@ from pyro_adaann.diagnostics import get_inverse_temperature
 from pyro_adaann.draws import GuideDraws
 from pyro_adaann.fits import Fit
 from pyro_adaann.importance import pareto_smooth, resample
+from pyro_adaann.lost_modes import find_lost_modes
 from pyro_adaann.results import AnnealingHistory
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.version import __version__
@@ -97,6 +98,11 @@ def to_arviz(
             f"of a tempered posterior, not of the posterior. Anneal to 1, for example with svi.run().",
             stacklevel=2,
         )
+    if isinstance(svi, AdaAnnSVI) and svi.ladder is not None and svi.ladder.rungs:
+        report = find_lost_modes(svi, *args, vectorize=vectorize, **kwargs)
+        attrs["num_lost_modes"], attrs["lost_share"] = len(report.lost), report.lost_share
+        if report.lost:
+            warnings.warn(f"{report} The draws lack it.", stacklevel=2)
     draws = GuideDraws(svi, args, kwargs, vectorize=vectorize)
     groups = collect_posterior(
         draws,
@@ -145,6 +151,9 @@ def _attributes(svi: Fit) -> dict[str, Any]:
         attrs["is_done"] = int(svi.is_done)
         attrs["path"] = svi.path.name
         attrs["schedule"] = repr(svi.schedule)
+        if svi.stage_rule is not None:
+            attrs["stage_rule"] = repr(svi.stage_rule)
+            attrs["num_untracked_stages"] = len(svi.history.untracked)
         for name in ("num_initial_steps", "num_steps_per_stage", "num_final_steps"):
             attrs[name] = getattr(svi, name)
     return attrs
@@ -213,6 +222,8 @@ def _add_history(data: Any, history: AnnealingHistory) -> None:
             "broken_share",
             "log_factor_mean",
             "log_factor_sd",
+            "log_normalizer",
+            "ess",
         )
     }
     dataset = xarray.Dataset(

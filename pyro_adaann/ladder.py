@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,10 +34,26 @@ class Rung:
 
     :param inverse_temperature: that of the stage at whose end it was kept.
     :param values: its unconstrained parameters by name.
+    :param state: all parameters of the fit and their optimizers, to go on from.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer import Trace_ELBO
+        >>> from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoPlanar, Ladder
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> pyro.clear_param_store()  # a new fit
+        >>> svi = AdaAnnSVI(model, AutoPlanar(model, 4), pyro.optim.Adam({"lr": 0.01}),
+        ...                 Trace_ELBO(num_particles=20, vectorize_particles=True), ladder=Ladder())
+        >>> loss = svi.step()
+        >>> svi.ladder.rungs[0].inverse_temperature
+        0.01
     """
 
     inverse_temperature: float
     values: dict[str, Tensor]
+    state: dict[str, Any] = field(repr=False)
 
 
 class Ladder:
@@ -46,7 +62,7 @@ class Ladder:
     Give one to `AdaAnnSVI` (``ladder=Ladder()``). After the fit :func:`diagnose` compares every rung with
     the next ones and says where a mode was lost; :func:`mixture_draws` weighs draws of all rungs against the
     posterior; ``svi.restart(rung)`` anneals again from a rung. A rung costs as much memory as the
-    parameters.
+    parameters and their optimizers.
 
     :param distance: between two rungs; 1 is a divergence of about half a nat.
     :raises ValueError: if it is not positive.
@@ -66,18 +82,21 @@ class Ladder:
         self.rungs: list[Rung] = []
         self._covered = 0.0
 
-    def start(self, inverse_temperature: float, parameters: dict[str, Tensor]) -> None:
-        """Keep the guide as it is before training."""
+    def start(self, inverse_temperature: float, state: dict[str, Any], names: list[str]) -> None:
+        """Keep the fit as it is before training.
+
+        :param state: as :meth:`FitParameters.state` returns it.
+        :param names: of the guide's parameters.
+        """
         self.rungs.clear()
-        self._keep(inverse_temperature, parameters)
+        self.climb(inverse_temperature, state, names)
         self._covered = math.inf  # the first stage ends with a rung
 
-    def climb(self, stage: AnnealingStage, following: float, parameters: dict[str, Tensor]) -> None:
-        """Keep the guide at the end of a stage if the next one goes too far from the latest rung.
+    def is_due(self, stage: AnnealingStage, following: float) -> bool:
+        """Whether to :meth:`climb` at the end of a stage: the next one goes too far from the latest rung.
 
         :param stage: the stage that ends.
         :param following: the inverse temperature that follows.
-        :param parameters: the parameters of the guide.
         """
         t = stage.inverse_temperature
         while len(self.rungs) > 1 and self.rungs[-1].inverse_temperature >= t:  # it has gone back
@@ -85,25 +104,29 @@ class Ladder:
         sd = stage.weighted_log_factor_sd
         step = _DISTANCE_PER_LOG * math.log(following / t) if sd is None else sd * (following - t)
         self._covered += step
-        if self._covered > self.distance or math.isnan(self._covered):
-            self._keep(t, parameters)
-            self._covered = step
+        if self._covered <= self.distance:
+            return False
+        self._covered = step
+        return True
 
-    def _keep(self, inverse_temperature: float, parameters: dict[str, Tensor]) -> None:
-        values = {name: value.detach().clone() for name, value in parameters.items()}
-        self.rungs.append(Rung(inverse_temperature, values))
+    def climb(self, inverse_temperature: float, state: dict[str, Any], names: list[str]) -> None:
+        """Keep the fit as it is; the arguments are those of :meth:`start`."""
+        values = {name: state["values"][name] for name in names}
+        self.rungs.append(Rung(inverse_temperature, values, state))
 
     def __repr__(self) -> str:
         return f"Ladder(distance={self.distance!r})"
 
     def state(self) -> dict[str, Any]:
         """Return the rungs as plain data; :meth:`restore` takes it."""
-        rungs = [[rung.inverse_temperature, rung.values] for rung in self.rungs]
+        rungs = [[rung.inverse_temperature, rung.state, list(rung.values)] for rung in self.rungs]
         return {"rungs": rungs, "covered": self._covered}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state that :meth:`state` has returned."""
-        self.rungs[:] = [Rung(t, values) for t, values in state["rungs"]]
+        self.rungs.clear()
+        for rung in state["rungs"]:
+            self.climb(*rung)
         self._covered = state["covered"]
 
     def cut(self, rung: Rung) -> None:

@@ -4,8 +4,11 @@ No number from the draws of the final guide sees a mode that none of them visits
 inverse temperature visits it. With draws :math:`z_i \sim q_r` of a rung, weighted to the tempered density
 :math:`p_{t_s}` of a rung s above it, a part of that density is lost where the guide has next to none of it:
 
-.. math:: \text{lost share} = \sum_i W_i\, 1\Bigl[q_s(z_i) < \tfrac{1}{20}\, p_{t_s}(z_i)\Bigr],
+.. math:: \text{lost share} = \sum_i W_i\, 1\Bigl[q_s(z_i) < \tfrac{1}{20} \min(p_{t_s}(z_i), q_r(z_i))\Bigr],
           \qquad W_i \propto \frac{p_{t_s}(z_i)}{q_r(z_i)}
+
+(Less than of the rung below, too: a guide that is still too wide has little density everywhere.)
+Neighbors overlap in any dimension; the posterior itself, at t = 1, is in reach of a wide rung in few.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from pyro_adaann.tempering import Tempering
 
 __all__ = ["LadderReport", "LostMode", "find_lost_modes", "mixture_draws"]
 
-#: A guide has next to nothing of a density below this share of it.
+#: A guide has next to nothing of a density below this share of it and of the rung before.
 _MIN_COVER = 1 / 20
 #: A smaller share is a tail, not a mode.
 _MIN_SHARE = 0.05
@@ -45,6 +48,13 @@ class LostMode:
     :param upper: that of the first rung that has it not, 1 for the final guide.
     :param share: share of the tempered density at ``upper`` that is lost.
     :param share_se: its standard error.
+
+    Example::
+
+        >>> from pyro_adaann import Rung
+        >>> lost = LostMode(Rung(0.1, {}, {}), lower=0.1, upper=0.2, share=0.3, share_se=0.02)
+        >>> print(LadderReport(num_rungs=5, lost=[lost], min_ess=0.3))
+        30% +- 2% of the tempered posterior lost between inverse temperatures 0.1 and 0.2.
     """
 
     rung: Rung
@@ -62,6 +72,11 @@ class LadderReport:
     :param lost: what was lost and not found again, from the lowest inverse temperature to the highest.
     :param min_ess: effective sample size, as a share, between the two neighbors that overlap least: below
         a few percent there, a loss may stay unseen.
+
+    Example::
+
+        >>> print(LadderReport(num_rungs=5, lost=[], min_ess=0.3))
+        No mode lost between 5 rungs and the guide (least overlap 30%).
     """
 
     num_rungs: int
@@ -85,12 +100,13 @@ class LadderReport:
 
 
 def find_lost_modes(
-    svi: AdaAnnSVI, *args: Any, num_samples: int = 2000, vectorize: bool = True, **kwargs: Any
+    svi: AdaAnnSVI, *args: Any, num_samples: int = 5000, vectorize: bool = True, **kwargs: Any
 ) -> LadderReport:
-    """Compare every rung of the ladder of a fit with the next two, the guide itself as the highest.
+    """Compare every rung of the ladder of a fit with the next two and with the guide.
 
     A part that a rung lacks and the next one has again was not lost. One that both lack is reported,
-    with the inverse temperatures between which it went.
+    with the inverse temperatures between which it went; likewise a part of the posterior itself that
+    the draws of a rung, weighted all the way, see and the guide lacks.
 
     :param svi: a fit with a ladder.
     :param args: arguments of model and guide as in ``svi.step``, with ``kwargs``.
@@ -116,16 +132,29 @@ def find_lost_modes(
     rungs = _rungs(svi)
     below = svi.ladder.rungs if svi.ladder is not None else []
     drawn = [_draw(svi, rung, args, kwargs, num_samples, vectorize) for rung in below]
+
+    def loss(r: int, share: float, se: float) -> LostMode:
+        lower, upper = (_inverse_temperature(svi, rungs[k]) for k in (r, r + 1))
+        return LostMode(below[r], lower, upper, share, se)
+
     lost: list[LostMode] = []
     min_ess = 1.0
     for r, batch in enumerate(drawn):
-        above = [(s, *_compare(svi, batch, rungs[s])) for s in range(r + 1, min(r + 3, len(rungs)))]
-        min_ess = min(min_ess, above[0][3] / num_samples)
-        if all(_is_lost(share, se, ess) for _, share, se, ess in above):
-            s, share, se, _ = above[0]
-            lower, upper = (_inverse_temperature(svi, rungs[k]) for k in (r, s))
-            lost.append(LostMode(below[r], lower, upper, share, se))
-    return LadderReport(len(rungs) - 1, lost, min_ess)
+        # What a rung lacks and the next one has again was not lost.
+        above = [_compare(svi, batch, rung) for rung in rungs[r + 1 : r + 3]]
+        min_ess = min(min_ess, above[0][2] / num_samples)
+        if all(map(_is_lost, above)):
+            lost.append(loss(r, *above[0][:2]))
+    # A mode may be next to nothing of the tempered densities at first and much of the posterior: seen from
+    # afar, as far as the draws reach.
+    seen = [(r, found) for r, batch in enumerate(drawn) if _is_lost(found := _compare(svi, batch, None))]
+    if seen:
+        highest = seen[-1][0]
+        share, se, _ = min((found for _, found in seen), key=lambda found: found[1])
+        lost = [part for part in lost if part.rung is not below[highest]]
+        lost.append(loss(highest, share, se))
+    lost.sort(key=lambda part: part.lower)
+    return LadderReport(len(below), lost, min_ess)
 
 
 def mixture_draws(
@@ -251,12 +280,13 @@ def _compare(svi: AdaAnnSVI, drawn: _RungDraws, rung: Rung | None) -> tuple[floa
         log_q = torch.cat([drawn.draws.score_guide(batch) for batch in drawn.batches])
     log_normalizer = log_weights.logsumexp(0) - math.log(len(log_weights))
     log_p = drawn.log_q + log_weights - log_normalizer
-    is_lost = ~(log_q > log_p + math.log(_MIN_COVER))
+    is_lost = ~(log_q > torch.minimum(log_p, drawn.log_q) + math.log(_MIN_COVER))
     weights = log_weights.softmax(0)
     share = float(weights[is_lost].sum())
     se = float((weights * (is_lost.double() - share)).square().sum().sqrt())
     return share, se, effective_sample_size(log_weights)
 
 
-def _is_lost(share: float, se: float, ess: float) -> bool:
+def _is_lost(found: tuple[float, float, float]) -> bool:
+    share, se, ess = found
     return ess >= _MIN_ESS and share > max(_MIN_SHARE, _NUM_ERRORS * se)

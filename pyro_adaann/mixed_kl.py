@@ -10,7 +10,7 @@ from pyro.infer import Trace_ELBO
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_adaann.particles import log_weights, sites_of
+from pyro_adaann.particles import log_weights, sites_of, subsampled_plate
 from pyro_adaann.scores import fixed_log_density
 
 __all__ = ["TraceMixedKL_ELBO", "truncated_weights"]
@@ -39,7 +39,9 @@ class TraceMixedKL_ELBO(Trace_ELBO):
     :param path_derivative: whether the gradient of the first divergence follows the draws alone, without
         the part :math:`\partial_\phi \log q_\phi` that is zero on average: its variance is zero, too, where
         guide and posterior agree.
-    :param kwargs: those of `pyro.infer.Trace_ELBO`. Particles must be vectorized.
+    :param num_particles: draws of the guide at every step; a weight says something among many.
+    :param vectorize_particles: must be true.
+    :param kwargs: the others of `pyro.infer.Trace_ELBO`.
     :raises ValueError: if ``forward_weight`` is outside [0, 1] or the particles are not vectorized; at a
         step, if a plate is subsampled (the weights would be those of another posterior at every step), or
         if the guide has no density at a given point.
@@ -93,7 +95,13 @@ class TraceMixedKL_ELBO(Trace_ELBO):
             log_weight = torch.where(broken, -torch.inf, log_weight)
         factor = torch.full_like(log_weight, a - 1 if self.path_derivative else 0.0)
         if a > 0:
-            _check_full_plates(model_trace, guide_trace)
+            frame = subsampled_plate(model_trace, guide_trace)
+            if frame is not None:
+                raise ValueError(
+                    f"Expected every plate in full; got {frame.size} of {frame.full_size} in plate "
+                    f"{frame.name!r}. The weights of a random part of the data are not those of the "
+                    f"posterior: use forward_weight=0, or Trace_ELBO."
+                )
             factor += a * (1 - len(log_weight) * truncated_weights(log_weight))
         if broken is not None and self.path_derivative:
             # No path leads through a broken draw; only its weight, zero, speaks.
@@ -106,23 +114,11 @@ def truncated_weights(log_weights: Tensor) -> Tensor:
 
     Example::
 
-        >>> truncated_weights(torch.tensor([0.0, 0.0, 0.0, 9.0]))
-        tensor([6.1693e-05, 6.1693e-05, 6.1693e-05, 9.9981e-01])
+        >>> truncated_weights(torch.tensor([8.0, 1.0, 1.0, 0.0]).log())  # 8 is cut at half of 10
+        tensor([0.7143, 0.1429, 0.1429, 0.0000])
     """
     log_weights = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
     if (log_weights == -torch.inf).all():
         return torch.full_like(log_weights, 1 / len(log_weights))
     limit = log_weights.logsumexp(0) - 0.5 * math.log(len(log_weights))
     return log_weights.clamp(max=limit).softmax(0)
-
-
-def _check_full_plates(*traces: Trace) -> None:
-    for trace in traces:
-        for site in sites_of(trace):
-            for frame in site["cond_indep_stack"]:
-                if frame.full_size is not None and frame.size != frame.full_size:
-                    raise ValueError(
-                        f"Expected every plate in full; got {frame.size} of {frame.full_size} in plate "
-                        f"{frame.name!r}. The weights of a random part of the data are not those of the "
-                        f"posterior: use forward_weight=0, or Trace_ELBO."
-                    )

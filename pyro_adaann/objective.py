@@ -86,6 +86,11 @@ class Objective:
         self._is_training = False
         self._validates = True
         self._drops_broken = [type(elbo) in _DROPS_BROKEN for elbo in (loss, final_loss or loss)]
+        self._broken_cost = [
+            # The forward divergence pushes away from them already, with far less noise.
+            0.0 if getattr(elbo, "forward_weight", 0.0) > 0 else _BROKEN_COST
+            for elbo in (loss, final_loss or loss)
+        ]
         #: Whether the loss is a number to go by; that of TraceTailAdaptive_ELBO is always infinite.
         self.reports_loss = not isinstance(loss, TraceTailAdaptive_ELBO)
         self._loss = loss
@@ -176,7 +181,7 @@ class Objective:
             num_broken, num_particles = drop_broken(
                 model_trace,
                 guide_trace,
-                _BROKEN_COST if self._is_training else 0.0,
+                self._broken_cost[self.is_final] if self._is_training else 0.0,
                 # Not where it is plain SVI.
                 finds_lost=self._is_training and self.max_gradient_ratio < math.inf,
             )

@@ -154,6 +154,22 @@ class FitParameters:
             if hasattr(scheduler, "base_lrs"):
                 scheduler.base_lrs = [rate * lr_factor for rate in scheduler.base_lrs]
 
+    def rewind(self, state: dict[str, Any], lr_factor: float) -> None:
+        """Write an earlier state of this fit back, learning-rate schedulers included.
+
+        The learning rates are those of then times ``lr_factor``.
+        """
+        self.restore(state, {name: self.tensors[name] for name in state["values"]})
+        for name, value in self.tensors.items():
+            if name not in state["optimizers"]:  # not stepped yet when the state was taken
+                self.optim.optim_objs[value] = self.optim._get_optim(value)
+            scheduler = self.optim.optim_objs[value]
+            optimizer = scheduler.optimizer if is_scheduler(scheduler) else scheduler
+            for group in optimizer.param_groups:
+                group.update({key: group[key] * lr_factor for key in ("lr", "initial_lr") if key in group})
+            if hasattr(scheduler, "base_lrs"):
+                scheduler.base_lrs = [rate * lr_factor for rate in scheduler.base_lrs]
+
     def _optimizers(self) -> Iterator[Any]:
         for value in self.tensors.values():
             found = self.optim.optim_objs.get(value)

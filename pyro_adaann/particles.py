@@ -33,6 +33,7 @@ __all__ = [
     "marginal_log_density",
     "per_particle",
     "sites_of",
+    "subsampled_plate",
     "with_num_particles",
     "with_traces",
 ]
@@ -118,6 +119,16 @@ def sites_of(trace: Trace) -> Iterator[Any]:
     for site in trace.nodes.values():
         if site["type"] == "sample":
             yield site
+
+
+def subsampled_plate(*traces: Trace) -> Any:
+    """Return the frame of a plate of which a trace has a part alone, or None."""
+    for trace in traces:
+        for site in sites_of(trace):
+            for frame in site["cond_indep_stack"]:
+                if frame.full_size is not None and frame.size != frame.full_size:
+                    return frame
+    return None
 
 
 def marginal_log_density(model_trace: Trace, guide_trace: Trace) -> Tensor:

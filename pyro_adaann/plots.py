@@ -55,6 +55,13 @@ def plot_loss(
     :param ax: where to draw.
     :param cmap: colors from the first inverse temperature to 1.
     :param kwargs: for ``Axes.scatter``.
+
+    Example::
+
+        >>> from pyro_adaann import AnnealingStage
+        >>> history = AnnealingHistory([AnnealingStage(0.1, [5.0, 4.0]), AnnealingStage(1.0, [7.0])])
+        >>> plot_loss(history).get_ylabel()
+        'loss'
     """
     ax = _axes(ax)
     losses = np.asarray(history.losses, dtype=float)
@@ -91,6 +98,13 @@ def plot_marginal(
     :param ax: where to draw.
     :param bins: number of bins.
     :param kwargs: for ``Axes.hist`` of the guide's draws.
+
+    Example::
+
+        >>> grid = torch.linspace(-4, 4, 101)
+        >>> density = torch.distributions.Normal(0.0, 1.0).log_prob(grid).exp()
+        >>> plot_marginal(torch.randn(1000), (grid, density), bins=20).get_ylabel()
+        'density'
     """
     ax = _axes(ax)
     values = _array(draws)
@@ -128,6 +142,11 @@ def plot_pair(
     :param bins: number of bins in either direction.
     :param kwargs: for ``Axes.hist2d``.
     :raises ValueError: if ``reference`` has neither 2 nor 3 entries.
+
+    Example::
+
+        >>> x, y = torch.randn(2, 1000)
+        >>> ax = plot_pair(x, x + y, bins=20)
     """
     if reference is not None and len(reference) not in (2, 3):
         raise ValueError(
@@ -155,6 +174,11 @@ def plot_weights(log_weights: Tensor, *, ax: Axes | None = None, bins: int = 80,
     :param bins: number of bins.
     :param kwargs: for ``Axes.hist``.
     :raises ValueError: if no weight is finite and positive.
+
+    Example::
+
+        >>> plot_weights(torch.randn(1000), bins=20).get_ylabel()
+        'number of draws'
     """
     finite = log_weights[torch.isfinite(log_weights)].double()
     if not finite.numel():

@@ -18,6 +18,15 @@ class AnnealingStage:
     ``losses`` holds the loss of every step *of the tempered objective*: losses of different stages
     are not comparable. What is said of the log factor is known when the
     stage has ended.
+
+    :param inverse_temperature: where the stage is, in (0, 1].
+    :param losses: the loss of every step.
+
+    Example::
+
+        >>> stage = AnnealingStage(0.1, losses=[5.0, 4.0], num_broken=1, num_particles=20)
+        >>> stage.num_steps, stage.broken_share
+        (2, 0.05)
     """
 
     inverse_temperature: float
@@ -46,7 +55,11 @@ class AnnealingStage:
     num_nonfinite_draws: int = 0
 
     def record(self, log_factors: Tensor, log_weights: Tensor) -> None:
-        """Note what draws of the log factor say, and their log weights against the tempered density."""
+        """Note what draws of the log factor say, and their log weights against the tempered density.
+
+        :param log_factors: draws of d/dt log p_t, shape ``(n,)``.
+        :param log_weights: their log weights log p_t - log q, shape ``(n,)``.
+        """
         self.num_draws = log_factors.numel()
         is_finite = torch.isfinite(log_factors + log_weights)
         self.num_nonfinite_draws = self.num_draws - int(is_finite.sum())
@@ -74,10 +87,18 @@ class AnnealingStage:
 
 @dataclass(frozen=True)
 class Recovery:
-    """A return of the fit to its last good state."""
+    """A return of the fit to its last good state.
+
+    Example::
+
+        >>> recovery = Recovery(num_steps=120, inverse_temperature=0.2, back_to=0.18, cause="the loss")
+        >>> recovery.back_to < recovery.inverse_temperature
+        True
+    """
 
     #: Steps taken before it.
     num_steps: int
+    #: The inverse temperature at which it happened.
     inverse_temperature: float
     #: The inverse temperature of the last good state.
     back_to: float
@@ -90,6 +111,17 @@ class AnnealingHistory:
     """The stages of a fit, from the first inverse temperature to the last.
 
     After a recovery the inverse temperature of a stage may be below that of the one before.
+
+    :param stages: one :class:`~pyro_adaann.AnnealingStage` for every stage that has begun.
+    :param recoveries: one :class:`~pyro_adaann.Recovery` for every return to an earlier state.
+
+    Example::
+
+        >>> history = AnnealingHistory([AnnealingStage(0.1, [5.0, 4.0]), AnnealingStage(1.0, [7.0])])
+        >>> history
+        AnnealingHistory(2 stages, 3 steps, inverse temperature 0.1 to 1)
+        >>> history.losses
+        [5.0, 4.0, 7.0]
     """
 
     stages: list[AnnealingStage] = field(default_factory=list)

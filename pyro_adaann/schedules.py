@@ -94,6 +94,7 @@ class AnnealingSchedule(ABC):
     def propose_weighted(self, inverse_temperature: float, log_factor: Tensor, log_weight: Tensor) -> float:
         """Do :meth:`propose` for weighted draws; by default the weights are not used.
 
+        :param inverse_temperature: as there, and so is ``log_factor``.
         :param log_weight: log p_t - log q of every draw, up to a constant, float64.
         """
         return self.propose(inverse_temperature, log_factor)

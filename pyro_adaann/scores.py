@@ -55,13 +55,19 @@ def log_density_at_fixed_draws(fn: Any, value: Tensor) -> Tensor:
     transforms = getattr(fn, "transforms", [])
     if not (len(transforms) == 1 and hasattr(transforms[0], "score")):
         return fn.log_prob(value.detach())
-    # Apart from the graph of the draws, whose gradient is cut where the model has none.
+    transform = transforms[0]
     with torch.enable_grad():
-        x = transforms[0].inv(value).detach().requires_grad_()
-        log_base = fn.base_dist.log_prob(x)
-        (base_score,) = torch.autograd.grad(log_base.sum(), x, retain_graph=True)
-        y, log_det = transforms[0].forward_and_log_det(x.detach())
-        score = transforms[0].score(x, base_score)
+        made = transform.recall(value)
+        if made is None or not made[2].requires_grad:
+            x = transform.inv(value).detach()
+            y, log_det = transform.forward_and_log_det(x)
+        else:
+            # On the graph of the draws, but not by way of `value`: its gradient is cut where the model has
+            # none.
+            x, y, log_det = made
+        x = x.detach().requires_grad_()
+        (base_score,) = torch.autograd.grad(fn.base_dist.log_prob(x).sum(), x)
+        score = transform.score(x, base_score)
         is_known = torch.isfinite(score).all(-1)
         score = torch.where(is_known.unsqueeze(-1), score, 0.0)
         return torch.where(is_known, -log_det - (score * y).sum(-1), 0.0)

@@ -16,7 +16,18 @@ __all__ = ["ESSStageRule", "StageRule"]
 
 
 class StageRule(ABC):
-    """Base class of all stage rules."""
+    """Base class of all stage rules.
+
+    Example::
+
+        >>> class Forever(StageRule):
+        ...     def is_over(self, num_steps, ess):
+        ...         return num_steps >= 1000
+        ...     def is_met(self, ess):
+        ...         return True
+        >>> Forever().is_over(5, ess=0.9)
+        False
+    """
 
     @abstractmethod
     def is_over(self, num_steps: int, ess: float) -> bool:
@@ -29,7 +40,10 @@ class StageRule(ABC):
 
     @abstractmethod
     def is_met(self, ess: float) -> bool:
-        """Whether the guide is where the rule wants it, or the stage has only run out of steps."""
+        """Whether the guide is where the rule wants it, or the stage has only run out of steps.
+
+        :param ess: as in :meth:`is_over`.
+        """
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
@@ -69,7 +83,9 @@ class ESSStageRule(StageRule):
         self.max_num_steps = max_num_steps
 
     def is_over(self, num_steps: int, ess: float) -> bool:
+        """Whether the target is reached, or the stage has its most steps."""
         return self.is_met(ess) or num_steps >= self.max_num_steps
 
     def is_met(self, ess: float) -> bool:
+        """Whether the target is reached."""
         return ess >= self.target

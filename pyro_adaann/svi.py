@@ -20,7 +20,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_adaann.budget import StepPlan, next_within_budget, plan_steps, projected_num_steps
-from pyro_adaann.checkpoint import CheckpointKeeper, read_checkpoint, write_checkpoint
+from pyro_adaann.checkpoint import (
+    CheckpointKeeper,
+    get_random_states,
+    read_checkpoint,
+    set_random_states,
+    write_checkpoint,
+)
 from pyro_adaann.checks import (
     check_count,
     check_parts,
@@ -32,7 +38,7 @@ from pyro_adaann.checks import (
 )
 from pyro_adaann.endings import announce_short_training, count_annealing_steps, watch_end
 from pyro_adaann.interrupt import InterruptGuard
-from pyro_adaann.ladder import Ladder, Rung, put
+from pyro_adaann.ladder import Ladder, Rung
 from pyro_adaann.objective import Objective, spread_within_steps
 from pyro_adaann.parameters import FitParameters, captured_parameters
 from pyro_adaann.progress import ProgressBar
@@ -251,7 +257,8 @@ class AdaAnnSVI(SVI):
             if not self._safety_net.is_set:
                 self._safety_net.keep()
                 if self.ladder is not None:
-                    self.ladder.start(self.inverse_temperature, self._guide_parameters(args, kwargs))
+                    names = self._get_guide_names(args, kwargs)
+                    self.ladder.start(self.inverse_temperature, self._parameters.state(), names)
             self.optim(params)
         pyro.infer.util.zero_grads(params)
         self._count(loss)
@@ -322,11 +329,14 @@ class AdaAnnSVI(SVI):
             )
         return self.history
 
-    def restart(self, rung: Rung | None = None) -> None:
+    def restart(self, rung: Rung | None = None, *, lr_factor: float = 0.5) -> None:
         """Anneal once more from the schedule's first inverse temperature, with the guide as it is.
 
-        :param rung: a rung of :attr:`ladder`: anneal once more from there, with the guide as it was then.
-            The rungs above it are forgotten.
+        :param rung: a rung of :attr:`ladder`: anneal once more from there, with parameters and optimizers
+            as they were then. The rungs above it are forgotten.
+        :param lr_factor: with a rung, what the learning rates of then are multiplied by: where a mode was
+            lost, smaller steps may keep it.
+        :raises ValueError: if the rung is not one of this fit.
 
         This makes every schedule a cyclical one (Fu et al., *Cyclical annealing schedule*, NAACL 2019).
         A cycle rises to 1 and stays there for ``num_final_steps`` steps::
@@ -344,8 +354,10 @@ class AdaAnnSVI(SVI):
             raise ValueError(
                 "Expected a rung of this fit's ladder; got another one. Take one of `svi.ladder.rungs`."
             )
-        put(rung.values, self._parameters.tensors)
+        self._parameters.optim = self.optim
+        self._parameters.rewind(rung.state, lr_factor)
         self.ladder.cut(rung)
+        self._safety_net.keep()
         self._start_stage(rung.inverse_temperature)
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
@@ -408,13 +420,15 @@ class AdaAnnSVI(SVI):
                 raise
         return loss, captured_parameters(capture.trace)
 
-    def _guide_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the parameters that the guide alone has, not those of the model."""
+    def _get_guide_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """Return the names of the parameters that the guide alone has, not those of the model."""
         if self._guide_names is None:
+            random = get_random_states()  # a resumed fit looks too, at another time
             with poutine.trace(param_only=True) as capture, torch.no_grad():
                 self.guide(*args, **kwargs)
+            set_random_states(random)
             self._guide_names = list(captured_parameters(capture.trace))
-        return {name: self._parameters.tensors[name] for name in self._guide_names}
+        return self._guide_names
 
     def _advance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start the next stage if the present one has all its steps.
@@ -446,8 +460,8 @@ class AdaAnnSVI(SVI):
         if self.history.recoveries and plan.num_total is None:
             factor = RECOVERY_FACTOR ** len(self.history.recoveries)
             following = max(t + factor * (following - t), math.nextafter(t, math.inf))
-        if self.ladder is not None:
-            self.ladder.climb(stage, following, self._guide_parameters(args, kwargs))
+        if self.ladder is not None and self.ladder.is_due(stage, following):
+            self.ladder.climb(t, self._parameters.state(), self._get_guide_names(args, kwargs))
         self._start_stage(following)
         if len(self.history.stages) == _NUM_STAGES_TO_PROJECT:
             self._warn_if_endless()

@@ -12,7 +12,7 @@ from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, CosineSchedule, LinearSchedule
+from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, CosineSchedule, LinearSchedule, SequenceSchedule
 from pyro_adaann.objective import spread_within_steps
 
 NUM_DATA, BATCH_SIZE = 120, 25
@@ -92,6 +92,40 @@ def test_a_vae_is_trained_epoch_by_epoch(make_elbo, options):
     truth = torch.tensor([[1.0], [-1.0], [0.5]])
     best = dist.MultivariateNormal(torch.full((3,), 0.5), truth @ truth.T + 0.09 * torch.eye(3))
     assert fitted.log_prob(data).mean() > best.log_prob(data).mean() - 0.3
+
+
+@pytest.mark.parametrize(
+    "schedule", [LinearSchedule(3), CosineSchedule(3), SequenceSchedule([0.1, 0.4, 0.7, 1.0])], ids=repr
+)
+def test_every_cycle_of_epochs_rises_to_exactly_one(schedule):
+    vae = SmallVAE()
+    loader = DataLoader(simulate(), batch_size=BATCH_SIZE, shuffle=True)
+    svi = AdaAnnSVI(
+        vae.model,
+        vae.guide,
+        pyro.optim.Adam({"lr": 0.01}),
+        TraceMeanField_ELBO(),
+        schedule=schedule,
+        path="kl_warmup",
+        num_initial_steps=len(loader),
+        num_steps_per_stage=len(loader),
+        num_final_steps=2 * len(loader),
+    )
+    per_epoch = []
+    for _ in range(13):  # two cycles of five epochs, and most of a third
+        if svi.is_done:
+            svi.restart()
+        for batch in loader:
+            svi.step(batch)
+        per_epoch.append(svi.inverse_temperature)
+    cycle = [schedule.initial_inverse_temperature]
+    while cycle[-1] < 1:
+        cycle.append(schedule.next(cycle[-1]))
+    assert cycle[3:] == [1.0]
+    assert per_epoch == (3 * [*cycle, 1.0])[:13]
+    assert all(
+        stage.num_steps == len(loader) for stage in svi.history.stages if stage.inverse_temperature < 1
+    )
 
 
 def batch_model(batch: Tensor) -> None:

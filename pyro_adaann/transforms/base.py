@@ -34,6 +34,7 @@ class FlowTransform(TransformModule):
     bijective = True
 
     _cached_log_det: Tensor | None
+    _cached_image: Tensor | None
 
     def __init__(self, input_dim: int) -> None:
         super().__init__(cache_size=1)
@@ -82,15 +83,28 @@ class FlowTransform(TransformModule):
         return super().__call__(x)
 
     def _call(self, x: Tensor) -> Tensor:
-        y, self._cached_log_det = self.forward_and_log_det(x)
-        return y
+        image, log_det = self._forward(x.reshape(-1, self.input_dim))
+        self._cached_image, self._cached_log_det = image, log_det.reshape(x.shape[:-1])
+        return image.view(x.shape)
+
+    def recall(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return the point, image and ``log|det dy/dx|`` of the pass that has made ``y``, if remembered.
+
+        The image has the values of ``y`` and is another tensor of the same graph: hooks on the
+        gradient of ``y`` do not see what goes through it.
+        """
+        self._forget_if_updated()
+        x_cached, y_cached = self._cached_x_y
+        if y is not y_cached or self._cached_image is None or self._cached_log_det is None:
+            return None
+        return x_cached, self._cached_image.view(y.shape), self._cached_log_det
 
     def _inv_call(self, y: Tensor) -> Tensor:
         self._forget_if_updated()
         return super()._inv_call(y)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        self._cached_log_det = None
+        self._cached_image = self._cached_log_det = None
         return self._backward_map(y.reshape(-1, self.input_dim)).reshape(y.shape)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
@@ -103,7 +117,7 @@ class FlowTransform(TransformModule):
 
     def _forget(self) -> None:
         self._cached_x_y = (None, None)
-        self._cached_log_det = None
+        self._cached_image = self._cached_log_det = None
         self._cached_versions: tuple[int, ...] = ()
 
     def _forget_if_updated(self) -> None:
@@ -123,7 +137,13 @@ class FlowTransform(TransformModule):
         # A cached draw hangs on a graph, and Pyro's parameter store leaves weak references on the
         # parameters: neither can be pickled.
         state = self.__dict__.copy()
-        state.update(_inv=None, _cached_x_y=(None, None), _cached_log_det=None, _cached_versions=())
+        state.update(
+            _inv=None,
+            _cached_x_y=(None, None),
+            _cached_image=None,
+            _cached_log_det=None,
+            _cached_versions=(),
+        )
         for name in ("_parameters", "_modules"):
             state[name] = copy.deepcopy(state[name])
         return state

@@ -1,0 +1,257 @@
+"""Lost modes: seen, located and repaired by the rungs of a ladder."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from problems import conjugate_normal
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoIAFNormal, AutoNormal
+from torch import Tensor
+
+from pyro_adaann import (
+    AdaAnnSchedule,
+    AdaAnnSVI,
+    AutoPlanar,
+    AutoRealNVP,
+    Ladder,
+    LinearSchedule,
+    diagnose,
+    find_lost_modes,
+    mixture_draws,
+    to_arviz,
+)
+
+MEANS = torch.tensor([[-2.0, -2.0], [2.0, 2.0]])
+WEIGHTS = torch.tensor([0.7, 0.3])
+
+
+def density() -> torch.distributions.Distribution:
+    components = dist.MultivariateNormal(MEANS, 0.25 * torch.eye(2))
+    return torch.distributions.MixtureSameFamily(torch.distributions.Categorical(WEIGHTS), components)
+
+
+def bimodal() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(False))
+    pyro.factor("density", density().log_prob(z))
+
+
+def make_svi(tolerance: float, **kwargs) -> AdaAnnSVI:
+    guide = AutoPlanar(bimodal, 30, base_loc=0.0, base_scale=3.0)
+    settings = {"ladder": Ladder(), "num_initial_steps": 300, "num_final_steps": 1000} | kwargs
+    elbo = Trace_ELBO(num_particles=100, vectorize_particles=True)
+    schedule = AdaAnnSchedule(tolerance)
+    return AdaAnnSVI(bimodal, guide, pyro.optim.Adam({"lr": 0.003}), elbo, schedule=schedule, **settings)
+
+
+def share_of_the_first(z: Tensor) -> float:
+    return float((z[:, 0] < 0).float().mean())
+
+
+def narrowed(mode: int) -> AdaAnnSVI:
+    """A fit whose guide has covered both modes on its rungs, and has then gone to one of them."""
+    guide = AutoNormal(bimodal, init_scale=3.0)
+    svi = AdaAnnSVI(
+        bimodal,
+        guide,
+        pyro.optim.SGD({"lr": 0.0}),
+        Trace_ELBO(num_particles=10, vectorize_particles=True),
+        schedule=LinearSchedule(2, initial_inverse_temperature=0.9),
+        num_initial_steps=1,
+        num_final_steps=1,
+        ladder=Ladder(),
+    )
+    svi.run(progress_bar=False)
+    with torch.no_grad():
+        guide.locs.z.copy_(MEANS[mode])
+        guide.scales.z = torch.full((2,), 0.5)
+    return svi
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_a_mode_that_is_gone_is_reported_with_its_share_and_comes_back(mode):
+    svi = narrowed(mode)
+    report = find_lost_modes(svi, num_samples=20_000)
+    assert len(report.lost) == 1
+    loss = report.lost[0]
+    assert (loss.lower, loss.upper) == (svi.ladder.rungs[-1].inverse_temperature, 1.0)
+    # 4 standard errors: once in 16,000 seeds. The comparison itself cuts tails of about 1 %.
+    assert loss.share == pytest.approx(1 - float(WEIGHTS[mode]), abs=4 * loss.share_se + 0.02)
+    assert 0 < loss.share_se < 0.05
+
+    draws = mixture_draws(svi, num_samples=20_000)
+    first = (draws.samples["z"][:, 0] < 0).double()
+    weights = draws.log_weights.softmax(0)
+    share = float(weights @ first)
+    se = float((weights * (first - share)).square().sum().sqrt())
+    assert se < 0.05
+    assert share == pytest.approx(0.7, abs=4 * se)
+    assert float(draws.log_weights.logsumexp(0)) - math.log(len(draws.log_p)) == pytest.approx(0, abs=0.1)
+
+
+def test_the_verdict_and_the_export_say_so():
+    svi = narrowed(0)
+    diagnosis = diagnose(svi)
+    assert diagnosis.has_lost_mode
+    assert not diagnosis.is_good
+    assert diagnosis.verdict.startswith("LOST MODE")
+    assert "2 rungs, lost modes: 1" in str(diagnosis)
+    with pytest.warns(UserWarning, match="lost between inverse temperatures"):
+        data = to_arviz(svi, num_samples=500, log_likelihood=False)
+    assert data.attrs["num_lost_modes"] == 1
+    assert data.attrs["lost_share"] == pytest.approx(0.3, abs=0.1)
+
+
+@pytest.mark.parametrize("make", [AutoNormal, AutoIAFNormal, AutoPlanar, AutoRealNVP])
+def test_no_false_alarm_for_a_guide_that_has_it_all(make):
+    problem = conjugate_normal()
+    guide = make(problem.model)
+    svi = AdaAnnSVI(
+        problem.model,
+        guide,
+        pyro.optim.Adam({"lr": 0.02}),
+        Trace_ELBO(num_particles=50, vectorize_particles=True),
+        schedule=AdaAnnSchedule(0.2, initial_inverse_temperature=0.1),
+        num_initial_steps=200,
+        num_final_steps=200,
+        ladder=Ladder(),
+    )
+    svi.run(progress_bar=False)
+    before = [parameter.clone() for parameter in guide.parameters()]
+    report = find_lost_modes(svi)
+    assert report.lost == []
+    assert report.lost_share == 0
+    assert "No mode lost" in str(report)
+    # Looking has changed nothing.
+    assert all(map(torch.equal, before, guide.parameters()))
+    times = [rung.inverse_temperature for rung in svi.ladder.rungs]
+    assert times == sorted(times)
+    assert len(times) > 2
+
+
+def test_restarting_from_a_rung():
+    problem = conjugate_normal()
+    guide = AutoPlanar(problem.model, 4, base_scale=2.0)
+    svi = AdaAnnSVI(
+        problem.model,
+        guide,
+        pyro.optim.Adam({"lr": 0.02}),
+        Trace_ELBO(num_particles=50, vectorize_particles=True),
+        schedule=AdaAnnSchedule(0.5, initial_inverse_temperature=0.1),
+        num_initial_steps=20,
+        num_final_steps=20,
+        ladder=Ladder(0.5),
+    )
+    svi.run(progress_bar=False)
+    rungs = list(svi.ladder.rungs)
+    middle = rungs[len(rungs) // 2]
+    lr = svi.optim.pt_optim_args["lr"]
+    svi.restart(middle)
+    for parameter in svi._parameters.tensors.values():
+        assert svi.optim.optim_objs[parameter].param_groups[0]["lr"] == lr / 2
+    assert svi.inverse_temperature == middle.inverse_temperature
+    assert not svi.is_done
+    for name, parameter in svi._parameters.tensors.items():
+        assert torch.equal(parameter.detach(), middle.values[name])
+    assert svi.ladder.rungs == rungs[: len(rungs) // 2 + 1]
+    svi.run(progress_bar=False)
+    assert svi.is_done
+    times = [rung.inverse_temperature for rung in svi.ladder.rungs]
+    assert times == sorted(times)
+    with pytest.raises(ValueError, match="rung of this fit"):
+        svi.restart(rungs[-1])
+
+
+def test_the_ladder_is_part_of_a_checkpoint(tmp_path):
+    def fit() -> AdaAnnSVI:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        problem = conjugate_normal()
+        elbo = Trace_ELBO(num_particles=20, vectorize_particles=True)
+        return AdaAnnSVI(
+            problem.model,
+            AutoPlanar(problem.model, 3),
+            pyro.optim.Adam({"lr": 0.02}),
+            elbo,
+            schedule=AdaAnnSchedule(0.5),
+            num_initial_steps=10,
+            num_final_steps=10,
+            ladder=Ladder(0.5),
+        )
+
+    svi = fit()
+    for _ in range(30):
+        svi.step()
+    svi.save_checkpoint(tmp_path / "fit")
+    svi.run(progress_bar=False)
+    other = fit()
+    other.load_checkpoint(tmp_path / "fit")
+    other.run(progress_bar=False)
+    assert other.history.losses == svi.history.losses
+    assert len(other.ladder.rungs) == len(svi.ladder.rungs) > 2
+    for a, b in zip(other.ladder.rungs, svi.ladder.rungs, strict=True):
+        assert a.inverse_temperature == b.inverse_temperature
+        assert all(torch.equal(a.values[name], b.values[name]) for name in a.values)
+
+
+def test_rungs_are_the_guides_alone():
+    class Learned(pyro.nn.PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x: Tensor) -> None:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, self.scale.exp()), obs=x)
+
+    model = Learned()
+    svi = AdaAnnSVI(
+        model,
+        AutoNormal(model),
+        pyro.optim.Adam({"lr": 0.02}),
+        Trace_ELBO(num_particles=20, vectorize_particles=True),
+        num_initial_steps=3,
+        num_final_steps=3,
+        schedule=AdaAnnSchedule(0.5),
+        ladder=Ladder(),
+    )
+    svi.run(torch.tensor(1.0), progress_bar=False)
+    assert not any("scale" in name and "AutoNormal" not in name for name in svi.ladder.rungs[0].values)
+
+
+def test_what_it_cannot_do():
+    with pytest.raises(ValueError, match="distance"):
+        Ladder(0.0)
+    svi = make_svi(0.5, ladder=None)
+    svi.step()
+    with pytest.raises(ValueError, match="ladder=Ladder"):
+        find_lost_modes(svi)
+    with pytest.raises(ValueError, match="rung of this fit"):
+        svi.restart(narrowed(0).ladder.rungs[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["huge tolerance", "careful"])
+def test_alarms_are_right(kind):
+    """Of 50 fits each: an alarm if and only if the guide has less than a twentieth of a mode.
+
+    Weights between that and a fifth of a mode's own are left out, where either answer is right.
+    """
+    right, counted = 0, 0
+    for seed in range(50):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        svi = make_svi(5.0 if kind == "huge tolerance" else 0.1, num_final_steps=500)
+        svi.run(progress_bar=False)
+        share = share_of_the_first(svi.guide.sample_posterior(5000)["z"])
+        kept = min(share / 0.7, (1 - share) / 0.3)
+        if 0.05 < kept < 0.2:
+            continue
+        counted += 1
+        right += bool(find_lost_modes(svi).lost) == (kept < 0.05)
+    assert counted >= 25
+    assert right >= 0.95 * counted
