@@ -25,6 +25,14 @@ GALLERY = ROOT / "docs" / "figures" / "gallery"
 #: Scripts of the gallery, with the arguments of the run that is shown, and what their figures show.
 EXAMPLES: dict[str, tuple[list[str], dict[str, str]]] = {
     "bimodal": ([], {"bimodal": "Densities of SVI and AdaAnnSVI over the exact one, and the schedule"}),
+    "mixture_1d": (
+        [],
+        {"densities": "Densities of SVI and AdaAnnSVI over the exact one", "schedule": "The schedule"},
+    ),
+    "mixture_2d": (
+        [],
+        {"densities": "The exact density, SVI and AdaAnnSVI", "schedule": "The schedule"},
+    ),
     "lynx_hare": (
         [],
         {

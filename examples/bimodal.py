@@ -25,7 +25,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
-from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AnnealingHistory, AutoPlanar
+from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AnnealingHistory, AnnealingSchedule, AutoPlanar
 
 MIDDLE = -2.0  # between the two modes
 
@@ -56,7 +56,11 @@ def fit_without_annealing(num_steps: int) -> AutoPlanar:
     return guide
 
 
-def make_svi(num_final_steps: int) -> AdaAnnSVI:
+def make_svi(
+    num_final_steps: int,
+    schedule: AnnealingSchedule | None = None,
+    num_variance_samples: int | None = None,
+) -> AdaAnnSVI:
     """The same with `AdaAnnSVI`; at t = 1 the learning rate is halved eight times."""
     optim = pyro.optim.StepLR(
         {
@@ -71,11 +75,12 @@ def make_svi(num_final_steps: int) -> AdaAnnSVI:
         make_guide(),
         optim,
         Trace_ELBO(num_particles=100, vectorize_particles=True),
-        schedule=AdaAnnSchedule(tolerance=0.01, initial_inverse_temperature=0.01),
+        schedule=schedule or AdaAnnSchedule(tolerance=0.01, initial_inverse_temperature=0.01),
         num_initial_steps=500,
         num_steps_per_stage=2,
         num_final_steps=num_final_steps,
         num_final_particles=1000,
+        num_variance_samples=num_variance_samples,  # the paper: 1,000
     )
 
 

@@ -13,11 +13,13 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = {
     "bimodal": ([], {"bimodal.png"}),
     "lynx_hare": ([], {"posterior.nc", "trajectories.png", "pairs.png", "schedule.png"}),
+    "mixture_1d": ([], {"posterior.nc", "densities.png", "schedule.png"}),
+    "mixture_2d": ([], {"posterior.nc", "densities.png", "schedule.png"}),
     "mixture_posterior": ([], {"mixture_posterior.png"}),
     "vae_digits": ([], {"vae_digits.png"}),
 }
 #: What other test files run, and modules that the examples share.
-ELSEWHERE = {"lorenz", "hiv", "ode", "posterior"}
+ELSEWHERE = {"lorenz", "hiv", "ode", "posterior", "mixture", "comparison"}
 
 mpl.use("Agg")
 
