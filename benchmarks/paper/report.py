@@ -53,6 +53,7 @@ def make_tables(records: dict[str, list[Record]]) -> dict[str, str]:
         "times_table": records["times"] and tables.times_table(records["times"]),
         "lorenz_table": tables.lorenz_table(records["odes"]),
         "hiv_table": tables.hiv_table(records["odes"]),
+        "ode_summary": records["odes"] and tables.ode_summary(records["odes"]),
     }
     return {name: table or MISSING for name, table in made.items()}
 
@@ -100,6 +101,10 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     page = Template((HERE / "page.md").read_text()).substitute(make_tables(records), **make_figures(records))
     (args.out / "paper.md").write_text(page)
+    # The page on lost modes shows it too.
+    summary = tables.ode_summary(records["odes"]) if records["odes"] else MISSING
+    (args.out / "figures").mkdir(exist_ok=True)
+    (args.out / "figures" / "modes_ode.md").write_text(summary + "\n")
     draw(records, args.out / "figures")
     print(f"wrote {args.out / 'paper.md'}")
 

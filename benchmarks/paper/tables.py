@@ -198,6 +198,8 @@ def missing_cells(records: Iterable[Record], planned: Iterable[Record]) -> str:
     return "\n".join(lines) or "None."
 
 
+#: Seeds of an ODE example whose fits have rows of their own.
+_NUM_SHOWN = 3
 #: Minutes in the paper's Table 2, median.
 PAPER_MINUTES = {"none 25": 2.84, "none 50": 5.71, "none 75": 11.28, "linear 50": 7.23, "adaann 50": 3.25}
 
@@ -287,8 +289,48 @@ def hiv_table(records: Iterable[Record]) -> str:
     return markdown(headings, rows)
 
 
+def ode_summary(records: Iterable[Record]) -> str:
+    """Return, over the seeds of every example and settings, the smallest and the largest of everything."""
+    headings = ["example", "settings", "seeds", "updates", "restarts", "ESS share", "sds, guide"]
+    headings += ["sds, weighted", "means, weighted", "share of a mode", "its weight", "alarms"]
+    rows = []
+    for (example, setting), fits in sorted(groups(records, lambda r: (r["example"], r["setting"])).items()):
+        errors: dict[str, list[float]] = {"sd": [], "weighted_sd": [], "weighted_mean": []}
+        for record in fits:
+            for key, part in record["modes"].items():
+                name = "hiv" if example == "hiv" else "lorenz"
+                exact = load_reference(name, key if name == "hiv" else example.removeprefix("lorenz_")) or {}
+                for site, (mean, sd) in exact.items():
+                    if part["moments"][site][1] is None or part["share"] < 0.01:
+                        continue
+                    errors["sd"].append(part["moments"][site][1] / sd)
+                    errors["weighted_sd"].append(part["weighted_moments"][site][1] / sd)
+                    errors["weighted_mean"].append((part["weighted_moments"][site][0] - mean) / sd)
+        modes = [record["modes"].get("positive", {}) for record in fits]
+        rows.append(
+            [
+                example.replace("_", " "),
+                setting,
+                str(len(fits)),
+                f"{median(record['num_steps'] for record in fits):,.0f}",
+                str(sum(record["num_restarts"] for record in fits)),
+                _span(record["ess"] for record in fits),
+                *(_span(values) for values in errors.values()),
+                *(_span(mode[key] for mode in modes if mode) for key in ("share", "weighted_share")),
+                str(sum(bool(record["alarm"]) for record in fits)),
+            ]
+        )
+    return markdown(headings, rows)
+
+
+def _span(values: Iterable[float]) -> str:
+    found = list(values)
+    return f"{min(found):.2f} to {max(found):.2f}" if found else "-"
+
+
 def _fits(records: Iterable[Record], example: str) -> list[Record]:
-    found = [record for record in records if record["example"] == example]
+    # The summary has the others.
+    found = [record for record in records if record["example"] == example and record["trial"] < _NUM_SHOWN]
     return sorted(found, key=lambda record: (record["setting"], record["trial"]))
 
 
