@@ -85,7 +85,7 @@ class Ladder:
     def start(self, inverse_temperature: float, state: dict[str, Any], names: list[str]) -> None:
         """Keep the fit as it is before training.
 
-        :param state: as :meth:`FitParameters.state` returns it.
+        :param state: parameters and optimizers of the fit by name.
         :param names: of the guide's parameters.
         """
         self.rungs.clear()

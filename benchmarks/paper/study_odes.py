@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/paper/study_odes.py lorenz_0.2 lorenz_0.001 hiv --trials 3
 
-Adds to ``benchmarks/results/paper/odes.jsonl`` what is not there yet: a fit of the example's own ``make_svi``
-and data for every seed, minutes each, with the paper's settings or (``--settings tracked``) with those that
-hold on to modes. As in ``examples/hiv.py``, a fit in which the ladder sees a lost mode is annealed again from the
-rung below, up to three times, and all its steps count. The exact posteriors are those of
-``benchmarks/reference/``.
+Adds to ``benchmarks/results/paper/odes.jsonl`` what is not there yet: a fit of the example's own
+``make_svi`` and data for every seed, minutes each, with the paper's settings or (``--settings tracked``)
+with those that hold on to modes. As in ``examples/hiv.py``, a fit in which the ladder sees a lost mode
+is annealed again from the rung below, up to three times, and all its steps count. The exact posteriors
+are those of ``benchmarks/reference/``.
 
 Recorded are, for every mode, its share of the draws and the mean and sd of every parameter, with all draws
 of the guide alike and with importance weights; the effective sample size (a share of the draws), Pareto
