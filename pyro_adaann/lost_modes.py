@@ -4,11 +4,13 @@ No number from the draws of the final guide sees a mode that none of them visits
 inverse temperature visits it. With draws :math:`z_i \sim q_r` of a rung, weighted to the tempered density
 :math:`p_{t_s}` of a rung s above it, a part of that density is lost where the guide has next to none of it:
 
-.. math:: \text{lost share} = \sum_i W_i\, 1\Bigl[q_s(z_i) < \tfrac{1}{20} \min(p_{t_s}(z_i), q_r(z_i))\Bigr],
-          \qquad W_i \propto \frac{p_{t_s}(z_i)}{q_r(z_i)}
+.. math:: \text{lost share} = \sum_i W_i\, 1\Bigl[c_s(z_i) < \tfrac{1}{20} \min(1, c(z_i))\Bigr], \qquad
+          W_i \propto \frac{p_{t_s}(z_i)}{q_r(z_i)}, \qquad c_s(z) = \frac{q_s(z)}{p_{t_s}(z)}
 
-(Less than of the rung below, too: a guide that is still too wide has little density everywhere.)
-Neighbors overlap in any dimension; the posterior itself, at t = 1, is in reach of a wide rung in few.
+The coverage :math:`c_s` of a rung is compared with c, the best one of the rung r and of some below it. A
+guide that is too wide covers everything badly, from the beginning on; one that loses a mode little by
+little covers it well at first. Neighbors overlap in any dimension; the posterior itself, at t = 1, is in
+reach of a wide rung in few.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ from pyro_adaann.tempering import Tempering
 
 __all__ = ["LadderReport", "LostMode", "find_lost_modes", "mixture_draws"]
 
-#: A guide has next to nothing of a density below this share of it and of the rung before.
+#: A guide has next to nothing of a density where it has less than this share of it, or of what it had.
 _MIN_COVER = 1 / 20
+#: How many rungs below the one whose draws are looked at: what the guide had before.
+_LOOKBACK = (2, 4)
 #: A smaller share is a tail, not a mode.
 _MIN_SHARE = 0.05
 #: Standard errors that a share has to be above zero.
@@ -132,6 +136,7 @@ def find_lost_modes(
     rungs = _rungs(svi)
     below = svi.ladder.rungs if svi.ladder is not None else []
     drawn = [_draw(svi, rung, args, kwargs, num_samples, vectorize) for rung in below]
+    coverage = [_best_coverage(svi, below, drawn, r) for r in range(len(below))]
 
     def loss(r: int, share: float, se: float) -> LostMode:
         lower, upper = (_inverse_temperature(svi, rungs[k]) for k in (r, r + 1))
@@ -141,13 +146,17 @@ def find_lost_modes(
     min_ess = 1.0
     for r, batch in enumerate(drawn):
         # What a rung lacks and the next one has again was not lost.
-        above = [_compare(svi, batch, rung) for rung in rungs[r + 1 : r + 3]]
+        above = [_compare(svi, batch, coverage[r], rung) for rung in rungs[r + 1 : r + 3]]
         min_ess = min(min_ess, above[0][2] / num_samples)
         if all(map(_is_lost, above)):
             lost.append(loss(r, *above[0][:2]))
     # A mode may be next to nothing of the tempered densities at first and much of the posterior: seen from
     # afar, as far as the draws reach.
-    seen = [(r, found) for r, batch in enumerate(drawn) if _is_lost(found := _compare(svi, batch, None))]
+    seen = [
+        (r, found)
+        for r, batch in enumerate(drawn)
+        if _is_lost(found := _compare(svi, batch, coverage[r], None))
+    ]
     if seen:
         highest = seen[-1][0]
         share, se, _ = min((found for _, found in seen), key=lambda found: found[1])
@@ -271,16 +280,36 @@ def _draw(
     return _RungDraws(draws, batches, *torch.cat(columns, dim=1))
 
 
-def _compare(svi: AdaAnnSVI, drawn: _RungDraws, rung: Rung | None) -> tuple[float, float, float]:
+def _log_coverage(svi: AdaAnnSVI, drawn: _RungDraws, rung: Rung | None, log_normalizer: float) -> Tensor:
+    """Return the log of what a rung has of its tempered density, at draws of another one."""
+    with guide_at(rung, svi._parameters.tensors):
+        log_q = torch.cat([drawn.draws.score_guide(batch) for batch in drawn.batches])
+    log_p = drawn.log_q + drawn.log_weights(_inverse_temperature(svi, rung)) - log_normalizer
+    return (log_q - log_p).nan_to_num(-torch.inf)
+
+
+def _best_coverage(svi: AdaAnnSVI, rungs: list[Rung], drawn: list[_RungDraws], r: int) -> Tensor:
+    """Return the best log coverage at the draws of rung r, of itself and of some below."""
+    best = torch.full_like(drawn[r].log_q, -torch.inf)
+    for k in (r, *(r - back for back in _LOOKBACK if back <= r)):
+        log_normalizer = _log_mean(drawn[k].log_weights(rungs[k].inverse_temperature))
+        best = torch.maximum(best, _log_coverage(svi, drawn[r], rungs[k], log_normalizer))
+    return best
+
+
+def _log_mean(log_weights: Tensor) -> float:
+    return float(log_weights.logsumexp(0)) - math.log(len(log_weights))
+
+
+def _compare(
+    svi: AdaAnnSVI, drawn: _RungDraws, best: Tensor, rung: Rung | None
+) -> tuple[float, float, float]:
     """Return what share of the density at a rung it lacks, the error of it, and the effective draws."""
     log_weights = drawn.log_weights(_inverse_temperature(svi, rung))
     if (log_weights == -torch.inf).all():
         return 0.0, 0.0, 0.0
-    with guide_at(rung, svi._parameters.tensors):
-        log_q = torch.cat([drawn.draws.score_guide(batch) for batch in drawn.batches])
-    log_normalizer = log_weights.logsumexp(0) - math.log(len(log_weights))
-    log_p = drawn.log_q + log_weights - log_normalizer
-    is_lost = ~(log_q > torch.minimum(log_p, drawn.log_q) + math.log(_MIN_COVER))
+    coverage = _log_coverage(svi, drawn, rung, _log_mean(log_weights))
+    is_lost = coverage < best.clamp(max=0.0) + math.log(_MIN_COVER)
     weights = log_weights.softmax(0)
     share = float(weights[is_lost].sum())
     se = float((weights * (is_lost.double() - share)).square().sum().sqrt())
