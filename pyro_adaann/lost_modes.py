@@ -35,8 +35,9 @@ __all__ = ["LadderReport", "LostMode", "find_lost_modes", "mixture_draws"]
 _MIN_COVER = 1 / 20
 #: How many rungs below the one whose draws are looked at: what the guide had before.
 _LOOKBACK = (2, 4)
-#: A smaller share is a tail, not a mode.
-_MIN_SHARE = 0.05
+#: A smaller share is a tail, not a mode: of the posterior, and of a tempered density, where a guide that
+#: is still on its way lacks more.
+_MIN_SHARE, _MIN_TEMPERED_SHARE = 0.05, 0.15
 #: Standard errors that a share has to be above zero.
 _NUM_ERRORS = 3.0
 #: Fewest effective draws behind a share.
@@ -148,14 +149,14 @@ def find_lost_modes(
         # What a rung lacks and the next one has again was not lost.
         above = [_compare(svi, batch, coverage[r], rung) for rung in rungs[r + 1 : r + 3]]
         min_ess = min(min_ess, above[0][2] / num_samples)
-        if all(map(_is_lost, above)):
+        if all(_is_lost(found, _MIN_TEMPERED_SHARE) for found in above):
             lost.append(loss(r, *above[0][:2]))
     # A mode may be next to nothing of the tempered densities at first and much of the posterior: seen from
     # afar, as far as the draws reach.
     seen = [
         (r, found)
         for r, batch in enumerate(drawn)
-        if _is_lost(found := _compare(svi, batch, coverage[r], None))
+        if _is_lost(found := _compare(svi, batch, coverage[r], None), _MIN_SHARE)
     ]
     if seen:
         highest = seen[-1][0]
@@ -316,6 +317,6 @@ def _compare(
     return share, se, effective_sample_size(log_weights)
 
 
-def _is_lost(found: tuple[float, float, float]) -> bool:
+def _is_lost(found: tuple[float, float, float], min_share: float) -> bool:
     share, se, ess = found
-    return ess >= _MIN_ESS and share > max(_MIN_SHARE, _NUM_ERRORS * se)
+    return ess >= _MIN_ESS and share > max(min_share, _NUM_ERRORS * se)
