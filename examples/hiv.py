@@ -221,7 +221,6 @@ def main(argv: list[str] | None = None) -> None:
         svi.restart(lost[0].rung)  # with half the learning rate
         svi.run(data)
     weighted = importance_draws(svi, data)
-    draws = weighted.samples
 
     report(weighted, args.data_seed == DATA_SEED)
     print(f"{len(history.stages)} stages (paper: 4645)")
@@ -229,11 +228,13 @@ def main(argv: list[str] | None = None) -> None:
 
     print(diagnose(svi, data))
 
+    # What is kept and drawn are posterior draws, resampled by their weights.
+    posterior = weighted.resample(len(weighted.log_p))
     args.out.mkdir(parents=True, exist_ok=True)
-    to_arviz(svi, data, log_likelihood=False).to_netcdf(str(args.out / "posterior.nc"))
-    plot_data(data, draws, args.out / "data.png")
+    to_arviz(svi, data, log_likelihood=False, weighted=True).to_netcdf(str(args.out / "posterior.nc"))
+    plot_data(data, posterior, args.out / "data.png")
     plot_schedule(history, args.out / "schedule.png")
-    plot_pairs(draws, args.out / "posterior.png", TRUTH)
+    plot_pairs(posterior, args.out / "posterior.png", TRUTH)
 
 
 if __name__ == "__main__":

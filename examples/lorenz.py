@@ -198,11 +198,15 @@ def main(argv: list[str] | None = None) -> None:
 
     print(diagnose(svi, data, args.noise_variance))
 
+    # What is kept and drawn are posterior draws, resampled by their weights.
+    posterior = weighted.resample(len(weighted.log_p))
     args.out.mkdir(parents=True, exist_ok=True)
-    to_arviz(svi, data, args.noise_variance, log_likelihood=False).to_netcdf(str(args.out / "posterior.nc"))
-    plot_data(data, draws, args.out / "data.png")
+    to_arviz(svi, data, args.noise_variance, log_likelihood=False, weighted=True).to_netcdf(
+        str(args.out / "posterior.nc")
+    )
+    plot_data(data, posterior, args.out / "data.png")
     plot_schedule(history, args.out / "schedule.png")
-    plot_pairs(draws, args.out / "posterior.png", TRUTH)
+    plot_pairs(posterior, args.out / "posterior.png", TRUTH)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from pyro_adaann.ladder import Ladder
 from pyro_adaann.mixed_kl import TraceMixedKL_ELBO
 from pyro_adaann.particles import with_num_particles
 from pyro_adaann.schedules import AnnealingSchedule
@@ -22,6 +23,7 @@ from pyro_adaann.tempering import Path, TemperedTrace_ELBO, check_can_temper
 
 __all__ = [
     "check_count",
+    "check_ladder",
     "check_parts",
     "check_stage_rule",
     "choose_final_loss",
@@ -84,6 +86,21 @@ def check_stage_rule(rule: Any, loss: Any, path: Path) -> None:
         raise ValueError(
             f"Expected a path of tempered posteriors with a stage rule; got {path.name!r}, on which the "
             f"model itself moves. Leave the rule out."
+        )
+
+
+def check_ladder(ladder: Ladder | None, path: Path) -> None:
+    """Raise a `ValueError` if a ladder is none, or its rungs could not be compared on this path."""
+    if ladder is None:
+        return
+    if not isinstance(ladder, Ladder):
+        raise ValueError(
+            f"Expected `ladder` to be a Ladder; got {type(ladder).__name__}. Use for example Ladder()."
+        )
+    if path.entropy != 1:
+        raise ValueError(
+            f"Expected a path of tempered posteriors with a ladder; got {path.name!r}, on which the model "
+            f"itself moves. Leave the ladder out."
         )
 
 

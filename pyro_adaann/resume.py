@@ -77,7 +77,7 @@ def restore_fit(svi: Any, state: dict[str, Any], args: tuple[Any, ...], kwargs: 
     set_random_states(state["random"])
 
 
-def settings_of(svi: Any, loss: Any) -> dict[str, str]:
+def settings_of(svi: Any, loss: Any, final_loss: ELBO | None) -> dict[str, str]:
     """Return what must be the same in the fit that writes a checkpoint and the one that reads it."""
     settings = {
         "guide": type(svi.guide).__name__,
@@ -88,12 +88,15 @@ def settings_of(svi: Any, loss: Any) -> dict[str, str]:
         "ladder": repr(svi.ladder),
         "optim": _describe_optim(svi.optim),
     }
-    if isinstance(loss, TraceMixedKL_ELBO):
-        settings["forward_weight"] = str(loss.forward_weight)
-        settings["path_derivative"] = str(loss.path_derivative)
-    if isinstance(loss, ELBO):
-        settings["num_particles"] = str(loss.num_particles)
-        settings["vectorize_particles"] = str(loss.vectorize_particles)
+    for role, elbo in (("", loss), ("final ", final_loss)):
+        if isinstance(elbo, TraceMixedKL_ELBO):
+            settings[f"{role}forward_weight"] = str(elbo.forward_weight)
+            settings[f"{role}path_derivative"] = str(elbo.path_derivative)
+        if isinstance(elbo, ELBO):
+            settings[f"{role}num_particles"] = str(elbo.num_particles)
+            settings[f"{role}vectorize_particles"] = str(elbo.vectorize_particles)
+    if final_loss is not None:
+        settings["final loss"] = type(final_loss).__name__
     for name in ("num_initial_steps", "num_steps_per_stage", "num_final_steps", "num_variance_samples"):
         settings[name] = str(getattr(svi, name))
     settings["lr_schedule"] = svi.lr_schedule

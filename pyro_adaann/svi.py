@@ -29,6 +29,7 @@ from pyro_adaann.checkpoint import (
 )
 from pyro_adaann.checks import (
     check_count,
+    check_ladder,
     check_parts,
     check_stage_rule,
     choose_final_loss,
@@ -157,6 +158,7 @@ class AdaAnnSVI(SVI):
         schedule = AdaAnnSchedule() if schedule is None else schedule
         check_parts(guide, optim, loss, schedule, path)
         check_stage_rule(stage_rule, loss, path)
+        check_ladder(ladder, path)
         check_count("num_initial_steps", num_initial_steps, 0)
         check_count("num_steps_per_stage", num_steps_per_stage, 1)
         check_count("num_final_steps", num_final_steps, 1)
@@ -203,7 +205,7 @@ class AdaAnnSVI(SVI):
         self._safety_net = SafetyNet(self._parameters, self.history)
         self._guide_names: list[str] | None = None
         self._budget: StepPlan | None = None
-        self._settings = settings_of(self, loss)
+        self._settings = settings_of(self, loss, final_loss)
         # Not of Python's generators, which the user may have seeded.
         self._fit_id = uuid.uuid4().hex
         announce_short_training(self.num_annealing_steps, num_training_steps)

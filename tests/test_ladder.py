@@ -226,6 +226,12 @@ def test_rungs_are_the_guides_alone():
 def test_what_it_cannot_do():
     with pytest.raises(ValueError, match="distance"):
         Ladder(0.0)
+    with pytest.raises(ValueError, match="to be a Ladder"):
+        make_svi(0.5, ladder=True)
+    elbo = Trace_ELBO(num_particles=3, vectorize_particles=True)
+    settings = {"path": "kl_warmup", "schedule": LinearSchedule(3), "ladder": Ladder()}
+    with pytest.raises(ValueError, match="kl_warmup"):
+        AdaAnnSVI(bimodal, AutoNormal(bimodal), pyro.optim.Adam({"lr": 0.1}), elbo, **settings)
     svi = make_svi(0.5, ladder=None)
     svi.step()
     with pytest.raises(ValueError, match="ladder=Ladder"):

@@ -43,7 +43,7 @@ ALLOWED = {
     "checkpoint": (set(), False),
     "budget": ({"results", "schedules"}, False),
     "progress": ({"budget", "results", "schedules"}, False),
-    "checks": ({"mixed_kl", "particles", "schedules", "stage_rules", "tempering"}, True),
+    "checks": ({"ladder", "mixed_kl", "particles", "schedules", "stage_rules", "tempering"}, True),
     "resume": ({"checkpoint", "mixed_kl", "objective", "parameters", "results", "version"}, True),
     "svi": (
         {
