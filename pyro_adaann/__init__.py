@@ -17,6 +17,7 @@ from pyro_adaann.io_arviz import to_arviz
 from pyro_adaann.ladder import Ladder, Rung
 from pyro_adaann.lost_modes import LadderReport, LostMode, find_lost_modes, mixture_draws
 from pyro_adaann.mixed_kl import TraceMixedKL_ELBO
+from pyro_adaann.natural_kl import TraceNaturalKL_ELBO
 from pyro_adaann.results import AnnealingHistory, AnnealingStage, Recovery
 from pyro_adaann.schedules import AdaAnnSchedule, AnnealingSchedule
 from pyro_adaann.stage_rules import ESSStageRule, StageRule
@@ -53,6 +54,7 @@ __all__ = [
     "StageRule",
     "TemperedTrace_ELBO",
     "TraceMixedKL_ELBO",
+    "TraceNaturalKL_ELBO",
     "WeightedDraws",
     "__version__",
     "diagnose",

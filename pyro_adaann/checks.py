@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_adaann.ladder import Ladder
 from pyro_adaann.mixed_kl import TraceMixedKL_ELBO
+from pyro_adaann.natural_kl import TraceNaturalKL_ELBO
 from pyro_adaann.particles import with_num_particles
 from pyro_adaann.schedules import AnnealingSchedule
 from pyro_adaann.stage_rules import StageRule
@@ -59,10 +60,10 @@ def check_parts(guide: Any, optim: Any, loss: Any, schedule: AnnealingSchedule, 
             f"warm-up is for a model that is still being learned. Use LinearSchedule, CosineSchedule or "
             f"SequenceSchedule."
         )
-    if isinstance(loss, TraceMixedKL_ELBO) and path.entropy != 1:
+    if isinstance(loss, TraceMixedKL_ELBO | TraceNaturalKL_ELBO) and path.entropy != 1:
         raise ValueError(
             f"Expected a loss that is linear in the log densities on path {path.name!r}; got "
-            f"TraceMixedKL_ELBO, whose weights are those of a given posterior. Use Trace_ELBO."
+            f"{type(loss).__name__}, whose weights are those of a given posterior. Use Trace_ELBO."
         )
     if schedule.initial_inverse_temperature < 1:
         check_can_temper(guide, loss, path)

@@ -10,7 +10,7 @@ from pyro.infer import Trace_ELBO
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_adaann.particles import log_weights, sites_of, subsampled_plate
+from pyro_adaann.particles import finite_log_weights, subsampled_plate
 from pyro_adaann.scores import fixed_log_density
 
 __all__ = ["TraceMixedKL_ELBO", "truncated_weights"]
@@ -89,10 +89,7 @@ class TraceMixedKL_ELBO(Trace_ELBO):
         a = self.forward_weight
         if a == 0 and not self.path_derivative:
             return loss, surrogate
-        log_weight = log_weights(model_trace, guide_trace)
-        broken = next((s["is_broken"] for s in sites_of(guide_trace) if "is_broken" in s), None)
-        if broken is not None:
-            log_weight = torch.where(broken, -torch.inf, log_weight)
+        log_weight, is_kept = finite_log_weights(model_trace, guide_trace)
         factor = torch.full_like(log_weight, a - 1 if self.path_derivative else 0.0)
         if a > 0:
             frame = subsampled_plate(model_trace, guide_trace)
@@ -103,9 +100,9 @@ class TraceMixedKL_ELBO(Trace_ELBO):
                     f"posterior: use forward_weight=0, or Trace_ELBO."
                 )
             factor += a * (1 - len(log_weight) * truncated_weights(log_weight))
-        if broken is not None and self.path_derivative:
+        if self.path_derivative:
             # No path leads through a broken draw; only its weight, zero, speaks.
-            factor = torch.where(broken, a, factor)
+            factor = torch.where(is_kept, factor, a)
         return loss, (1 - a) * surrogate + (factor * fixed_log_density(guide_trace)).sum()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_adaann.broken import drop_broken, has_nonfinite_parameter, tame_gradients
 from pyro_adaann.mixed_kl import TraceMixedKL_ELBO
+from pyro_adaann.natural_kl import TraceNaturalKL_ELBO
 from pyro_adaann.particles import (
     draw_log_factors,
     log_factors,
@@ -39,7 +40,7 @@ _NUM_FRESH_DRAWS = 100
 _BROKEN_COST = 10.0
 
 #: Losses of which a particle can be left out: their parts are sums over particles.
-_DROPS_BROKEN = (Trace_ELBO, TraceMixedKL_ELBO)
+_DROPS_BROKEN = (Trace_ELBO, TraceMixedKL_ELBO, TraceNaturalKL_ELBO)
 
 
 class Objective:
@@ -88,7 +89,7 @@ class Objective:
         self._drops_broken = [type(elbo) in _DROPS_BROKEN for elbo in (loss, final_loss or loss)]
         self._broken_cost = [
             # The forward divergence pushes away from them already, with far less noise.
-            0.0 if getattr(elbo, "forward_weight", 0.0) > 0 else _BROKEN_COST
+            0.0 if is_forward(elbo) else _BROKEN_COST
             for elbo in (loss, final_loss or loss)
         ]
         #: Whether the loss is a number to go by; that of TraceTailAdaptive_ELBO is always infinite.
@@ -254,6 +255,7 @@ class Objective:
             "sites": self.sites,
             # Pyro guesses it at the first evaluation, from a run of the model that uses up draws.
             "max_plate_nesting": [elbo.max_plate_nesting for elbo in self._seen],
+            "damping": [getattr(elbo, "damping", None) for elbo in self._seen],
             "variance": variance and [variance.num_particles, variance.max_plate_nesting],
         }
 
@@ -266,6 +268,9 @@ class Objective:
         self.sites = state["sites"]
         for elbo, nesting in zip(self._seen, state["max_plate_nesting"], strict=True):
             elbo.max_plate_nesting = nesting
+        for elbo, damping in zip(self._seen, state["damping"], strict=True):
+            if damping is not None:
+                elbo.damping = damping
         if state["variance"] is not None:
             num_samples, nesting = state["variance"]
             self._variance_loss = self._make_variance_loss(num_samples)
@@ -305,6 +310,11 @@ def spread_within_steps(steps: list[Tensor]) -> Tensor:
         factor = math.sqrt(len(finite) / (len(finite) - 1)) if len(finite) > 1 else 1.0
         moved.append(center + factor * (step - finite.mean()) if len(finite) > 1 else step)
     return torch.cat(moved)
+
+
+def is_forward(elbo: Any) -> bool:
+    """Whether a loss has a share of the forward divergence, in which broken draws have weight zero."""
+    return isinstance(elbo, TraceNaturalKL_ELBO) or getattr(elbo, "forward_weight", 0.0) > 0
 
 
 def _is_latent(site: Any) -> bool:

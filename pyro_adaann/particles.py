@@ -28,6 +28,7 @@ from pyro_adaann.tempering import Tempering
 __all__ = [
     "PARTICLE_PLATE",
     "draw_log_factors",
+    "finite_log_weights",
     "log_factors",
     "log_weights",
     "marginal_log_density",
@@ -112,6 +113,14 @@ def log_weights(model_trace: Trace, guide_trace: Trace) -> Tensor:
             log_p = sum(per_particle(site, site["log_prob"]) for site in sites_of(model_trace))
         log_q = sum(per_particle(site, site["log_prob"]) for site in sites_of(guide_trace))
     return torch.as_tensor(log_p - log_q).reshape(-1)
+
+
+def finite_log_weights(model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
+    """Return :func:`log_weights`, minus infinity for broken particles, and which are not marked broken."""
+    log_weight = log_weights(model_trace, guide_trace)
+    broken = next((site["is_broken"] for site in sites_of(guide_trace) if "is_broken" in site), None)
+    is_kept = torch.ones_like(log_weight, dtype=torch.bool) if broken is None else ~broken
+    return torch.where(is_kept, log_weight, -torch.inf), is_kept
 
 
 def sites_of(trace: Trace) -> Iterator[Any]:

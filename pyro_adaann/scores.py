@@ -12,6 +12,7 @@ cheap inverse, and none is needed at its own draws: the score s follows the laye
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,10 +20,13 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_adaann.particles import per_particle, sites_of
+from pyro_adaann.particles import PARTICLE_PLATE, per_particle, sites_of
 from pyro_adaann.tempering import is_delta
 
-__all__ = ["fixed_log_density", "has_density", "log_density_at_fixed_draws"]
+__all__ = ["fixed_log_density", "has_density", "log_density_at_fixed_draws", "score_matrix"]
+
+#: Backward passes that run together for the scores of guides that are no flow of this package.
+_ROWS_AT_ONCE = 100
 
 
 def has_density(site: Any) -> bool:
@@ -52,10 +56,9 @@ def fixed_log_density(guide_trace: Trace) -> Tensor:
 
 def log_density_at_fixed_draws(fn: Any, value: Tensor) -> Tensor:
     """Return a number per draw of a distribution with the gradient of its log density at fixed draws."""
-    transforms = getattr(fn, "transforms", [])
-    if not (len(transforms) == 1 and hasattr(transforms[0], "score")):
+    transform = _flow(fn)
+    if transform is None:
         return fn.log_prob(value.detach())
-    transform = transforms[0]
     with torch.enable_grad():
         made = transform.recall(value)
         if made is None or not made[2].requires_grad:
@@ -65,9 +68,79 @@ def log_density_at_fixed_draws(fn: Any, value: Tensor) -> Tensor:
             # On the graph of the draws, but not by way of `value`: its gradient is cut where the model has
             # none.
             x, y, log_det = made
-        x = x.detach().requires_grad_()
-        (base_score,) = torch.autograd.grad(fn.base_dist.log_prob(x).sum(), x)
-        score = transform.score(x, base_score)
+        score = _score(fn, transform, x.detach())
         is_known = torch.isfinite(score).all(-1)
         score = torch.where(is_known.unsqueeze(-1), score, 0.0)
         return torch.where(is_known, -log_det - (score * y).sum(-1), 0.0)
+
+
+def score_matrix(guide_trace: Trace, parameters: Sequence[Tensor], num_particles: int) -> Tensor:
+    r"""Return :math:`\nabla_\phi \log q_\phi(z)` of every particle, its draws held fixed.
+
+    :param guide_trace: trace of the guide, with its graph.
+    :param parameters: unconstrained parameters of the guide.
+    :return: shape ``(num_particles, number of parameters)``, one column for each number.
+    :raises ValueError: as :func:`fixed_log_density` does.
+    """
+    blocks = [p.new_zeros(num_particles, p.numel()) for p in parameters]
+    columns = {id(parameter): block for parameter, block in zip(parameters, blocks, strict=True)}
+    others = Trace()
+    for site in filter(has_density, sites_of(guide_trace)):
+        transform = _flow(site["fn"])
+        if transform is None or any(id(p) not in columns for p in transform.parameters() if p.requires_grad):
+            others.add_node(site["name"], **site)
+            continue
+        x = _point(transform, site["value"])
+        gradients = transform.point_gradients(x, -_score(site["fn"], transform, x), -1.0)
+        particle = _particle_of_points(site, x.shape[:-1], num_particles)
+        for parameter, gradient in gradients.items():
+            if id(parameter) in columns:
+                columns[id(parameter)].index_add_(0, particle, gradient.flatten(1))
+    if len(others.nodes):
+        log_q = fixed_log_density(others).expand(num_particles)
+        if log_q.requires_grad:
+            _add_rows(log_q, parameters, blocks)
+    return torch.cat(blocks, dim=1)
+
+
+def _add_rows(log_q: Tensor, parameters: Sequence[Tensor], blocks: Sequence[Tensor]) -> None:
+    """Add the gradients of every entry of ``log_q`` to the blocks, many backward passes at once."""
+    num = len(log_q)
+    for start in range(0, num, _ROWS_AT_ONCE):
+        rows = range(start, min(start + _ROWS_AT_ONCE, num))
+        seeds = torch.eye(num, dtype=log_q.dtype, device=log_q.device)[rows.start : rows.stop]
+        found = torch.autograd.grad(
+            log_q, list(parameters), seeds, retain_graph=True, is_grads_batched=True, allow_unused=True
+        )
+        for block, gradient in zip(blocks, found, strict=True):
+            if gradient is not None:
+                block[rows.start : rows.stop] += gradient.flatten(1)
+
+
+def _flow(fn: Any) -> Any:
+    """Return the flow of this package that a distribution is made of, or None."""
+    transforms = getattr(fn, "transforms", [])
+    return transforms[0] if len(transforms) == 1 and hasattr(transforms[0], "score") else None
+
+
+def _point(transform: Any, value: Tensor) -> Tensor:
+    """Return the point that a flow has mapped to ``value``."""
+    made = transform.recall(value)
+    return (transform.inv(value) if made is None else made[0]).detach()
+
+
+def _score(fn: Any, transform: Any, x: Tensor) -> Tensor:
+    """Return the score of log q at the images of ``x``."""
+    x = x.clone().requires_grad_()
+    with torch.enable_grad():
+        (base_score,) = torch.autograd.grad(fn.base_dist.log_prob(x).sum(), x)
+    return transform.score(x, base_score)
+
+
+def _particle_of_points(site: Any, shape: torch.Size, num_particles: int) -> Tensor:
+    """Return which particle every point of a site with batch shape ``shape`` belongs to."""
+    index = torch.arange(num_particles, device=site["value"].device)
+    for frame in site["cond_indep_stack"]:
+        if frame.name == PARTICLE_PLATE:
+            index = index.reshape((-1,) + (1,) * (-1 - frame.dim))
+    return index.expand(shape).reshape(-1)

@@ -14,6 +14,21 @@ from torch.distributions import constraints
 __all__ = ["FlowTransform"]
 
 
+class _Definition(torch.nn.Module):
+    """A flow as a module whose `forward` is its definition; a `TransformModule` has another one."""
+
+    def __init__(self, flow: FlowTransform) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.flow._define(x)
+
+
+def _prefixed(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"flow.{name}": value for name, value in values.items()}
+
+
 class FlowTransform(TransformModule):
     """A trainable bijection of R^d whose kernel works on a flat batch of points.
 
@@ -77,6 +92,38 @@ class FlowTransform(TransformModule):
             # The gradient of log q0 at the inverse image is given; the rest is the chain rule.
             total = (base_score * inverse).sum() - log_det.sum()
             return torch.autograd.grad(total, y)[0]
+
+    def point_gradients(self, x: Tensor, grad_y: Tensor, grad_log_det: float) -> dict[Tensor, Tensor]:
+        r"""Return what every point by itself adds to the gradient in every parameter.
+
+        That is :math:`\nabla_\phi (g \cdot y_\phi(x) + c \log|\det J_\phi(x)|)`; autograd gives its sum over
+        points alone.
+
+        :param x: points, shape ``(..., d)``; n of them in all.
+        :param grad_y: g of every point, likewise.
+        :param grad_log_det: c.
+        :return: for every parameter that is trained a tensor of shape ``(n,) + its shape``.
+        """
+        flat = x.detach().reshape(-1, self.input_dim)
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        found = self._point_gradients(flat, grad_y.detach().reshape(flat.shape), grad_log_det)
+        return {parameter: found[name] for name, parameter in trained.items()}
+
+    def _point_gradients(self, x: Tensor, grad_y: Tensor, grad_log_det: float) -> dict[str, Tensor]:
+        """Do :meth:`point_gradients` on a flat batch, by name; by autograd unless a flow knows better."""
+        values = {name: p.detach() for name, p in self.named_parameters()}
+
+        def total(values: dict[str, Tensor], point: Tensor, grad: Tensor) -> Tensor:
+            call = (point.unsqueeze(0),)
+            y, log_det = torch.func.functional_call(_Definition(self), _prefixed(values), call)
+            return (grad * y[0]).sum() + grad_log_det * log_det[0]
+
+        gradients = torch.func.vmap(torch.func.grad(total), in_dims=(None, 0, 0))(values, x, grad_y)
+        return dict(gradients)
+
+    def _define(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Do :meth:`_forward` in ordinary operations, which function transforms of torch see through."""
+        return self._forward(x)
 
     def __call__(self, x: Tensor) -> Tensor:
         self._forget_if_updated()

@@ -116,8 +116,15 @@ class PlanarStack(FlowTransform):
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if torch._C._get_tracing_state():
-            return _layer_by_layer(x, self.u, self.w, self.b)
+            return self._define(x)
         return _Stack.apply(x, self.u, self.w, self.b)
+
+    def _define(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return _layer_by_layer(x, self.u, self.w, self.b)
+
+    @torch.no_grad()
+    def _point_gradients(self, x: Tensor, grad_y: Tensor, grad_log_det: float) -> dict[str, Tensor]:
+        return _point_gradients(x, self.u, self.w, self.b, grad_y, grad_log_det)
 
     @torch.no_grad()
     def _score(self, x: Tensor, base_score: Tensor) -> Tensor:
@@ -270,6 +277,33 @@ def _score(x: Tensor, base_score: Tensor, u: Tensor, w: Tensor, b: Tensor) -> Te
     beta = c.flip(0)
     _solve_adjoint(beta, gram.flip((0, 1)), slope.flip(0))
     return base_score + beta.flip(0).t() @ w
+
+
+def _point_gradients(
+    x: Tensor, free_u: Tensor, w: Tensor, b: Tensor, grad_y: Tensor, grad_log_det: float
+) -> dict[str, Tensor]:
+    """Return what `_Stack.backward` sums over points, for every point by itself, points first.
+
+    With d_l the derivative in the pre-activation of layer l, those in u_l, w_l and b_l are h_l times that in
+    the layer's output, d_l times its input, and d_l, with the log-determinant's own part in u and w.
+    """
+    u = constrain(free_u, w)
+    h = torch.addmm(b.unsqueeze(-1), w, x.t())
+    gram = w @ u.t()
+    _solve_activations(h, gram)
+    ratio = grad_log_det / _jacobian(gram, h)
+    grad_a = u @ grad_y.t() - 2 * gram.diagonal().unsqueeze(-1) * ratio * h
+    slope = 1 - h * h
+    _solve_adjoint(grad_a, gram, slope)
+    h, grad_a, grad_diagonal = (t.t().unsqueeze(-1) for t in (h, grad_a, ratio * slope))
+    added, taken = h * u, grad_a * w
+    inputs = x.unsqueeze(1) + added.cumsum(1) - added
+    # What the layers after this one ask of its output.
+    grad_outputs = grad_y.unsqueeze(1) + taken.flip(1).cumsum(1).flip(1) - taken
+    grad_u = h * grad_outputs + grad_diagonal * w
+    grad_w = grad_a * inputs + grad_diagonal * u
+    grad_free_u, grad_w_of_u = _constrain_backward(grad_u, free_u, w)
+    return {"u": grad_free_u, "w": grad_w + grad_w_of_u, "b": grad_a.squeeze(-1)}
 
 
 def _invert(y: Tensor, u: Tensor, w: Tensor, b: Tensor) -> Tensor:

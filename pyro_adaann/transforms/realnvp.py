@@ -204,12 +204,15 @@ class RealNVPStack(FlowTransform):
         return [m for networks in self.networks for m in cast(_CouplingNetworks, networks).matrices()]
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = x.split(self.split_sizes, dim=-1)
         if torch._C._get_tracing_state():
-            layers = _by_layer(self._matrices(), len(self.networks))
-            *halves, log_det = _couple(first, second, layers)
-        else:
-            *halves, log_det = _Stack.apply(first, second, len(self.networks), *self._matrices())
+            return self._define(x)
+        first, second = x.split(self.split_sizes, dim=-1)
+        *halves, log_det = _Stack.apply(first, second, len(self.networks), *self._matrices())
+        return torch.cat(halves if self.num_transforms % 2 == 0 else halves[::-1], dim=-1), log_det
+
+    def _define(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = x.split(self.split_sizes, dim=-1)
+        *halves, log_det = _couple(first, second, _by_layer(self._matrices(), len(self.networks)))
         return torch.cat(halves if self.num_transforms % 2 == 0 else halves[::-1], dim=-1), log_det
 
     @torch.no_grad()
