@@ -57,7 +57,8 @@ class TraceNaturalKL_ELBO(Trace_ELBO):
     :param vectorize_particles: must be true.
     :param kwargs: the others of `pyro.infer.Trace_ELBO`.
     :raises ValueError: if an argument is out of range; at a step, if a plate is subsampled, the model has
-        parameters, or the guide has no density at a given point.
+        parameters, or the guide has no density at a given point or one that does not depend on all of its
+        parameters.
 
     Source: Amari, *Natural gradient works efficiently in learning*, Neural Computation 10 (1998);
     Marquardt, *An algorithm for least-squares estimation of nonlinear parameters*, SIAM J. 11 (1963), for
@@ -106,7 +107,7 @@ class TraceNaturalKL_ELBO(Trace_ELBO):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse: the natural gradient is not the gradient of a loss."""
         raise NotImplementedError(
-            "Expected `loss_and_grads`, which SVI and AdaAnnSVI call; the natural gradient is not the gradient "
+            "Expected `loss_and_grads`, which SVI and AdaAnnSVI call; a natural gradient is not the gradient "
             "of a differentiable loss. Use TraceMixedKL_ELBO with an optimizer of torch's."
         )
 
@@ -121,15 +122,16 @@ class TraceNaturalKL_ELBO(Trace_ELBO):
         _check_plates(model_trace, guide_trace)
         parameters = _parameters(model_trace, guide_trace)
         log_weight, is_kept = finite_log_weights(model_trace, guide_trace)
-        direction = NaturalDirection(score_matrix(guide_trace, parameters, len(log_weight)), log_weight)
+        scores = score_matrix(guide_trace, parameters, len(log_weight))
+        direction = NaturalDirection(scores, log_weight)
 
         def draw() -> Tensor:
             with torch.no_grad():
                 traces = Trace_ELBO._get_traces(self, model, guide, args, kwargs)
                 return finite_log_weights(*next(iter(traces)))[0]
 
-        found = self._search(direction, parameters, log_weight, draw)
-        for parameter, step in zip(parameters, found, strict=True):
+        steps = self._search(direction, list(parameters.values()), log_weight, draw)
+        for parameter, step in zip(parameters.values(), steps, strict=True):
             parameter.grad = -step if parameter.grad is None else parameter.grad - step
         return float(-torch.where(is_kept, log_weight, 0.0).mean())
 
@@ -142,8 +144,7 @@ class TraceNaturalKL_ELBO(Trace_ELBO):
         for _ in range(_MAX_TRIALS):
             flat = direction.solve(self.damping, self.max_kl)
             steps = [
-                part.view_as(p).to(p.dtype)
-                for part, p in zip(flat.split(sizes), parameters, strict=True)
+                part.view_as(p).to(p.dtype) for part, p in zip(flat.split(sizes), parameters, strict=True)
             ]
             try:
                 with torch.no_grad():
@@ -226,12 +227,13 @@ def _check_plates(model_trace: Trace, guide_trace: Trace) -> None:
         )
 
 
-def _parameters(model_trace: Trace, guide_trace: Trace) -> list[Tensor]:
-    """Return the parameters of the guide that are trained."""
+def _parameters(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
+    """Return the parameters of the guide that are trained, by name."""
     names = [name for name, value in captured_parameters(model_trace).items() if value.requires_grad]
     if names:
         raise ValueError(
             f"Expected a model without parameters, since the natural gradient is that of the guide; got "
             f"{', '.join(names)}. Use Trace_ELBO or TraceMixedKL_ELBO."
         )
-    return [value for value in captured_parameters(guide_trace).values() if value.requires_grad]
+    found = captured_parameters(guide_trace)
+    return {name: value for name, value in found.items() if value.requires_grad}

@@ -14,6 +14,7 @@ from pyro.optim import PyroLRScheduler, PyroOptim
 
 from pyro_adaann.checkpoint import get_random_states, set_random_states
 from pyro_adaann.mixed_kl import TraceMixedKL_ELBO
+from pyro_adaann.natural_kl import TraceNaturalKL_ELBO
 from pyro_adaann.objective import sites_in
 from pyro_adaann.parameters import captured_parameters
 from pyro_adaann.results import AnnealingHistory, AnnealingStage, Recovery
@@ -92,6 +93,8 @@ def settings_of(svi: Any, loss: Any, final_loss: ELBO | None) -> dict[str, str]:
         if isinstance(elbo, TraceMixedKL_ELBO):
             settings[f"{role}forward_weight"] = str(elbo.forward_weight)
             settings[f"{role}path_derivative"] = str(elbo.path_derivative)
+        if isinstance(elbo, TraceNaturalKL_ELBO):
+            settings[f"{role}max_kl"] = str(elbo.max_kl)
         if isinstance(elbo, ELBO):
             settings[f"{role}num_particles"] = str(elbo.num_particles)
             settings[f"{role}vectorize_particles"] = str(elbo.vectorize_particles)

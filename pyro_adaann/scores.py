@@ -74,16 +74,16 @@ def log_density_at_fixed_draws(fn: Any, value: Tensor) -> Tensor:
         return torch.where(is_known, -log_det - (score * y).sum(-1), 0.0)
 
 
-def score_matrix(guide_trace: Trace, parameters: Sequence[Tensor], num_particles: int) -> Tensor:
+def score_matrix(guide_trace: Trace, parameters: dict[str, Tensor], num_particles: int) -> Tensor:
     r"""Return :math:`\nabla_\phi \log q_\phi(z)` of every particle, its draws held fixed.
 
     :param guide_trace: trace of the guide, with its graph.
-    :param parameters: unconstrained parameters of the guide.
+    :param parameters: unconstrained parameters of the guide by name.
     :return: shape ``(num_particles, number of parameters)``, one column for each number.
-    :raises ValueError: as :func:`fixed_log_density` does.
+    :raises ValueError: as :func:`fixed_log_density` does; or if the density does not depend on a parameter.
     """
-    blocks = [p.new_zeros(num_particles, p.numel()) for p in parameters]
-    columns = {id(parameter): block for parameter, block in zip(parameters, blocks, strict=True)}
+    columns = {id(p): p.new_zeros(num_particles, p.numel()) for p in parameters.values()}
+    met: set[int] = set()
     others = Trace()
     for site in filter(has_density, sites_of(guide_trace)):
         transform = _flow(site["fn"])
@@ -94,17 +94,27 @@ def score_matrix(guide_trace: Trace, parameters: Sequence[Tensor], num_particles
         gradients = transform.point_gradients(x, -_score(site["fn"], transform, x), -1.0)
         particle = _particle_of_points(site, x.shape[:-1], num_particles)
         for parameter, gradient in gradients.items():
-            if id(parameter) in columns:
-                columns[id(parameter)].index_add_(0, particle, gradient.flatten(1))
+            met.add(id(parameter))
+            columns[id(parameter)].index_add_(0, particle, gradient.reshape(len(gradient), -1))
     if len(others.nodes):
         log_q = fixed_log_density(others).expand(num_particles)
         if log_q.requires_grad:
-            _add_rows(log_q, parameters, blocks)
-    return torch.cat(blocks, dim=1)
+            met |= _add_rows(log_q, list(parameters.values()), columns)
+    idle = [name for name, parameter in parameters.items() if id(parameter) not in met]
+    if idle:
+        raise ValueError(
+            f"Expected a guide whose density depends on all its parameters; that of this one does not on "
+            f"{', '.join(idle)}. A point estimate (AutoDelta) has no density: use Trace_ELBO."
+        )
+    return torch.cat(list(columns.values()), dim=1)
 
 
-def _add_rows(log_q: Tensor, parameters: Sequence[Tensor], blocks: Sequence[Tensor]) -> None:
-    """Add the gradients of every entry of ``log_q`` to the blocks, many backward passes at once."""
+def _add_rows(log_q: Tensor, parameters: Sequence[Tensor], columns: dict[int, Tensor]) -> set[int]:
+    """Add the gradients of every entry of ``log_q`` to its row, many backward passes at once.
+
+    Return which parameters are on its graph.
+    """
+    met: set[int] = set()
     num = len(log_q)
     for start in range(0, num, _ROWS_AT_ONCE):
         rows = range(start, min(start + _ROWS_AT_ONCE, num))
@@ -112,9 +122,11 @@ def _add_rows(log_q: Tensor, parameters: Sequence[Tensor], blocks: Sequence[Tens
         found = torch.autograd.grad(
             log_q, list(parameters), seeds, retain_graph=True, is_grads_batched=True, allow_unused=True
         )
-        for block, gradient in zip(blocks, found, strict=True):
+        for parameter, gradient in zip(parameters, found, strict=True):
             if gradient is not None:
-                block[rows.start : rows.stop] += gradient.flatten(1)
+                met.add(id(parameter))
+                columns[id(parameter)][rows.start : rows.stop] += gradient.reshape(len(rows), -1)
+    return met
 
 
 def _flow(fn: Any) -> Any:

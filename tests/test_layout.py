@@ -31,20 +31,27 @@ ALLOWED = {
     "scores": ({"particles", "tempering"}, True),
     "broken": ({"particles", "scores", "tempering"}, True),
     "mixed_kl": ({"particles", "scores"}, True),
+    "natural_kl": ({"mixed_kl", "parameters", "particles", "scores"}, True),
     "ladder": ({"results"}, False),
     "lost_modes": (
         {"draws", "importance", "ladder", "particles", "svi", "tempering"},
         False,
     ),
     "recovery": ({"parameters", "results"}, False),
-    "objective": ({"broken", "mixed_kl", "particles", "schedules", "tempering"}, True),
+    "objective": ({"broken", "mixed_kl", "natural_kl", "particles", "schedules", "tempering"}, True),
     "parameters": (set(), True),
     "interrupt": (set(), False),
     "checkpoint": (set(), False),
     "budget": ({"results", "schedules"}, False),
     "progress": ({"budget", "results", "schedules"}, False),
-    "checks": ({"ladder", "mixed_kl", "particles", "schedules", "stage_rules", "tempering"}, True),
-    "resume": ({"checkpoint", "mixed_kl", "objective", "parameters", "results", "version"}, True),
+    "checks": (
+        {"ladder", "mixed_kl", "natural_kl", "particles", "schedules", "stage_rules", "tempering"},
+        True,
+    ),
+    "resume": (
+        {"checkpoint", "mixed_kl", "natural_kl", "objective", "parameters", "results", "version"},
+        True,
+    ),
     "svi": (
         {
             "budget",

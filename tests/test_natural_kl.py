@@ -1,0 +1,378 @@
+"""The natural gradient against its closed form, its scores against autograd, and where it refuses."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from problems import conjugate_normal
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoIAFNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalizingFlow,
+)
+from torch import Tensor
+
+from pyro_adaann import (
+    AdaAnnSVI,
+    AutoPlanar,
+    AutoRealNVP,
+    CESSSchedule,
+    ConstantSchedule,
+    ESSStageRule,
+    LinearSchedule,
+    TraceNaturalKL_ELBO,
+    importance_draws,
+)
+from pyro_adaann.mixed_kl import truncated_weights
+from pyro_adaann.natural_kl import NaturalDirection, is_not_worse
+from pyro_adaann.scores import fixed_log_density, score_matrix
+from pyro_adaann.transforms import PlanarStack, RealNVPStack
+
+POSTERIOR = 0.5, 0.8  # mean and sd
+GUIDE = 0.2, 0.7
+
+
+def model() -> None:
+    pyro.sample("z", dist.Normal(*POSTERIOR))
+
+
+def guide() -> None:
+    loc = pyro.param("loc", torch.tensor(GUIDE[0]))
+    log_scale = pyro.param("log_scale", torch.tensor(math.log(GUIDE[1])))
+    pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+
+
+def sgd() -> pyro.optim.PyroOptim:
+    return pyro.optim.SGD({"lr": 1.0})
+
+
+def test_the_step_is_the_natural_gradient_of_the_forward_divergence():
+    n = 25_000
+    pyro.set_rng_seed(0)
+    z = GUIDE[0] + GUIDE[1] * torch.randn(n, dtype=torch.float64)
+    distance = (z - GUIDE[0]) / GUIDE[1]
+    scores = torch.stack([distance / GUIDE[1], distance.square() - 1], dim=1)
+    log_weights = torch.distributions.Normal(*POSTERIOR).log_prob(z) - torch.distributions.Normal(
+        *GUIDE
+    ).log_prob(z)
+    # The system has the size of the number of draws: many small ones.
+    parts = zip(scores.split(500), log_weights.split(500), strict=True)
+    steps = torch.stack([NaturalDirection(*part).solve(damping=1e-9) for part in parts])
+    # F^-1 times the gradient: E_p[z] - loc, and half of E_p[(z - loc)^2] / scale^2 - 1.
+    shift = POSTERIOR[0] - GUIDE[0]
+    exact = torch.tensor([shift, 0.5 * ((POSTERIOR[1] ** 2 + shift**2) / GUIDE[1] ** 2 - 1)])
+    error = steps.std(0) / math.sqrt(len(steps))
+    # Five standard errors of two numbers fail once in a million seeds; truncation costs less than .02.
+    assert ((steps.mean(0) - exact).abs() < 5 * error + 0.02).all(), (steps.mean(0), exact, error)
+
+
+def test_the_system_of_the_draws_is_that_of_the_parameters():
+    torch.manual_seed(0)
+    for num_draws, num_parameters in ((40, 7), (7, 40)):
+        scores = torch.randn(num_draws, num_parameters, dtype=torch.float64) * torch.logspace(
+            -3, 2, num_parameters, dtype=torch.float64
+        )
+        log_weights = torch.randn(num_draws, dtype=torch.float64)
+        got = NaturalDirection(scores, log_weights).solve(0.3)
+        centered = scores - scores.mean(0)
+        fisher = centered.T @ centered / num_draws
+        diagonal = fisher.diagonal() + 1e-6 * fisher.diagonal().mean()
+        gradient = (truncated_weights(log_weights) - 1 / num_draws) @ centered
+        expected = torch.linalg.solve(fisher + 0.3 * torch.diag(diagonal), gradient)
+        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10)
+        # Half the quadratic form is the divergence of the step, and stays in its bound.
+        bounded = NaturalDirection(scores, log_weights).solve(0.3, max_kl=1e-3)
+        assert float(0.5 * bounded @ fisher @ bounded) == pytest.approx(1e-3)
+        torch.testing.assert_close(bounded / bounded.norm(), got / got.norm())
+
+
+@pytest.mark.parametrize("stack", [PlanarStack(3, 70), RealNVPStack(3, 5, [7, 6]), RealNVPStack(2, 1, [4])])
+def test_gradients_of_single_points_are_those_of_autograd(stack):
+    torch.manual_seed(0)
+    stack = copy.deepcopy(stack).double()
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    dim = stack.input_dim
+    x, grad_y = torch.randn(2, 5, dim, dtype=torch.float64), torch.randn(2, 5, dim, dtype=torch.float64)
+    got = stack.point_gradients(x, grad_y, -1.5)
+    assert [id(p) for p in got] == [id(p) for p in stack.parameters()]
+    for i, (point, grad) in enumerate(zip(x.reshape(-1, dim), grad_y.reshape(-1, dim), strict=True)):
+        y, log_det = stack.forward_and_log_det(point)
+        expected = torch.autograd.grad((y * grad).sum() - 1.5 * log_det, list(stack.parameters()))
+        for value, one in zip(got.values(), expected, strict=True):
+            torch.testing.assert_close(value[i], one)
+
+
+def two_sites() -> None:
+    with pyro.plate("groups", 3):
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+    pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+
+class TwoFlows(pyro.nn.PyroModule):
+    """One flow for a vector, and the same layers for every entry of a plate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.single = PlanarStack(2, 3)
+        self.shared = PlanarStack(1, 4)
+
+    def forward(self) -> None:
+        with pyro.plate("groups", 3):
+            base = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+            value = pyro.sample(
+                "flow_a", dist.TransformedDistribution(base, [self.shared]), infer={"is_auxiliary": True}
+            )
+            pyro.sample("a", dist.Delta(value[..., 0]))
+        base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        pyro.sample("b", dist.TransformedDistribution(base, [self.single]))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: AutoPlanar(two_sites, 6),
+        lambda: AutoRealNVP(two_sites, 3, [5]),
+        lambda: AutoNormal(two_sites),
+        lambda: AutoMultivariateNormal(two_sites),
+        lambda: AutoIAFNormal(two_sites, hidden_dim=[6]),
+        TwoFlows,
+    ],
+    ids=["planar", "realnvp", "normal", "multivariate", "iaf", "flows"],
+)
+def test_scores_of_particles_are_the_gradient_of_the_fixed_density(make):
+    pyro.set_rng_seed(1)
+    own = make()
+    own()
+    n = 7
+    elbo = Trace_ELBO(num_particles=n, vectorize_particles=True)
+    _, trace = next(iter(elbo._get_traces(two_sites, own, (), {})))
+    named = dict(own.named_parameters())
+    parameters = list(named.values())
+    scores = score_matrix(trace, named, n)
+    log_q = fixed_log_density(trace)
+    assert scores.shape == (n, sum(p.numel() for p in parameters))
+    for i in range(n):
+        gradients = torch.autograd.grad(log_q[i], parameters, retain_graph=True, allow_unused=True)
+        expected = torch.cat(
+            [
+                torch.zeros_like(p).flatten() if g is None else g.flatten()
+                for p, g in zip(parameters, gradients, strict=True)
+            ]
+        )
+        torch.testing.assert_close(scores[i], expected, rtol=1e-3, atol=1e-4)
+    assert float(scores.abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("path", ["joint", "likelihood", "bridge"])
+@pytest.mark.parametrize("flow", ["planar", "realnvp"])
+def test_no_noise_where_guide_and_tempered_density_agree(path, flow):
+    problem, t = conjugate_normal(), 0.3
+    base = problem.tempered("joint", 1.0, (0.0, 1.0))
+    loc, scale = problem.tempered(path, t, base) if path != "bridge" else base
+    guide_type = AutoPlanar if flow == "planar" else AutoRealNVP
+    own = guide_type(problem.model, 4, base_loc=loc, base_scale=scale)
+    own.initialize()
+    with torch.no_grad():
+        for name, parameter in own.named_parameters():
+            if name == "transform.u" or "weights.2" in name or "biases.2" in name:
+                parameter.zero_()  # the flow is the identity, with all other parameters free
+    svi = AdaAnnSVI(
+        problem.model,
+        own,
+        sgd(),
+        TraceNaturalKL_ELBO(50),
+        schedule=LinearSchedule(2, initial_inverse_temperature=t),
+        path=path,
+    )
+    before = [parameter.detach().clone() for parameter in own.parameters()]
+    svi.step()
+    for parameter, value in zip(own.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), value, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [AutoNormal, AutoMultivariateNormal])
+def test_a_normal_posterior_in_ten_steps(make):
+    problem = conjugate_normal()
+    pyro.set_rng_seed(0)
+    own = make(problem.model, init_scale=1.0)
+    svi = SVI(problem.model, own, sgd(), TraceNaturalKL_ELBO(1000, max_kl=1.0))
+    for _ in range(10):
+        svi.step()
+    mean, sd = problem.tempered("joint", 1.0, (0.0, 1.0))
+    z = own.get_posterior().mean if make is AutoMultivariateNormal else own.median()["z"]
+    # Where guide and posterior agree the noise is zero, so the steps end exactly there.
+    torch.testing.assert_close(z.detach(), mean, rtol=0, atol=1e-3 * sd)
+
+
+def test_a_step_that_makes_things_worse_is_not_taken(monkeypatch):
+    import pyro_adaann.natural_kl as module
+
+    monkeypatch.setattr(module, "is_not_worse", lambda trial, present: False)
+    elbo = TraceNaturalKL_ELBO(100)
+    svi = SVI(model, guide, sgd(), elbo)
+    svi.step()
+    assert pyro.param("loc").item() == torch.tensor(GUIDE[0]).item()
+    assert elbo.damping == pytest.approx(0.1 * 4**6)
+
+
+def test_spread_and_lost_evidence_are_worse_and_noise_is_not():
+    torch.manual_seed(0)
+    n = 500
+    even = 0.3 * torch.randn(n)
+    assert is_not_worse(0.3 * torch.randn(n), even)
+    assert not is_not_worse(2.0 * torch.randn(n), even)
+    # A mode of weight a half is gone: even weights, and half the evidence.
+    assert not is_not_worse(torch.full((n,), -math.log(2.0)), even)
+    assert is_not_worse(even + 1.0, even)
+    assert not is_not_worse(torch.full((n,), -torch.inf), even)
+    assert is_not_worse(even, torch.full((n,), -torch.inf))
+
+
+def test_broken_draws_weigh_nothing_and_push_away():
+    def edge() -> None:
+        z = pyro.sample("z", dist.Normal(0.5, 0.8))
+        pyro.factor("edge", torch.where(z > 0.0, 0.0, -torch.inf))
+
+    pyro.set_rng_seed(0)
+    elbo = TraceNaturalKL_ELBO(1000, max_kl=1.0)
+    svi = AdaAnnSVI(edge, guide, sgd(), elbo, schedule=ConstantSchedule(), num_final_steps=20)
+    history = svi.run(progress_bar=False)
+    assert history.stages[-1].num_broken > 0
+    assert all(map(math.isfinite, history.stages[-1].losses))
+    z = torch.distributions.Normal(*POSTERIOR).sample((1_000_000,))
+    z = z[z > 0]
+    # The closest normal in this divergence has mean and sd of the truncated one.
+    assert pyro.param("loc").item() == pytest.approx(float(z.mean()), abs=0.05)
+    assert pyro.param("log_scale").exp().item() == pytest.approx(float(z.std()), abs=0.05)
+
+
+def test_it_refuses_what_it_cannot_do():
+    for arguments in (
+        {"num_particles": 1},
+        {"max_kl": 0.0},
+        {"damping": -1.0},
+        {"vectorize_particles": False},
+    ):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            TraceNaturalKL_ELBO(**arguments)
+    with pytest.raises(NotImplementedError, match="loss_and_grads"):
+        TraceNaturalKL_ELBO().differentiable_loss(model, guide)
+
+    def subsampled(data: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 10, subsample_size=5, dim=-1) as index:
+            pyro.sample("x", dist.Normal(z, 1.0), obs=data[index])
+
+    with pytest.raises(ValueError, match="plate 'data'"):
+        SVI(subsampled, AutoNormal(subsampled), sgd(), TraceNaturalKL_ELBO()).step(torch.zeros(10))
+
+    def learned() -> None:
+        pyro.sample("z", dist.Normal(pyro.param("prior_loc", torch.tensor(0.0)), 1.0))
+
+    with pytest.raises(ValueError, match="prior_loc"):
+        SVI(learned, AutoNormal(learned), sgd(), TraceNaturalKL_ELBO()).step()
+    planar = AutoNormalizingFlow(model, lambda dim: dist.transforms.Planar(dim))
+    with pytest.raises(ValueError, match="density at any point"):
+        SVI(model, planar, sgd(), TraceNaturalKL_ELBO()).step()
+    with pytest.raises(ValueError, match="AutoDelta"):
+        SVI(model, AutoDelta(model), sgd(), TraceNaturalKL_ELBO()).step()
+    with pytest.raises(ValueError, match="kl_warmup"):
+        AdaAnnSVI(
+            model,
+            AutoNormal(model),
+            sgd(),
+            TraceNaturalKL_ELBO(),
+            path="kl_warmup",
+            schedule=LinearSchedule(9),
+        )
+
+
+def four_modes() -> None:
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(False))
+    pyro.factor("density", FOUR.log_prob(z))
+
+
+WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1])
+FOUR = torch.distributions.MixtureSameFamily(
+    torch.distributions.Categorical(WEIGHTS),
+    torch.distributions.Independent(
+        torch.distributions.Normal(torch.tensor([[-2.0, -2.0], [2.0, -2.0], [-2.0, 2.0], [2.0, 2.0]]), 0.5), 1
+    ),
+)
+
+
+def make_svi(num_final_steps: int = 30) -> AdaAnnSVI:
+    return AdaAnnSVI(
+        four_modes,
+        AutoPlanar(four_modes, 50, base_loc=0.0, base_scale=3.0),
+        sgd(),
+        TraceNaturalKL_ELBO(300),
+        path="bridge",
+        schedule=CESSSchedule(0.9, initial_inverse_temperature=0.001),
+        stage_rule=ESSStageRule(0.5, max_num_steps=20),
+        num_initial_steps=1,
+        num_steps_per_stage=1,
+        num_final_steps=num_final_steps,
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_four_modes_with_their_weights_in_a_hundred_updates(seed):
+    pyro.set_rng_seed(seed)
+    svi = make_svi()
+    history = svi.run(progress_bar=False)
+    assert history.num_steps < 120
+    assert not history.untracked
+    drawn = importance_draws(svi, num_samples=20_000)
+    modes = (drawn.samples["z"] > 0).double() @ torch.tensor([1.0, 2.0], dtype=torch.float64)
+    shares = torch.stack([(modes == k).double().mean() for k in range(4)])
+    # In 20 seeds the largest error was 0.03, the smallest share of effective draws 0.8.
+    assert float((shares - WEIGHTS).abs().max()) < 0.06
+    assert drawn.ess > 0.6 * 20_000
+    assert float(drawn.log_weights.logsumexp(0)) - math.log(20_000) == pytest.approx(0.0, abs=0.03)
+
+
+def test_a_fit_resumed_goes_on_bit_for_bit(tmp_path):
+    pyro.set_rng_seed(0)
+    svi = make_svi(num_final_steps=3)
+    for _ in range(12):
+        svi.step()
+    svi.save_checkpoint(tmp_path / "fit.pt")
+    expected = [svi.step() for _ in range(8)]
+    pyro.clear_param_store()
+    again = make_svi(num_final_steps=3)
+    again.load_checkpoint(tmp_path / "fit.pt")
+    assert [again.step() for _ in range(8)] == expected
+
+
+def test_the_model_runs_without_a_graph():
+    needs_grad = []
+
+    def watched() -> None:
+        z = pyro.sample("z", dist.Normal(*POSTERIOR))
+        needs_grad.append((z**2).requires_grad)
+
+    SVI(watched, guide, sgd(), TraceNaturalKL_ELBO(20)).step()
+    assert not any(needs_grad)
+
+
+def test_a_guide_of_a_trace_is_left_as_it_was():
+    own = AutoPlanar(model, 3)
+    own()
+    before = {name: value.detach().clone() for name, value in own.named_parameters()}
+    with poutine.trace(param_only=True):
+        TraceNaturalKL_ELBO(50).loss_and_grads(model, own)
+    for name, value in own.named_parameters():
+        assert torch.equal(value, before[name])
+        assert value.grad is not None
