@@ -20,7 +20,7 @@ __all__ = ["NaturalDirection", "TraceNaturalKL_ELBO"]
 
 #: How damping falls after a step that was kept, grows after one that was not, and between what.
 _EASE, _STIFFEN = 0.5, 4.0
-_MIN_DAMPING, _MAX_DAMPING = 1e-3, 1e6
+_MIN_DAMPING, _MAX_DAMPING = 1e-2, 1e6
 #: Directions that are tried in one step.
 _MAX_TRIALS = 6
 #: A trial may have so many times the variance of the weights, and so much more: that much is noise.
@@ -84,7 +84,7 @@ class TraceNaturalKL_ELBO(Trace_ELBO):
         self,
         num_particles: int = 500,
         *,
-        max_kl: float = 0.1,
+        max_kl: float = 0.02,
         damping: float = 0.1,
         vectorize_particles: bool = True,
         **kwargs: Any,
