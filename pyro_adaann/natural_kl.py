@@ -23,10 +23,11 @@ _EASE, _STIFFEN = 0.5, 4.0
 _MIN_DAMPING, _MAX_DAMPING = 1e-2, 1e6
 #: Directions that are tried in one step.
 _MAX_TRIALS = 6
-#: A trial may have so many times the variance of the weights, and so much more: that much is noise.
-_VARIANCE_FACTOR, _VARIANCE_SLACK = 1.5, 0.02
-#: Standard errors by which the evidence of a trial may fall.
-_MAX_FALL = 4.0
+#: Standard errors by which a trial may fall behind.
+_MAX_FALL = 2.0
+#: Where the weights have less than this relative variance, that of a trial may be so many times as large,
+#: and so much larger.
+_VARIANCE_NEAR, _VARIANCE_FACTOR, _VARIANCE_SLACK = 1.0, 1.5, 0.02
 
 
 class TraceNaturalKL_ELBO(Trace_ELBO):
@@ -43,8 +44,8 @@ class TraceNaturalKL_ELBO(Trace_ELBO):
 
     `loss_and_grads` leaves :math:`-\delta` as the gradient, so the optimizer is
     ``pyro.optim.SGD({"lr": 1.0})``. A direction is tried on a fresh batch of draws first, and is
-    kept if the weights do not spread and the evidence does not fall, beyond noise; otherwise
-    :math:`\lambda` grows and the next one is tried. A step costs two evaluations of the model, without
+    kept unless the affinity of guide and posterior falls beyond noise; then :math:`\lambda` grows and the
+    next one is tried. A step costs two evaluations of the model, without
     gradient, and the scores of every draw, ``num_particles`` times the number of parameters. It is meant for
     guides of up to some 100,000 parameters, for some ten to a hundred steps. Parameters of the model are
     not moved.
@@ -175,12 +176,14 @@ class NaturalDirection:
 
     def __init__(self, scores: Tensor, log_weights: Tensor) -> None:
         # A draw whose score has overflown says nothing.
-        scores = torch.where(torch.isfinite(scores).all(1, keepdim=True), scores, 0.0).double()
-        self._scores = scores - scores.mean(0)
-        square = self._scores.square().mean(0)
+        scores = torch.where(torch.isfinite(scores).all(1, keepdim=True), scores, 0.0)
+        self._scores = scores.sub_(scores.mean(0))
+        square = torch.linalg.vector_norm(scores, dim=0).square() / len(scores)
         self._scale = (square + 1e-6 * square.mean() + torch.finfo(square.dtype).tiny).rsqrt()
-        self._scores *= self._scale
-        self._gram = self._scores @ self._scores.T / len(scores)
+        scores *= self._scale
+        # The product is the cost of a flow with many parameters. Its rounding, in single precision 1e-6 of
+        # the mean of the diagonal, is far below any damping; that of a solution with it might not be.
+        self._gram = (scores @ scores.T).double() / len(scores)
         self._residual = len(scores) * truncated_weights(log_weights.double()) - 1
 
     def solve(self, damping: float, max_kl: float = math.inf) -> Tensor:
@@ -189,32 +192,34 @@ class NaturalDirection:
         damped = self._gram + damping * torch.eye(num_draws, dtype=self._gram.dtype, device=self._gram.device)
         solution = torch.linalg.solve(damped, self._residual)
         kl = 0.5 * float((self._gram @ solution).square().mean())
-        direction = self._scale * (solution @ self._scores) / num_draws
+        direction = self._scale * (solution.to(self._scores.dtype) @ self._scores) / num_draws
         return direction * min(1.0, math.sqrt(max_kl / kl)) if kl > 0 else direction
 
 
 def is_not_worse(trial: Tensor, present: Tensor) -> bool:
-    """Whether log weights after a step are as good as those before it, but for noise.
+    r"""Whether the guide of one batch of log weights is as close to p as that of another, but for noise.
 
-    They may not spread, and their mean, the evidence, may not fall: that is what a lost mode looks like,
-    after which the weights of the others are as even as before.
+    Close in the affinity :math:`\int \sqrt{p q} = E_q \sqrt{p / q}`, whose estimate has a finite variance
+    whatever p and q. The variance of the weights alone would not do: it is as small as before when a mode
+    has been lost, and it grows at first where a guide that is too narrow widens. Near the end, where most
+    draws count, it is the finer measure, and is asked too.
     """
-    (variance, evidence), (variance_before, before) = map(_moments, (trial, present))
-    noise = math.sqrt((variance + variance_before) / len(present))
-    return (
-        variance <= _VARIANCE_FACTOR * variance_before + _VARIANCE_SLACK
-        and evidence >= before - _MAX_FALL * noise
-    )
+    (affinity, noise, variance), (before, noise_before, variance_before) = map(_moments, (trial, present))
+    if -math.inf in (affinity, before):
+        return before == -math.inf
+    if variance_before < _VARIANCE_NEAR and variance > _VARIANCE_FACTOR * variance_before + _VARIANCE_SLACK:
+        return False
+    return affinity >= before - _MAX_FALL * math.sqrt((noise + noise_before) / len(present))
 
 
-def _moments(log_weights: Tensor) -> tuple[float, float]:
-    """Return the relative variance of the weights, infinite without any, and the log of their mean."""
+def _moments(log_weights: Tensor) -> tuple[float, float, float]:
+    """Return the log of the mean root of the weights, and the relative variances of root and weight."""
     log_weights = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf).double()
-    total = float(log_weights.logsumexp(0))
-    if total == -math.inf:
-        return math.inf, total
-    num = len(log_weights)
-    return num * float((2 * (log_weights - total)).exp().sum()) - 1, total - math.log(num)
+    log_num = math.log(len(log_weights))
+    half, one, two = (float((power * log_weights).logsumexp(0)) - log_num for power in (0.5, 1.0, 2.0))
+    if one == -math.inf:
+        return half, math.inf, math.inf
+    return half, math.expm1(max(one - 2 * half, 0.0)), math.expm1(max(two - 2 * one, 0.0))
 
 
 def _check_plates(model_trace: Trace, guide_trace: Trace) -> None:
@@ -235,5 +240,6 @@ def _parameters(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
             f"Expected a model without parameters, since the natural gradient is that of the guide; got "
             f"{', '.join(names)}. Use Trace_ELBO or TraceMixedKL_ELBO."
         )
-    found = captured_parameters(guide_trace)
-    return {name: value for name, value in found.items() if value.requires_grad}
+    # Once each: a guide may hold a flow under two names.
+    found = {id(value): (name, value) for name, value in captured_parameters(guide_trace).items()}
+    return {name: value for name, value in found.values() if value.requires_grad}
