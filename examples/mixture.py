@@ -18,7 +18,7 @@ from posterior import plot_schedule
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
-from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoFlow, to_arviz
+from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoFlow, natural_svi, to_arviz
 
 #: Sds around the means that the grid covers, and its points per sd.
 _NUM_SDS = 7
@@ -108,6 +108,7 @@ def make_svi(
 def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     """Add the options of both examples to their own, and parse."""
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--settings", choices=["paper", "natural"], default="paper", help="of AdaAnnSVI")
     parser.add_argument("--fast", action="store_true", help="a few steps only, to try the script")
     parser.add_argument("--out", type=Path, default=Path("mixture_results"), help="folder of the files")
     return parser.parse_args(arguments)
@@ -132,7 +133,10 @@ def fit_both(
 
     pyro.set_rng_seed(args.seed)
     pyro.clear_param_store()  # a new fit of a guide of the same name
-    svi = make_svi(target, make_guide(), learning_rate, tolerance, fast=args.fast)
+    if args.settings == "natural":
+        svi = natural_svi(target.model, make_guide(), num_final_steps=2 if args.fast else 40)
+    else:
+        svi = make_svi(target, make_guide(), learning_rate, tolerance, fast=args.fast)
     history = svi.run()
     posteriors["AdaAnnSVI"] = svi.guide.get_posterior()
     for name, posterior in posteriors.items():

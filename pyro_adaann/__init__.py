@@ -18,6 +18,7 @@ from pyro_adaann.ladder import Ladder, Rung
 from pyro_adaann.lost_modes import LadderReport, LostMode, find_lost_modes, mixture_draws
 from pyro_adaann.mixed_kl import TraceMixedKL_ELBO
 from pyro_adaann.natural_kl import TraceNaturalKL_ELBO
+from pyro_adaann.presets import natural_svi
 from pyro_adaann.results import AnnealingHistory, AnnealingStage, Recovery
 from pyro_adaann.schedules import AdaAnnSchedule, AnnealingSchedule
 from pyro_adaann.stage_rules import ESSStageRule, StageRule
@@ -62,6 +63,7 @@ __all__ = [
     "find_lost_modes",
     "importance_draws",
     "mixture_draws",
+    "natural_svi",
     "pareto_smooth",
     "plots",
     "resample",

@@ -140,7 +140,7 @@ def test_reference_is_of_the_data_of_the_example(name: str, key: str) -> None:
 # So few steps may lose a mode, and the export says so.
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
 @pytest.mark.filterwarnings("ignore:.*lost between inverse temperatures")
-@pytest.mark.parametrize("settings", ["paper", "tracked"])
+@pytest.mark.parametrize("settings", ["paper", "natural"])
 @pytest.mark.parametrize("name", ["lorenz", "hiv"])
 def test_fast_run(
     name: str,

@@ -72,6 +72,7 @@ ALLOWED = {
         },
         True,
     ),
+    "presets": ({"cess_schedule", "ladder", "natural_kl", "stage_rules", "svi"}, False),
     "fits": ({"particles"}, True),
     "draws": ({"broken", "fits", "particles", "scores", "tempering"}, True),
     "importance": ({"draws", "fits"}, False),

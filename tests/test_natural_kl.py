@@ -27,10 +27,10 @@ from pyro_adaann import (
     AutoRealNVP,
     CESSSchedule,
     ConstantSchedule,
-    ESSStageRule,
     LinearSchedule,
     TraceNaturalKL_ELBO,
     importance_draws,
+    natural_svi,
 )
 from pyro_adaann.mixed_kl import truncated_weights
 from pyro_adaann.natural_kl import NaturalDirection, is_not_worse
@@ -342,17 +342,10 @@ FOUR = torch.distributions.MixtureSameFamily(
 
 
 def make_svi(num_final_steps: int = 30) -> AdaAnnSVI:
-    return AdaAnnSVI(
-        four_modes,
-        AutoPlanar(four_modes, 50, base_loc=0.0, base_scale=3.0),
-        sgd(),
-        TraceNaturalKL_ELBO(300),
-        path="bridge",
-        schedule=CESSSchedule(0.9, initial_inverse_temperature=0.001),
-        stage_rule=ESSStageRule(0.5, max_num_steps=20),
-        num_initial_steps=1,
-        num_steps_per_stage=1,
-        num_final_steps=num_final_steps,
+    guide = AutoPlanar(four_modes, 50, base_loc=0.0, base_scale=3.0)
+    schedule = CESSSchedule(0.9, initial_inverse_temperature=0.001)
+    return natural_svi(
+        four_modes, guide, num_particles=300, num_final_steps=num_final_steps, schedule=schedule
     )
 
 
@@ -366,9 +359,9 @@ def test_four_modes_with_their_weights_in_a_hundred_updates(seed):
     drawn = importance_draws(svi, num_samples=20_000)
     modes = (drawn.samples["z"] > 0).double() @ torch.tensor([1.0, 2.0], dtype=torch.float64)
     shares = torch.stack([(modes == k).double().mean() for k in range(4)])
-    # In 20 seeds the largest error was 0.03, the smallest share of effective draws 0.8.
-    assert float((shares - WEIGHTS).abs().max()) < 0.06
-    assert drawn.ess > 0.6 * 20_000
+    # In 20 seeds the largest error was 0.022, the smallest share of effective draws 0.87.
+    assert float((shares - WEIGHTS).abs().max()) < 0.05
+    assert drawn.ess > 0.7 * 20_000
     assert float(drawn.log_weights.logsumexp(0)) - math.log(20_000) == pytest.approx(0.0, abs=0.03)
 
 

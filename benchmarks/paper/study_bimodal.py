@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/paper/study_bimodal.py --trials 5 --workers 2
 
-Adds to ``benchmarks/results/paper/bimodal.jsonl`` what is not there yet. The annealed fits are those of
+``natural`` is the package's `natural_svi` with the same flow and base, not the paper's. Adds to
+``benchmarks/results/paper/bimodal.jsonl`` what is not there yet. The annealed fits are those of
 ``examples/bimodal.py`` with the paper's 8,000 steps at t = 1 and M = 1,000; those without annealing (8,000
 steps in all, four times as many trials, run together) have no more particles at t = 1 and no falling learning
 rate. The first trial of every cell keeps its density and its schedule for the figures.
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import bimodal
 from comparison import compare, make_grid
 
-from pyro_adaann import AdaAnnSchedule, AnnealingSchedule, ConstantSchedule, LinearSchedule
+from pyro_adaann import AdaAnnSchedule, AnnealingSchedule, ConstantSchedule, LinearSchedule, natural_svi
 
 TOLERANCES = (1.0, 0.1, 0.01, 0.001)
 #: Where the densities of the figures are taken.
@@ -89,7 +90,10 @@ def run_driver(cell: Mapping[str, Any], trials: list[int]) -> list[Record]:
     for trial in trials:
         pyro.set_rng_seed(trial)
         pyro.clear_param_store()
-        svi = bimodal.make_svi(20 if fast else 8000, schedule, num_variance_samples=1000)
+        if cell["method"] == "natural":
+            svi = natural_svi(bimodal.model, bimodal.make_guide(), num_final_steps=2 if fast else 40)
+        else:
+            svi = bimodal.make_svi(20 if fast else 8000, schedule, num_variance_samples=1000)
         if cell["method"] == "linear":
             svi.num_steps_per_stage = 1
         start = time.process_time()
@@ -117,6 +121,7 @@ def describe(posterior: dist.TorchDistribution, inverse_temperatures: list[float
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tolerances", nargs="+", type=float, default=TOLERANCES, help="these alone")
+    parser.add_argument("--methods", nargs="+", help="of the annealed ones; by default all")
     add_arguments(parser, num_trials=5)
     args = parser.parse_args(arguments)
     args.file = args.file or RESULTS / "bimodal.jsonl"
@@ -128,9 +133,12 @@ def main(arguments: list[str] | None = None) -> None:
     if trials := missing_trials(records, cell, 4 * args.trials):
         tasks.append(Task(run_together, cell, trials))
     cells: list[dict[str, Any]] = [
-        {"method": "adaann", "tolerance": tolerance, **mark} for tolerance in TOLERANCES
+        {"method": "adaann", "tolerance": tolerance, **mark} for tolerance in args.tolerances
     ]
-    for cell in [*cells, {"method": "linear", "tolerance": None, **mark}]:
+    cells += [{"method": method, "tolerance": None, **mark} for method in ("natural", "linear")]
+    if args.methods:
+        cells = [cell for cell in cells if cell["method"] in args.methods]
+    for cell in cells:
         tasks += [Task(run_driver, cell, [trial]) for trial in missing_trials(records, cell, args.trials)]
     run_tasks(sorted(tasks, key=lambda task: task.trials[0]), args.file, args.workers)
 

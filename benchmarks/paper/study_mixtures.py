@@ -14,10 +14,11 @@ methods, with the paper's settings:
 * ``realnvp``: no annealing, 5,000 steps, in example 3 alone;
 * ``covering``: ``adaann`` with the package's `TraceMixedKL_ELBO`, nine tenths of it the forward divergence;
   not the paper's;
+* ``natural``: the package's `natural_svi` with the same flow and base; not the paper's;
 * ``adaann_svi``, ``covering_svi``: the same through the package's driver, one trial at a time, ten times
   slower: to show that trials run together are the same.
 
-All but the last two run the trials of a cell together (``together.py``), with the package's flows and
+All but the last three run the trials of a cell together (``together.py``), with the package's flows and
 schedules.
 """
 
@@ -50,6 +51,7 @@ from pyro_adaann import (
     ConstantSchedule,
     LinearSchedule,
     TraceMixedKL_ELBO,
+    natural_svi,
 )
 
 Cell = dict[str, Any]
@@ -65,7 +67,7 @@ FORWARD_WEIGHT = 0.9
 def flows_of(case: str) -> Iterator[Cell]:
     """Yield method and flow of every cell of a case, cheap ones first."""
     annealed = mixture_2d.NUM_TRANSFORMS if case == "plane" else mixture_1d.NUM_TRANSFORMS[case]
-    for method in ("adaann", "covering", "linear", "adaann_svi", "covering_svi"):
+    for method in ("natural", "adaann", "covering", "linear", "adaann_svi", "covering_svi"):
         yield {"method": method, "num_transforms": annealed, "hidden_dim": 0}
     for num_transforms in (50, 75, 100) if case == "plane" else (25, 50, 75):
         yield {"method": "none", "num_transforms": num_transforms, "hidden_dim": 0}
@@ -144,13 +146,17 @@ def run_driver(cell: Mapping[str, Any], trials: list[int]) -> list[Record]:
         pyro.set_rng_seed(trial)
         pyro.clear_param_store()
         guide = AutoPlanar(target.model, cell["num_transforms"], base_loc=0.0, base_scale=base_scale)
-        loss = TraceMixedKL_ELBO(FORWARD_WEIGHT) if cell["method"] == "covering_svi" else None
-        svi = make_svi(target, guide, rate, tolerance, fast=cell.get("fast", False), loss=loss)
+        fast = cell.get("fast", False)
+        if cell["method"] == "natural":
+            svi = natural_svi(target.model, guide, num_final_steps=2 if fast else 40)
+        else:
+            loss = TraceMixedKL_ELBO(FORWARD_WEIGHT) if cell["method"] == "covering_svi" else None
+            svi = make_svi(target, guide, rate, tolerance, fast=fast, loss=loss)
         start = time.process_time()
         history = svi.run(progress_bar=False)
         records.append(
             {
-                "learning_rate": rate,
+                "learning_rate": 1.0 if cell["method"] == "natural" else rate,
                 "cpu_seconds": time.process_time() - start,
                 "num_stages": len(history.stages),
                 "num_steps": history.num_steps,
@@ -184,7 +190,7 @@ def make_tasks(args: argparse.Namespace) -> list[Task]:
                 if args.fast:
                     cell["fast"] = True
                 trials = missing_trials(records, cell, args.trials)
-                alone = flow["method"].endswith("_svi")
+                alone = flow["method"] == "natural" or flow["method"].endswith("_svi")
                 if alone and (args.rate or args.particles or args.final_steps):
                     continue  # trials run together are enough to compare settings
                 size = 1 if alone else MAX_TOGETHER

@@ -3,10 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/paper/study_odes.py lorenz_0.2 lorenz_0.001 hiv --trials 3
 
 Adds to ``benchmarks/results/paper/odes.jsonl`` what is not there yet: a fit of the example's own
-``make_svi`` and data for every seed, minutes each, with the paper's settings or (``--settings tracked``)
-with those that hold on to modes. As in ``examples/hiv.py``, a fit in which the ladder sees a lost mode
-is annealed again from the rung below, up to three times, and all its steps count. The exact posteriors
-are those of ``benchmarks/reference/``.
+``make_svi`` and data for every seed, with the paper's settings (minutes each) or (``--settings natural``) with
+natural gradients (seconds). The exact posteriors are those of ``benchmarks/reference/``.
 
 Recorded are, for every mode, its share of the draws and the mean and sd of every parameter, with all draws
 of the guide alike and with importance weights; the effective sample size (a share of the draws), Pareto
@@ -65,20 +63,13 @@ def run(cell: Mapping[str, Any], trials: list[int]) -> list[Record]:
         svi, args = prepare(cell["example"], cell["setting"], cell.get("fast", False))
         start = time.process_time()
         history = svi.run(*args, progress_bar=False)
-        lost = find_lost_modes(svi, *args).lost if svi.ladder is not None else []
-        num_restarts = 0
-        while lost and num_restarts < hiv.MAX_RESTARTS:
-            svi.restart(lost[0].rung)
-            svi.run(*args, progress_bar=False)
-            lost = find_lost_modes(svi, *args).lost
-            num_restarts += 1
         seconds = time.process_time() - start
+        lost = find_lost_modes(svi, *args).lost if svi.ladder is not None else None
         record = {
             "num_stages": len(history.stages),
             "num_steps": history.num_steps,
             "num_untracked": len(history.untracked),
-            "num_restarts": num_restarts,
-            "alarm": bool(lost) if svi.ladder is not None else None,
+            "alarm": None if lost is None else bool(lost),
             "cpu_seconds": seconds,
             **describe(cell["example"], svi, args, with_draws=trial == 0),
         }
@@ -117,7 +108,7 @@ def describe(example: str, svi: AdaAnnSVI, args: tuple[Any, ...], *, with_draws:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("examples", nargs="+", choices=EXAMPLES)
-    parser.add_argument("--settings", default="paper", choices=["paper", "tracked"])
+    parser.add_argument("--settings", default="paper", choices=["paper", "natural"])
     add_arguments(parser, num_trials=3)
     args = parser.parse_args(arguments)
     args.file = args.file or RESULTS / "odes.jsonl"
