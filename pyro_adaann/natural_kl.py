@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ _EASE, _STIFFEN = 0.5, 4.0
 _MIN_DAMPING, _MAX_DAMPING = 1e-2, 1e6
 #: Directions that are tried in one step.
 _MAX_TRIALS = 6
+#: A draw whose weight is below the mean by so many nats is a stray one, and all strays count alike.
+_MIN_RESIDUAL = -8.0
 #: Standard errors by which a trial may fall behind.
 _MAX_FALL = 2.0
 #: Where the weights have less than this relative variance, that of a trial may be so many times as large,
@@ -31,14 +34,17 @@ _VARIANCE_NEAR, _VARIANCE_FACTOR, _VARIANCE_SLACK = 1.0, 1.5, 0.02
 
 
 class TraceNaturalKL_ELBO(Trace_ELBO):
-    r"""The forward KL divergence, with its natural gradient in place of the gradient.
+    r"""A divergence that covers the mass, with its natural gradient in place of the gradient.
 
     .. math:: \delta = \Bigl(F + \lambda \operatorname{diag} F\Bigr)^{-1}
-              \sum_i \Bigl(w_i - \tfrac1n\Bigr) \nabla_\phi \log q_\phi(z_i), \qquad
+              \frac1n \sum_i r(w_i) \, \nabla_\phi \log q_\phi(z_i), \qquad
               F = \frac1n \sum_i \nabla \log q_\phi(z_i) \, \nabla \log q_\phi(z_i)^\top
 
-    with draws :math:`z_i` of the guide, held fixed, and their weights, truncated and normalized as in
-    :class:`~pyro_adaann.TraceMixedKL_ELBO`. An optimizer that scales every parameter by itself, as Adam
+    with draws :math:`z_i` of the guide, held fixed, and their weights :math:`w_i`, truncated as in
+    :class:`~pyro_adaann.TraceMixedKL_ELBO` and of mean one. Where the guide has too little, :math:`r(w) = w - 1`,
+    as in the forward KL divergence, which covers the mass; where it has too much, :math:`r(w) = \log w`, as in the
+    reverse one, which draws strays in (down to -8). That is the f-divergence :math:`E_q f(w)` with
+    :math:`f''(w) = \min(1, w)^{-1} / w`. An optimizer that scales every parameter by itself, as Adam
     does, takes thousands of steps to move mass from one mode to another: that takes all layers
     together. F knows how they act together.
 
@@ -127,7 +133,9 @@ class TraceNaturalKL_ELBO(Trace_ELBO):
         direction = NaturalDirection(scores, log_weight)
 
         def draw() -> Tensor:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                # A broken draw has weight zero; it may be one of a step that is not taken.
+                warnings.filterwarnings("ignore", message="Encountered")
                 traces = Trace_ELBO._get_traces(self, model, guide, args, kwargs)
                 return finite_log_weights(*next(iter(traces)))[0]
 
@@ -164,10 +172,10 @@ class TraceNaturalKL_ELBO(Trace_ELBO):
 
 
 class NaturalDirection:
-    r"""The damped natural gradient of the forward KL divergence, for any damping.
+    r"""The damped natural gradient for any damping.
 
-    With A the centered scores of the draws, every column scaled to mean square one, it is
-    :math:`A^\top (A A^\top / n + \lambda I)^{-1} r / n` in the scaled parameters: a system of the size of the
+    With A the centered scores of the draws, every column scaled to mean square one, and r the
+    :func:`residuals`, it is :math:`A^\top (A A^\top / n + \lambda I)^{-1} r / n` in the scaled parameters: a system of the size of the
     number of draws, and not of parameters.
 
     :param scores: gradients of log q at fixed draws, shape ``(num_draws, num_parameters)``.
@@ -184,7 +192,7 @@ class NaturalDirection:
         # The product is the cost of a flow with many parameters. Its rounding, in single precision 1e-6 of
         # the mean of the diagonal, is far below any damping; that of a solution with it might not be.
         self._gram = (scores @ scores.T).double() / len(scores)
-        self._residual = len(scores) * truncated_weights(log_weights.double()) - 1
+        self._residual = residuals(log_weights.double())
 
     def solve(self, damping: float, max_kl: float = math.inf) -> Tensor:
         """Return the direction, no longer than ``max_kl`` allows, shape ``(num_parameters,)``."""
@@ -194,6 +202,16 @@ class NaturalDirection:
         kl = 0.5 * float((self._gram @ solution).square().mean())
         direction = self._scale * (solution.to(self._scores.dtype) @ self._scores) / num_draws
         return direction * min(1.0, math.sqrt(max_kl / kl)) if kl > 0 else direction
+
+
+def residuals(log_weights: Tensor) -> Tensor:
+    """Return how much more density, relative to it, the guide should have at its draws, by their log weights.
+
+    With w the weights, truncated, and of mean one: w - 1 where that is positive, else log w, at least -8. At a
+    stray draw the forward divergence alone asks for -1 whatever w is, and strays stay.
+    """
+    weights = len(log_weights) * truncated_weights(log_weights)
+    return torch.where(weights < 1, weights.log().clamp(min=_MIN_RESIDUAL), weights - 1)
 
 
 def is_not_worse(trial: Tensor, present: Tensor) -> bool:

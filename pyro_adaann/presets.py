@@ -29,13 +29,13 @@ def natural_svi(
     It anneals from the base of the guide, on path ``"bridge"``; every stage waits until half of the
     guide's draws count (:class:`~pyro_adaann.ESSStageRule`), the next inverse temperature leaves nine
     tenths of them (:class:`~pyro_adaann.CESSSchedule`), the loss is
-    :class:`~pyro_adaann.TraceNaturalKL_ELBO`, and a :class:`~pyro_adaann.Ladder` watches for lost modes. It takes
-    about a hundred steps in all. Meant for planar flows (:class:`~pyro_adaann.AutoPlanar`), 50 to 100
-    layers of them; the base must cover the posterior.
+    :class:`~pyro_adaann.TraceNaturalKL_ELBO`, and a :class:`~pyro_adaann.Ladder` watches for lost modes. It
+    takes some hundred steps in all. Meant for planar flows (:class:`~pyro_adaann.AutoPlanar`) of 50 to 100
+    layers, whose base reaches the modes.
 
     :param model: a Pyro model that vectorizes, without parameters of its own and without subsampling.
     :param guide: a guide of this package; for another one pass ``path="joint"``.
-    :param num_particles: draws of a step, which runs the model twice on so many.
+    :param num_particles: draws of a step, which runs the model on so many twice or more.
     :param num_final_steps: steps at inverse temperature 1.
     :param kwargs: other arguments of `AdaAnnSVI`, in place of these.
     :raises ValueError: as :class:`~pyro_adaann.AdaAnnSVI` does.

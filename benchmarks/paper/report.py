@@ -51,6 +51,7 @@ def make_tables(records: dict[str, list[Record]]) -> dict[str, str]:
         "summary_table": mixtures and tables.summary_table(mixtures + records["mixture_2d"]),
         "missing_cells": tables.missing_cells(mixtures + records["mixture_2d"], planned_cells()),
         "times_table": records["times"] and tables.times_table(records["times"]),
+        "five_table": tables.five_table(records),
         "lorenz_table": tables.lorenz_table(records["odes"]),
         "hiv_table": tables.hiv_table(records["odes"]),
         "ode_summary": records["odes"] and tables.ode_summary(records["odes"]),
@@ -101,10 +102,11 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     page = Template((HERE / "page.md").read_text()).substitute(make_tables(records), **make_figures(records))
     (args.out / "paper.md").write_text(page)
-    # The page on lost modes shows it too.
+    # The page on lost modes shows these two too.
     summary = tables.ode_summary(records["odes"]) if records["odes"] else MISSING
     (args.out / "figures").mkdir(exist_ok=True)
     (args.out / "figures" / "modes_ode.md").write_text(summary + "\n")
+    (args.out / "figures" / "modes_five.md").write_text(tables.five_table(records) + "\n")
     draw(records, args.out / "figures")
     print(f"wrote {args.out / 'paper.md'}")
 

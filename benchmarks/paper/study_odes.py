@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/paper/study_odes.py lorenz_0.2 lorenz_0.001 hiv --trials 3
 
 Adds to ``benchmarks/results/paper/odes.jsonl`` what is not there yet: a fit of the example's own
-``make_svi`` and data for every seed, with the paper's settings (minutes each) or (``--settings natural``) with
-natural gradients (seconds). The exact posteriors are those of ``benchmarks/reference/``.
+``make_svi`` and data for every seed, with the paper's settings (minutes each) or, ``--settings natural``,
+with natural gradients (seconds). The exact posteriors are those of ``benchmarks/reference/``.
 
 Recorded are, for every mode, its share of the draws and the mean and sd of every parameter, with all draws
 of the guide alike and with importance weights; the effective sample size (a share of the draws), Pareto

@@ -19,6 +19,7 @@ from posterior import REFERENCES, load_reference
 
 __all__ = [
     "bimodal_table",
+    "five_table",
     "hiv_table",
     "lorenz_table",
     "missing_cells",
@@ -37,6 +38,7 @@ METHODS = {
     "covering": "AdaAnn, *mass-covering loss*",
     "covering_svi": "AdaAnn, *mass-covering loss*, driver",
     "realnvp": "RealNVP, none",
+    "natural": "CESS, *natural gradients*",
 }
 
 
@@ -291,7 +293,7 @@ def hiv_table(records: Iterable[Record]) -> str:
 
 def ode_summary(records: Iterable[Record]) -> str:
     """Return, over the seeds of every example and settings, the smallest and the largest of everything."""
-    headings = ["example", "settings", "seeds", "updates", "restarts", "ESS share", "sds, guide"]
+    headings = ["example", "settings", "seeds", "updates", "ESS share", "sds, guide"]
     headings += ["sds, weighted", "means, weighted", "share of a mode", "its weight", "alarms"]
     rows = []
     for (example, setting), fits in sorted(groups(records, lambda r: (r["example"], r["setting"])).items()):
@@ -313,7 +315,6 @@ def ode_summary(records: Iterable[Record]) -> str:
                 setting,
                 str(len(fits)),
                 f"{median(record['num_steps'] for record in fits):,.0f}",
-                str(sum(record["num_restarts"] for record in fits)),
                 _span(record["ess"] for record in fits),
                 *(_span(values) for values in errors.values()),
                 *(_span(mode[key] for mode in modes if mode) for key in ("share", "weighted_share")),
@@ -321,6 +322,85 @@ def ode_summary(records: Iterable[Record]) -> str:
             ]
         )
     return markdown(headings, rows)
+
+
+def five_table(records: dict[str, list[Record]]) -> str:
+    """Return the five examples with the paper's settings and with natural gradients, side by side."""
+    rows = []
+    for example, fits in _five(records).items():
+        for settings, part in fits.items():
+            if not part:
+                continue
+            seconds = [record["seconds"] for record in part if record["seconds"] is not None]
+            rows.append(
+                [
+                    example,
+                    settings,
+                    str(len(part)),
+                    f"{median(record['num_steps'] for record in part):,.0f}",
+                    f"{median(seconds):.0f} ({len(seconds)})" if seconds else "-",
+                    _span(record["ess"] for record in part),
+                    _span(record["share"] for record in part if record["share"] is not None),
+                    _span(record["weight"] for record in part if record["weight"] is not None),
+                    _number(max(abs(record["error"]) for record in part), 3),
+                ]
+            )
+    headings = ["example", "settings", "seeds", "updates", "CPU s (fits)", "ESS share"]
+    return markdown([*headings, "share of a mode", "its weight", "worst log evidence error"], rows)
+
+
+def _five(records: dict[str, list[Record]]) -> dict[str, dict[str, list[Record]]]:
+    """Return the fits of every example by settings, with the numbers that all of them have."""
+    found: dict[str, dict[str, list[Record]]] = {}
+    one = [record for record in records["bimodal"] if record["tolerance"] in (0.01, None)]
+    found["1, bimodal"] = {
+        name: [_density_fit(r, r["cpu_seconds"]) for r in one if r["method"] == method]
+        for name, method in (("paper", "adaann"), ("natural", "natural"))
+    }
+    for number, case, mu in ((2, "symmetric", 4), (2, "asymmetric", 5), (3, "plane", 0.5)):
+        cell = [
+            record
+            for record in records["mixture_2d" if case == "plane" else "mixture_1d"]
+            if record["case"] == case and record["mu"] == mu and is_paper(record)
+        ]
+        # Trials that run together say nothing of the time of one.
+        found[f"{number}, {case}, mu = {mu:g}"] = {
+            "paper": [
+                _density_fit(r, r["cpu_seconds"] if r["method"] == "adaann_svi" else None)
+                for r in cell
+                if r["method"] in ("adaann", "adaann_svi")
+            ],
+            "natural": [_density_fit(r, r["cpu_seconds"]) for r in cell if r["method"] == "natural"],
+        }
+    for number, example in ((4, "lorenz_0.2"), (4, "lorenz_0.001"), (5, "hiv")):
+        name, _, key = example.partition("_")
+        exact = float(_exact_cells(name, key or "positive")[-1])
+        fits = [record for record in records["odes"] if record["example"] == example]
+        found[f"{number}, {example.replace('_', ' ')}"] = {
+            setting: [
+                {
+                    **{key: record[key] for key in ("num_steps", "ess")},
+                    "seconds": record["cpu_seconds"],
+                    "share": record["modes"].get("positive", {}).get("share"),
+                    "weight": record["modes"].get("positive", {}).get("weighted_share"),
+                    "error": record["log_evidence"] - exact,
+                }
+                for record in fits
+                if record["setting"] == setting
+            ]
+            for setting in ("paper", "natural")
+        }
+    return found
+
+
+def _density_fit(record: Record, seconds: float | None) -> Record:
+    return {
+        **{key: record[key] for key in ("num_steps", "ess")},
+        "seconds": seconds,
+        "share": record["first_mode"],
+        "weight": record["weighted_first_mode"],
+        "error": record["log_evidence"],
+    }
 
 
 def _span(values: Iterable[float]) -> str:
