@@ -41,20 +41,19 @@ class TraceNaturalKL_ELBO(Trace_ELBO):
               F = \frac1n \sum_i \nabla \log q_\phi(z_i) \, \nabla \log q_\phi(z_i)^\top
 
     with draws :math:`z_i` of the guide, held fixed, and their weights :math:`w_i`, truncated as in
-    :class:`~pyro_adaann.TraceMixedKL_ELBO` and of mean one. Where the guide has too little, :math:`r(w) = w - 1`,
-    as in the forward KL divergence, which covers the mass; where it has too much, :math:`r(w) = \log w`, as in the
-    reverse one, which draws strays in (down to -8). That is the f-divergence :math:`E_q f(w)` with
-    :math:`f''(w) = \min(1, w)^{-1} / w`. An optimizer that scales every parameter by itself, as Adam
-    does, takes thousands of steps to move mass from one mode to another: that takes all layers
-    together. F knows how they act together.
+    :class:`~pyro_adaann.TraceMixedKL_ELBO` and of mean one. Where the guide has too little,
+    :math:`r(w) = w - 1`, as in the forward KL divergence, which covers the mass; where it has too much,
+    :math:`r(w) = \log w`, as in the reverse one, which draws strays in (down to -8). That is the f-divergence
+    :math:`E_q f(w)` with :math:`f''(w) = 1 / (w \min(1, w))`. An optimizer that scales every parameter by
+    itself, as Adam does, takes thousands of steps to move mass from one mode to another: that takes all
+    layers together. F knows how they act together.
 
     `loss_and_grads` leaves :math:`-\delta` as the gradient, so the optimizer is
     ``pyro.optim.SGD({"lr": 1.0})``. A direction is tried on a fresh batch of draws first, and is
     kept unless the affinity of guide and posterior falls beyond noise; then :math:`\lambda` grows and the
-    next one is tried. A step costs two evaluations of the model, without
-    gradient, and the scores of every draw, ``num_particles`` times the number of parameters. It is meant for
-    guides of up to some 100,000 parameters, for some ten to a hundred steps. Parameters of the model are
-    not moved.
+    next one is tried. A step costs two evaluations of the model, without gradient, and the scores of
+    every draw, ``num_particles`` times the number of parameters. It is meant for guides of up to some 100,000
+    parameters and for some hundred steps. Parameters of the model are not moved.
 
     The loss that is reported is minus the ELBO, as of `Trace_ELBO`.
 
@@ -175,8 +174,8 @@ class NaturalDirection:
     r"""The damped natural gradient for any damping.
 
     With A the centered scores of the draws, every column scaled to mean square one, and r the
-    :func:`residuals`, it is :math:`A^\top (A A^\top / n + \lambda I)^{-1} r / n` in the scaled parameters: a system of the size of the
-    number of draws, and not of parameters.
+    :func:`residuals`, it is :math:`A^\top (A A^\top / n + \lambda I)^{-1} r / n` in the scaled parameters: a
+    system of the size of the number of draws, and not of parameters.
 
     :param scores: gradients of log q at fixed draws, shape ``(num_draws, num_parameters)``.
     :param log_weights: of the draws, shape ``(num_draws,)``.
@@ -205,7 +204,7 @@ class NaturalDirection:
 
 
 def residuals(log_weights: Tensor) -> Tensor:
-    """Return how much more density, relative to it, the guide should have at its draws, by their log weights.
+    """Return how much more density the guide should have at its draws, relative to what it has.
 
     With w the weights, truncated, and of mean one: w - 1 where that is positive, else log w, at least -8. At a
     stray draw the forward divergence alone asks for -1 whatever w is, and strays stay.
