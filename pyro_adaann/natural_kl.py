@@ -206,8 +206,8 @@ class NaturalDirection:
 def residuals(log_weights: Tensor) -> Tensor:
     """Return how much more density the guide should have at its draws, relative to what it has.
 
-    With w the weights, truncated, and of mean one: w - 1 where that is positive, else log w, at least -8. At a
-    stray draw the forward divergence alone asks for -1 whatever w is, and strays stay.
+    With w the weights, truncated, and of mean one: w - 1 where that is positive, else log w, at least -8. At
+    a stray draw the forward divergence alone asks for -1 whatever w is, and strays stay.
     """
     weights = len(log_weights) * truncated_weights(log_weights)
     return torch.where(weights < 1, weights.log().clamp(min=_MIN_RESIDUAL), weights - 1)
