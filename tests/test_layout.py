@@ -72,7 +72,7 @@ ALLOWED = {
         },
         True,
     ),
-    "presets": ({"cess_schedule", "ladder", "natural_kl", "stage_rules", "svi"}, False),
+    "presets": ({"cess_schedule", "ladder", "natural_kl", "stage_rules", "svi"}, True),
     "fits": ({"particles"}, True),
     "draws": ({"broken", "fits", "particles", "scores", "tempering"}, True),
     "importance": ({"draws", "fits"}, False),
