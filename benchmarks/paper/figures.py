@@ -14,7 +14,7 @@ from tables import METHODS, groups, hiv, is_captured, is_paper, lorenz
 
 __all__ = ["capture_rates", "densities", "posteriors", "schedules"]
 
-STYLES = {"adaann": "o-", "covering": "D-", "linear": "s--", "none": "x:", "realnvp": "^-."}
+STYLES = {"adaann": "o-", "covering": "D-", "linear": "s--", "natural": "*-", "none": "x:", "realnvp": "^-."}
 
 
 def save(figure: Figure, path: Path) -> None:
