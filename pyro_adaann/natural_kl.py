@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_adaann.mixed_kl import truncated_weights
 from pyro_adaann.parameters import captured_parameters
 from pyro_adaann.particles import finite_log_weights, subsampled_plate
-from pyro_adaann.scores import score_matrix
+from pyro_adaann.scores import parameter_units, score_matrix
 
 __all__ = ["NaturalDirection", "TraceNaturalKL_ELBO"]
 
@@ -26,6 +26,8 @@ _MIN_DAMPING, _MAX_DAMPING = 1e-2, 1e6
 _MAX_TRIALS = 6
 #: A draw whose weight is below the mean by so many nats is a stray one, and all strays count alike.
 _MIN_RESIDUAL = -8.0
+#: Damping of a parameter on which the density hardly depends, as a share of the mean over all.
+_FLOOR = 0.01
 #: Standard errors by which a trial may fall behind.
 _MAX_FALL = 2.0
 #: Where the weights have less than this relative variance, that of a trial may be so many times as large,
@@ -36,7 +38,7 @@ _VARIANCE_NEAR, _VARIANCE_FACTOR, _VARIANCE_SLACK = 1.0, 1.5, 0.02
 class TraceNaturalKL_ELBO(Trace_ELBO):
     r"""A divergence that covers the mass, with its natural gradient in place of the gradient.
 
-    .. math:: \delta = \Bigl(F + \lambda \operatorname{diag} F\Bigr)^{-1}
+    .. math:: \delta = (F + \lambda D)^{-1}
               \frac1n \sum_i r(w_i) \, \nabla_\phi \log q_\phi(z_i), \qquad
               F = \frac1n \sum_i \nabla \log q_\phi(z_i) \, \nabla \log q_\phi(z_i)^\top
 
@@ -46,7 +48,8 @@ class TraceNaturalKL_ELBO(Trace_ELBO):
     :math:`r(w) = \log w`, as in the reverse one, which draws strays in (down to -8). That is the f-divergence
     :math:`E_q f(w)` with :math:`f''(w) = 1 / (w \min(1, w))`. An optimizer that scales every parameter by
     itself, as Adam does, takes thousands of steps to move mass from one mode to another: that takes all
-    layers together. F knows how they act together.
+    layers together. F knows how they act together. D is the diagonal of F, and at least a hundredth of its
+    mean in the units of :meth:`FlowTransform.parameter_units`.
 
     `loss_and_grads` leaves :math:`-\delta` as the gradient, so the optimizer is
     ``pyro.optim.SGD({"lr": 1.0})``. A direction is tried on a fresh batch of draws first, and is
@@ -129,7 +132,7 @@ class TraceNaturalKL_ELBO(Trace_ELBO):
         parameters = _parameters(model_trace, guide_trace)
         log_weight, is_kept = finite_log_weights(model_trace, guide_trace)
         scores = score_matrix(guide_trace, parameters, len(log_weight))
-        direction = NaturalDirection(scores, log_weight)
+        direction = NaturalDirection(scores, log_weight, parameter_units(guide_trace, parameters))
 
         def draw() -> Tensor:
             with torch.no_grad(), warnings.catch_warnings():
@@ -173,20 +176,27 @@ class TraceNaturalKL_ELBO(Trace_ELBO):
 class NaturalDirection:
     r"""The damped natural gradient for any damping.
 
-    With A the centered scores of the draws, every column scaled to mean square one, and r the
-    :func:`residuals`, it is :math:`A^\top (A A^\top / n + \lambda I)^{-1} r / n` in the scaled parameters: a
-    system of the size of the number of draws, and not of parameters.
+    .. math:: \delta = (F + \lambda D)^{-1} \frac1n A^\top r, \qquad F = \frac1n A^\top A, \qquad
+              D_{jj} = F_{jj} + \frac{0.01}{u_j^2} \operatorname{mean}_k u_k^2 F_{kk}
+
+    with A the centered scores of the draws, r their :func:`residuals` and u the units of the parameters. The
+    second term of D is Levenberg's, the first one Marquardt's, which alone would let a parameter
+    on which the density does not depend yet run away: at the start of a flow, where the layers do nothing,
+    that is where their bends are. What is solved is the system of the size of the number of draws, and not of
+    parameters.
 
     :param scores: gradients of log q at fixed draws, shape ``(num_draws, num_parameters)``.
     :param log_weights: of the draws, shape ``(num_draws,)``.
+    :param units: what counts as a large change of a parameter, shape ``(num_parameters,)``; 1 if not given.
     """
 
-    def __init__(self, scores: Tensor, log_weights: Tensor) -> None:
+    def __init__(self, scores: Tensor, log_weights: Tensor, units: Tensor | None = None) -> None:
         # A draw whose score has overflown says nothing.
         scores = torch.where(torch.isfinite(scores).all(1, keepdim=True), scores, 0.0)
         self._scores = scores.sub_(scores.mean(0))
-        square = torch.linalg.vector_norm(scores, dim=0).square() / len(scores)
-        self._scale = (square + 1e-6 * square.mean() + torch.finfo(square.dtype).tiny).rsqrt()
+        units = torch.ones_like(scores[0]) if units is None else units
+        square = (torch.linalg.vector_norm(scores, dim=0) * units).square() / len(scores)
+        self._scale = units * (square + _FLOOR * square.mean() + torch.finfo(square.dtype).tiny).rsqrt()
         scores *= self._scale
         # The product is the cost of a flow with many parameters. Its rounding, in single precision 1e-6 of
         # the mean of the diagonal, is far below any damping; that of a solution with it might not be.

@@ -26,7 +26,7 @@ def natural_svi(
 ) -> AdaAnnSVI:
     """Return an `AdaAnnSVI` that follows the tempered densities closely, by natural gradients.
 
-    It anneals from the base of the guide, on path ``"bridge"``; every stage waits until half of the
+    It anneals from the base of the guide, on path ``"bridge"``; every stage waits until four fifths of the
     guide's draws count (:class:`~pyro_adaann.ESSStageRule`), the next inverse temperature leaves nine
     tenths of them (:class:`~pyro_adaann.CESSSchedule`), the loss is
     :class:`~pyro_adaann.TraceNaturalKL_ELBO`, and a :class:`~pyro_adaann.Ladder` watches for lost modes. It
@@ -58,7 +58,7 @@ def natural_svi(
     settings: dict[str, Any] = {
         "path": "bridge",
         "schedule": CESSSchedule(0.9, initial_inverse_temperature=1e-8),
-        "stage_rule": ESSStageRule(0.5, max_num_steps=20),
+        "stage_rule": ESSStageRule(0.8, max_num_steps=20),
         "ladder": Ladder(),
         "num_initial_steps": 1,
         "num_steps_per_stage": 1,

@@ -23,7 +23,13 @@ from torch import Tensor
 from pyro_adaann.particles import PARTICLE_PLATE, per_particle, sites_of
 from pyro_adaann.tempering import is_delta
 
-__all__ = ["fixed_log_density", "has_density", "log_density_at_fixed_draws", "score_matrix"]
+__all__ = [
+    "fixed_log_density",
+    "has_density",
+    "log_density_at_fixed_draws",
+    "parameter_units",
+    "score_matrix",
+]
 
 #: Backward passes that run together for the scores of guides that are no flow of this package.
 _ROWS_AT_ONCE = 100
@@ -107,6 +113,19 @@ def score_matrix(guide_trace: Trace, parameters: dict[str, Tensor], num_particle
             f"{', '.join(idle)}. A point estimate (AutoDelta) has no density: use Trace_ELBO."
         )
     return torch.cat(list(columns.values()), dim=1)
+
+
+def parameter_units(guide_trace: Trace, parameters: dict[str, Tensor]) -> Tensor:
+    """Return what counts as a large change of every number, in the order of :func:`score_matrix`.
+
+    A flow of this package knows; for other parameters it is 1.
+    """
+    units = {id(p): torch.ones_like(p) for p in parameters.values()}
+    for site in filter(has_density, sites_of(guide_trace)):
+        transform = _flow(site["fn"])
+        found = {} if transform is None else transform.parameter_units()
+        units.update((id(p), unit) for p, unit in found.items() if id(p) in units)
+    return torch.cat([unit.detach().reshape(-1) for unit in units.values()])
 
 
 def _add_rows(log_q: Tensor, parameters: Sequence[Tensor], columns: dict[int, Tensor]) -> set[int]:

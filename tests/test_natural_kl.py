@@ -100,17 +100,43 @@ def test_the_system_of_the_draws_is_that_of_the_parameters():
             -3, 2, num_parameters, dtype=torch.float64
         )
         log_weights = torch.randn(num_draws, dtype=torch.float64)
-        got = NaturalDirection(scores, log_weights).solve(0.3)
+        units = torch.logspace(1, -1, num_parameters, dtype=torch.float64)
+        got = NaturalDirection(scores, log_weights, units).solve(0.3)
         centered = scores - scores.mean(0)
         fisher = centered.T @ centered / num_draws
-        diagonal = fisher.diagonal() + 1e-6 * fisher.diagonal().mean()
+        diagonal = fisher.diagonal() + 0.01 * (units**2 * fisher.diagonal()).mean() / units**2
         gradient = residuals(log_weights) @ centered / num_draws
         expected = torch.linalg.solve(fisher + 0.3 * torch.diag(diagonal), gradient)
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10)
         # Half the quadratic form is the divergence of the step, and stays in its bound.
-        bounded = NaturalDirection(scores, log_weights).solve(0.3, max_kl=1e-3)
+        bounded = NaturalDirection(scores, log_weights, units).solve(0.3, max_kl=1e-3)
         assert float(0.5 * bounded @ fisher @ bounded) == pytest.approx(1e-3)
         torch.testing.assert_close(bounded / bounded.norm(), got / got.norm())
+
+
+def test_the_step_of_a_planar_flow_is_the_same_in_any_unit_of_the_latents():
+    torch.manual_seed(0)
+    x, log_weights = torch.randn(200, 2).double(), torch.randn(200).double()
+    steps = []
+    for unit in (1.0, 1000.0):
+        torch.manual_seed(1)
+        stack = PlanarStack(2, 5).double()
+        stack.reset_parameters(loc=0.0, scale=unit)
+        with torch.no_grad():
+            stack.u.normal_().mul_(0.1 * unit)
+        points = x * unit
+        grads = stack.point_gradients(points, -stack.score(points, -points / unit**2), -1.0)
+        scores = torch.cat([grad.flatten(1) for grad in grads.values()], dim=1)
+        units = torch.cat([value.flatten() for value in stack.parameter_units().values()])
+        step = NaturalDirection(scores, log_weights, units).solve(0.1)
+        back = torch.cat(
+            [
+                torch.full_like(p, factor).flatten()
+                for p, factor in zip(stack.parameters(), (1 / unit, unit, 1.0), strict=True)
+            ]
+        )
+        steps.append(step * back)
+    torch.testing.assert_close(*steps)
 
 
 @pytest.mark.parametrize("stack", [PlanarStack(3, 70), RealNVPStack(3, 5, [7, 6]), RealNVPStack(2, 1, [4])])

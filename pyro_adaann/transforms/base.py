@@ -121,6 +121,14 @@ class FlowTransform(TransformModule):
         gradients = torch.func.vmap(torch.func.grad(total), in_dims=(None, 0, 0))(values, x, grad_y)
         return dict(gradients)
 
+    def parameter_units(self) -> dict[Tensor, Tensor]:
+        """Return for every trained parameter what counts as a large change of it, in its shape; here 1."""
+        return {
+            parameter: torch.ones_like(parameter)
+            for parameter in self.parameters()
+            if parameter.requires_grad
+        }
+
     def _define(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Do :meth:`_forward` in ordinary operations, which function transforms of torch see through."""
         return self._forward(x)

@@ -127,6 +127,17 @@ class PlanarStack(FlowTransform):
         return _point_gradients(x, self.u, self.w, self.b, grad_y, grad_log_det)
 
     @torch.no_grad()
+    def parameter_units(self) -> dict[Tensor, Tensor]:
+        """Return the width of every layer's bend, 1 / |w|, for u, its inverse for w, and 1 for b."""
+        size = self.w.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(self.w.dtype).tiny)
+        units = {
+            self.u: 1 / size.expand_as(self.u),
+            self.w: size.expand_as(self.w),
+            self.b: torch.ones_like(self.b),
+        }
+        return {parameter: unit for parameter, unit in units.items() if parameter.requires_grad}
+
+    @torch.no_grad()
     def _score(self, x: Tensor, base_score: Tensor) -> Tensor:
         return _score(x, base_score, constrain(self.u, self.w), self.w, self.b)
 
