@@ -8,7 +8,8 @@ is in the result file already is not repeated, so a study that was stopped goes 
 the table of the docs. ``paper`` is AdaAnn as published (tolerance 0.01, 5 steps a stage, minus the
 ELBO); ``tracked`` is the mixed divergence (forward weight 0.5), stages that end at an effective sample
 size of a half, and the conditional effective sample size 0.9 as schedule. Both refine with 1,000 steps
-at 1, learning rate falling to a hundredth.
+at 1, learning rate falling to a hundredth. ``natural`` is `natural_svi`; Pyro's guide takes it on the path
+``joint``.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from pyro_adaann import (
     ESSStageRule,
     Ladder,
     TraceMixedKL_ELBO,
-    TraceNaturalKL_ELBO,
     diagnose,
     importance_draws,
+    natural_svi,
 )
 
 RESULTS = Path(__file__).resolve().parent / "results" / "modes.jsonl"
@@ -67,20 +68,9 @@ def make_svi(target: Target, guide_name: str, settings: str) -> AdaAnnSVI:
     """Return a fit, not yet run."""
     guide = GUIDES[guide_name](target)
     if settings == "natural":
-        return AdaAnnSVI(
-            target.model,
-            guide,
-            pyro.optim.SGD({"lr": 1.0}),
-            TraceNaturalKL_ELBO(500),
-            # The path from the base, where the guide starts; Pyro's guide has none.
-            path="joint" if guide_name == "iaf" else "bridge",
-            schedule=CESSSchedule(0.9, initial_inverse_temperature=0.01 if guide_name == "iaf" else 0.001),
-            stage_rule=ESSStageRule(0.5, max_num_steps=20),
-            num_initial_steps=1,
-            num_steps_per_stage=1,
-            num_final_steps=40,
-            ladder=Ladder(),
-        )
+        # The path from the base, where the guide starts, is the preset's; Pyro's guide has none.
+        joint = {"path": "joint", "schedule": CESSSchedule(0.9)} if guide_name == "iaf" else {}
+        return natural_svi(target.model, guide, **joint)
     optim = pyro.optim.ExponentialLR(
         {
             "optimizer": torch.optim.Adam,

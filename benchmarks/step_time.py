@@ -7,6 +7,8 @@ turns of six steps, so that both see the same machine; the figures are medians.
 
 * ours: `AdaAnnSVI` with `AutoPlanar` or `AutoRealNVP`, annealing, log factors recycled;
 * mixed: the same with `TraceMixedKL_ELBO(0.5)` in place of `Trace_ELBO`, as a multiple of ours;
+* natural: the same with `TraceNaturalKL_ELBO()` and its 500 particles, whatever the row has, as a multiple
+  of ours; in the rows with a target alone;
 * stock: `pyro.infer.SVI` with `AutoNormalizingFlow` of `planar` layers, or of `AffineCoupling` layers
   with `permute` between them and the same networks, one for the scale and one for the shift.
 """
@@ -30,7 +32,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide, AutoNormalizingFlow
 from pyro.nn import DenseNN
 
-from pyro_adaann import AdaAnnSVI, AutoPlanar, AutoRealNVP, TraceMixedKL_ELBO
+from pyro_adaann import AdaAnnSVI, AutoPlanar, AutoRealNVP, TraceMixedKL_ELBO, TraceNaturalKL_ELBO
 
 #: Steps that one driver takes before the other's turn.
 STEPS_PER_TURN = 6
@@ -114,18 +116,22 @@ def measure(
     def adam() -> pyro.optim.PyroOptim:
         return pyro.optim.Adam({"lr": 0.0005})
 
-    def mixed_guide() -> AutoGuide:
+    def another_guide(name: str) -> AutoGuide:
         guide = our_guide(model, flow, num_transforms, width)
         # A class of its own, since the parameters in Pyro's store go by its name.
-        guide.__class__ = type(f"Mixed{type(guide).__name__}", (type(guide),), {})
+        guide.__class__ = type(f"{name}{type(guide).__name__}", (type(guide),), {})
         guide._pyro_name = type(guide).__name__
         return guide
 
     ours = AdaAnnSVI(model, our_guide(model, flow, num_transforms, width), adam(), elbo())
     stock = SVI(model, stock_guide(model, flow, num_transforms, width), adam(), elbo())
     mixed_loss = TraceMixedKL_ELBO(0.5, num_particles=num_particles)
-    mixed = AdaAnnSVI(model, mixed_guide(), adam(), mixed_loss)
-    our_time, stock_time, mixed_time = median_times([ours, stock, mixed], num_turns)
+    mixed = AdaAnnSVI(model, another_guide("Mixed"), adam(), mixed_loss)
+    drivers = [ours, stock, mixed]
+    if (flow, num_transforms, width, dim, num_particles) in TARGETS:
+        sgd = pyro.optim.SGD({"lr": 1.0})
+        drivers.append(AdaAnnSVI(model, another_guide("Natural"), sgd, TraceNaturalKL_ELBO()))
+    our_time, stock_time, mixed_time, *natural_time = median_times(drivers, num_turns)
     return {
         "flow": flow,
         "layers": num_transforms,
@@ -136,6 +142,7 @@ def measure(
         "stock_ms": round(stock_time, 3),
         "ratio": round(stock_time / our_time, 2),
         "mixed": round(mixed_time / our_time, 2),
+        "natural": [round(t / our_time, 2) for t in natural_time],
     }
 
 
@@ -146,13 +153,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    print("flow     layers hidden latents particles   ours ms  stock ms   ratio   mixed")
+    print("flow     layers hidden latents particles   ours ms  stock ms   ratio   mixed  natural")
     for case in TARGETS if args.quick else [*TARGETS, *(c for c in GRID if c not in TARGETS)]:
         row = measure(*case, num_turns=4 if args.quick else 8)
         rows.append(row)
         print(
             "{flow:8} {layers:6} {hidden:6} {latents:7} {particles:9} {ours_ms:9.2f} "
-            "{stock_ms:9.2f} {ratio:7.1f} {mixed:7.2f}".format(**row),
+            "{stock_ms:9.2f} {ratio:7.1f} {mixed:7.2f}  {natural}".format(**row),
             flush=True,
         )
     if args.json:

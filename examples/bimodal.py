@@ -9,7 +9,7 @@ mode, `AdaAnnSVI` both. Run it with::
 
 Settings are those of the paper (Sections 2.4 and 4.1, Table 7), which needed 6.5 minutes for the
 annealed fit and took 354 temperature steps; but half of its 8,000 steps at t = 1 are enough here
-(``--paper`` for all of them). ``--natural`` takes natural gradients, and a hundred steps in all.
+(``--paper`` for all of them). ``--settings natural`` takes natural gradients, and a hundred steps in all.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("bimodal_results"))
     parser.add_argument("--fast", action="store_true", help="a few steps only, to try the script")
     parser.add_argument("--paper", action="store_true", help="the paper's 8,000 steps at t = 1")
-    parser.add_argument("--natural", action="store_true", help="natural gradients: a hundred steps in all")
+    parser.add_argument("--settings", choices=["paper", "natural"], default="paper", help="of AdaAnnSVI")
     args = parser.parse_args(arguments)
 
     start = time.perf_counter()
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     without = fit_without_annealing(num_steps=20 if args.fast else 1200)
     pyro.clear_param_store()  # a new fit of guides of the same name
     pyro.set_rng_seed(args.seed)
-    if args.natural:
+    if args.settings == "natural":
         svi = natural_svi(model, make_guide(), num_final_steps=2 if args.fast else 40)
     else:
         svi = make_svi(num_final_steps=20 if args.fast else 8000 if args.paper else 4000)

@@ -82,6 +82,7 @@ class TraceNaturalKL_ELBO(Trace_ELBO):
         >>> def model():
         ...     pyro.sample("z", dist.Normal(3.0, 0.5))
         >>> pyro.clear_param_store()  # a new fit
+        >>> pyro.set_rng_seed(0)
         >>> guide = AutoPlanar(model, num_transforms=8, base_scale=2.0)
         >>> svi = SVI(model, guide, pyro.optim.SGD({"lr": 1.0}), TraceNaturalKL_ELBO(300))
         >>> losses = [svi.step() for _ in range(30)]

@@ -48,6 +48,7 @@ def natural_svi(
         ...     z = pyro.sample("z", dist.Normal(0.0, 3.0))
         ...     pyro.sample("x", dist.Normal(z**2, 0.5), obs=torch.tensor(4.0))
         >>> pyro.clear_param_store()  # a new fit
+        >>> pyro.set_rng_seed(0)
         >>> guide = AutoPlanar(model, num_transforms=20, base_scale=3.0)
         >>> svi = natural_svi(model, guide)
         >>> history = svi.run(progress_bar=False)
