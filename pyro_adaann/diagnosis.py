@@ -20,6 +20,9 @@ _FAR_GAP = 5.0
 #: Two estimates of the log evidence differ if by more than this many nats, a quarter of the evidence, and
 #: by 3 standard errors. A lost mode of half the mass makes log 2 = 0.69.
 _NOTICEABLE_DIFFERENCE = 0.3
+#: Relative variance of the weights up to which the shape of their tail does not matter: draws that weigh W
+#: times the mean then hold less than 0.01 / W of the posterior.
+_NEGLIGIBLE_VARIANCE = 0.01
 #: Above this share of broken draws the rest says little about the guide.
 _MAX_BROKEN_SHARE = 0.1
 
@@ -100,9 +103,9 @@ class Diagnosis:
     @property
     def has_reliable_weights(self) -> bool:
         """Whether weighted means and the log evidence can be relied on, as far as the draws reach."""
-        # Weights all within 1 % have no tail to speak of, and their shape is one of rounding errors.
-        is_constant = self.ess > self.num_samples * (1 - 1e-4)
-        return self.broken_share <= _MAX_BROKEN_SHARE and (self.k_hat <= self.k_threshold or is_constant)
+        is_nearly_constant = self.ess > self.num_samples / (1 + _NEGLIGIBLE_VARIANCE)
+        is_shape_good = self.k_hat <= self.k_threshold or is_nearly_constant
+        return self.broken_share <= _MAX_BROKEN_SHARE and is_shape_good
 
     @property
     def lost_share(self) -> float | None:

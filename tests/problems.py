@@ -10,6 +10,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_adaann import AutoFlow, AutoPlanar, AutoRealNVP
+
 
 @dataclass(frozen=True)
 class ConjugateNormal:
@@ -103,3 +105,18 @@ def plated(data: Tensor, subsample_size: int | None = None) -> None:
     with pyro.plate("rows", len(data), dim=-1, subsample_size=subsample_size) as index:
         mean = slope.sum(-1) + weights[..., 0]
         pyro.sample("x", dist.Normal(mean, scale), obs=data[index])
+
+
+def agreeing_guide(problem: ConjugateNormal, path: str, t: float, flow: str) -> AutoFlow:
+    """A guide that is the tempered posterior: its flow is the identity, all else in it free."""
+    # On the bridge the base is part of the target, so it is a fixed point there.
+    base = problem.tempered("joint", 1.0, (0.0, 1.0))
+    loc, scale = problem.tempered(path, t, base) if path != "bridge" else base
+    guide_type = AutoPlanar if flow == "planar" else AutoRealNVP
+    guide = guide_type(problem.model, 4, base_loc=loc, base_scale=scale)
+    guide.initialize()
+    with torch.no_grad():
+        for name, parameter in guide.named_parameters():
+            if name == "transform.u" or "weights.2" in name or "biases.2" in name:
+                parameter.zero_()
+    return guide

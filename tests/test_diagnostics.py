@@ -327,6 +327,27 @@ def test_the_exact_guide_is_good_though_its_weights_have_no_tail():
     assert d.ess == pytest.approx(d.num_samples, rel=1e-4)
 
 
+def test_a_heavy_tail_that_holds_nothing_is_no_reason_to_throw_a_fit_away():
+    # A fifth of a percent of the posterior is three times as wide as the guide: the shape of the tail of
+    # the weights is 8/9, their variance infinite, and a thousandth of the mass is at stake.
+    def model() -> None:
+        components = dist.Normal(torch.zeros(2), torch.tensor([1.0, 3.0]))
+        mixture = dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.998, 0.002])), components)
+        pyro.sample("z", mixture)
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    pyro.set_rng_seed(0)
+    for _ in range(10):
+        diagnosis = diagnose((model, guide))
+        assert diagnosis.is_good
+        assert abs(diagnosis.log_evidence) < 0.005
+    worse = replace(diagnosis, k_hat=0.9, ess=0.98 * diagnosis.num_samples)
+    assert worse.verdict.startswith("UNRELIABLE")
+    assert replace(worse, ess=0.995 * diagnosis.num_samples).is_good
+
+
 def test_a_fit_that_stopped_half_way_is_never_fine():
     problem = Regression(0)
     guide = problem.guide(1.02)  # good by all its weights

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import conjugate_normal
+from problems import agreeing_guide, conjugate_normal
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal, AutoNormal, AutoNormalizingFlow
 from torch import Tensor
@@ -16,7 +16,6 @@ from torch import Tensor
 from pyro_adaann import (
     AdaAnnSVI,
     AutoPlanar,
-    AutoRealNVP,
     ConstantSchedule,
     LinearSchedule,
     TraceMixedKL_ELBO,
@@ -79,23 +78,14 @@ def test_with_nothing_forward_it_is_trace_elbo():
 @pytest.mark.parametrize("a", [0.0, 0.5, 1.0])
 def test_no_noise_where_guide_and_tempered_density_agree(path, flow, a):
     problem, t = conjugate_normal(), 0.3
-    # On the bridge the base is part of the target, so it is a fixed point there.
-    base = problem.tempered("joint", 1.0, (0.0, 1.0))
-    loc, scale = problem.tempered(path, t, base) if path != "bridge" else base
-    guide_type = AutoPlanar if flow == "planar" else AutoRealNVP
-    own = guide_type(problem.model, 4, base_loc=loc, base_scale=scale)
-    own.initialize()
-    with torch.no_grad():
-        for name, parameter in own.named_parameters():
-            if name == "transform.u" or "weights.2" in name or "biases.2" in name:
-                parameter.zero_()  # the flow is the identity, with all other parameters free
+    own = agreeing_guide(problem, path, t, flow)
     elbo = TraceMixedKL_ELBO(a, num_particles=50)
     svi = AdaAnnSVI(
         problem.model,
         own,
         pyro.optim.SGD({"lr": 1.0}),
         elbo,
-        schedule=ConstantSchedule() if t == 1 else LinearSchedule(2, initial_inverse_temperature=t),
+        schedule=LinearSchedule(2, initial_inverse_temperature=t),
         path=path,
     )
     before = [parameter.detach().clone() for parameter in own.parameters()]

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import conjugate_normal
+from problems import agreeing_guide, conjugate_normal
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import (
@@ -222,15 +222,7 @@ def test_scores_of_particles_are_the_gradient_of_the_fixed_density(make):
 @pytest.mark.parametrize("flow", ["planar", "realnvp"])
 def test_no_noise_where_guide_and_tempered_density_agree(path, flow):
     problem, t = conjugate_normal(), 0.3
-    base = problem.tempered("joint", 1.0, (0.0, 1.0))
-    loc, scale = problem.tempered(path, t, base) if path != "bridge" else base
-    guide_type = AutoPlanar if flow == "planar" else AutoRealNVP
-    own = guide_type(problem.model, 4, base_loc=loc, base_scale=scale)
-    own.initialize()
-    with torch.no_grad():
-        for name, parameter in own.named_parameters():
-            if name == "transform.u" or "weights.2" in name or "biases.2" in name:
-                parameter.zero_()  # the flow is the identity, with all other parameters free
+    own = agreeing_guide(problem, path, t, flow)
     svi = AdaAnnSVI(
         problem.model,
         own,
