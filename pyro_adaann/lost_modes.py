@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +40,9 @@ _LOOKBACK = (2, 4)
 _MIN_SHARE, _MIN_TEMPERED_SHARE = 0.05, 0.15
 #: Standard errors that a share has to be above zero.
 _NUM_ERRORS = 3.0
-#: Fewest effective draws behind a share.
-_MIN_ESS = 10.0
+#: Fewest effective draws behind a share, and the heaviest tail of their weights: from a shape of 1 on they
+#: have no mean, and the error of the share means nothing.
+_MIN_ESS, _MAX_SHAPE = 10.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,9 @@ def find_lost_modes(
     for r, batch in enumerate(drawn):
         # What a rung lacks and the next one has again was not lost.
         above = [_compare(svi, batch, coverage[r], rung) for rung in rungs[r + 1 : r + 3]]
-        min_ess = min(min_ess, above[0][2] / num_samples)
+        min_ess = min(min_ess, above[0].ess / num_samples)
         if all(_is_lost(found, _MIN_TEMPERED_SHARE) for found in above):
-            lost.append(loss(r, *above[0][:2]))
+            lost.append(loss(r, above[0].share, above[0].se))
     # A mode may be next to nothing of the tempered densities at first and much of the posterior: seen from
     # afar, as far as the draws reach.
     seen = [
@@ -160,9 +161,9 @@ def find_lost_modes(
     ]
     if seen:
         highest = seen[-1][0]
-        share, se, _ = min((found for _, found in seen), key=lambda found: found[1])
+        surest = min((found for _, found in seen), key=lambda found: found.se)
         lost = [part for part in lost if part.rung is not below[highest]]
-        lost.append(loss(highest, share, se))
+        lost.append(loss(highest, surest.share, surest.se))
     lost.sort(key=lambda part: part.lower)
     return LadderReport(len(below), lost, min_ess)
 
@@ -302,21 +303,29 @@ def _log_mean(log_weights: Tensor) -> float:
     return float(log_weights.logsumexp(0)) - math.log(len(log_weights))
 
 
-def _compare(
-    svi: AdaAnnSVI, drawn: _RungDraws, best: Tensor, rung: Rung | None
-) -> tuple[float, float, float]:
-    """Return what share of the density at a rung it lacks, the error of it, and the effective draws."""
+class _Comparison(NamedTuple):
+    """What share of the density at a rung it lacks, its error, and the weights behind it."""
+
+    share: float
+    se: float
+    ess: float
+    k_hat: float
+
+
+def _compare(svi: AdaAnnSVI, drawn: _RungDraws, best: Tensor, rung: Rung | None) -> _Comparison:
     log_weights = drawn.log_weights(_inverse_temperature(svi, rung))
-    if (log_weights == -torch.inf).all():
-        return 0.0, 0.0, 0.0
+    try:
+        k_hat = pareto_smooth(log_weights)[1]
+    except ValueError:  # next to no draw has a weight
+        return _Comparison(0.0, 0.0, 0.0, math.inf)
     coverage = _log_coverage(svi, drawn, rung, _log_mean(log_weights))
     is_lost = coverage < best.clamp(max=0.0) + math.log(_MIN_COVER)
     weights = log_weights.softmax(0)
     share = float(weights[is_lost].sum())
     se = float((weights * (is_lost.double() - share)).square().sum().sqrt())
-    return share, se, effective_sample_size(log_weights)
+    return _Comparison(share, se, effective_sample_size(log_weights), k_hat)
 
 
-def _is_lost(found: tuple[float, float, float], min_share: float) -> bool:
-    share, se, ess = found
-    return ess >= _MIN_ESS and share > max(min_share, _NUM_ERRORS * se)
+def _is_lost(found: _Comparison, min_share: float) -> bool:
+    is_sure = found.ess >= _MIN_ESS and found.k_hat <= _MAX_SHAPE
+    return is_sure and found.share > max(min_share, _NUM_ERRORS * found.se)
