@@ -106,9 +106,9 @@ def _end_last_line(path: Path) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits are more than the noise; what is not finite is null, for JSON has no word for it."""
+    """Seven digits: a sd may be 1e-4 of the mean. What is not finite is null: JSON has no word for it."""
     if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
+        return float(f"{value:.7g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
