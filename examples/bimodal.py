@@ -32,6 +32,7 @@ from pyro_adaann import (
     AnnealingSchedule,
     AutoPlanar,
     natural_svi,
+    to_arviz,
 )
 
 MIDDLE = -2.0  # between the two modes
@@ -151,7 +152,8 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     guides = {"SVI": without, "AdaAnnSVI": svi.guide}
     plot(guides, history, args.out / "bimodal.png")
-    print(f"wrote {args.out / 'bimodal.png'}")
+    to_arviz(svi, log_likelihood=False).to_netcdf(str(args.out / "posterior.nc"))
+    print(f"wrote {args.out / 'bimodal.png'} and posterior.nc")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 #: Script, its arguments, and the files it writes.
 SCRIPTS = {
-    "bimodal": ([], {"bimodal.png"}),
+    "bimodal": ([], {"bimodal.png", "posterior.nc"}),
     "lynx_hare": ([], {"posterior.nc", "trajectories.png", "pairs.png", "schedule.png"}),
     "mixture_1d": ([], {"posterior.nc", "densities.png", "schedule.png"}),
     "mixture_2d": ([], {"posterior.nc", "densities.png", "schedule.png"}),
