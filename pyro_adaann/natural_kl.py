@@ -48,8 +48,8 @@ class TraceNaturalKL_ELBO(Trace_ELBO):
     :math:`r(w) = \log w`, as in the reverse one, which draws strays in (down to -8). That is the f-divergence
     :math:`E_q f(w)` with :math:`f''(w) = 1 / (w \min(1, w))`. An optimizer that scales every parameter by
     itself, as Adam does, takes thousands of steps to move mass from one mode to another: that takes all
-    layers together. F knows how they act together. D is the diagonal of F, and at least a hundredth of its
-    mean in the units of :meth:`FlowTransform.parameter_units`.
+    layers together. F knows how they act together. D is the diagonal of F and a hundredth of its mean, in
+    units of the parameters that a flow of this package knows.
 
     `loss_and_grads` leaves :math:`-\delta` as the gradient, so the optimizer is
     ``pyro.optim.SGD({"lr": 1.0})``. A direction is tried on a fresh batch of draws first, and is
