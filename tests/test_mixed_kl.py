@@ -16,9 +16,12 @@ from torch import Tensor
 from pyro_adaann import (
     AdaAnnSVI,
     AutoPlanar,
+    CESSSchedule,
     ConstantSchedule,
+    ESSStageRule,
     LinearSchedule,
     TraceMixedKL_ELBO,
+    importance_draws,
 )
 from pyro_adaann.mixed_kl import truncated_weights
 
@@ -167,7 +170,11 @@ def test_it_refuses_what_it_cannot_do():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_the_balance_of_separated_modes(seed):
-    """Weights 0.7 and 0.3, 5.7 apart: the forward divergence finds them, where the other cannot."""
+    """Weights 0.7 and 0.3, 5.7 apart, with the settings of the page on lost modes.
+
+    The guide's own shares keep some noise (up to 0.2 in 80 fits of ``benchmarks/modes.py``); importance
+    weights put them right.
+    """
     mixture = torch.distributions.MixtureSameFamily(
         torch.distributions.Categorical(torch.tensor([0.7, 0.3])),
         torch.distributions.Independent(
@@ -184,11 +191,17 @@ def test_the_balance_of_separated_modes(seed):
     svi = AdaAnnSVI(
         bimodal,
         own,
-        pyro.optim.Adam({"lr": 0.003}),
+        pyro.optim.ExponentialLR(
+            {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.002}, "gamma": 0.01**1e-3}
+        ),
         TraceMixedKL_ELBO(0.5, num_particles=100),
+        schedule=CESSSchedule(0.9),
+        stage_rule=ESSStageRule(0.5, max_num_steps=300),
         num_initial_steps=300,
         num_final_steps=1000,
     )
     svi.run(progress_bar=False)
-    share = float((own.sample_posterior(10_000)["z"][:, 0] < 0).float().mean())
-    assert share == pytest.approx(0.7, abs=0.1)
+    draws = importance_draws(svi, num_samples=20_000)
+    is_first = (draws.samples["z"][:, 0] < 0).double()
+    assert float(is_first.mean()) == pytest.approx(0.7, abs=0.2)
+    assert float(draws.log_weights.softmax(0) @ is_first) == pytest.approx(0.7, abs=0.03)
