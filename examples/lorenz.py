@@ -11,7 +11,7 @@ are below 0.1, and r = 28 is nine sds of the base away. Run it with::
     python examples/lorenz.py --noise-variance 0.2 --out lorenz_results
 
 Settings are those of the paper (Section 4.4 and Table 7); their guide ends too wide, twice at variance
-0.001. ``--settings natural`` follows every tempered density by natural gradients: a hundred and fifty updates
+0.001. ``--settings natural`` follows every tempered density by natural gradients: two hundred updates
 in place of thousands, and closer. The result is printed beside the paper's Table 4 and the exact posterior of
 the same data, which ``benchmarks/reference/ode_exact.py`` computes.
 """

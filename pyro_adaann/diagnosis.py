@@ -21,7 +21,7 @@ _FAR_GAP = 5.0
 #: by 3 standard errors. A lost mode of half the mass makes log 2 = 0.69.
 _NOTICEABLE_DIFFERENCE = 0.3
 #: Relative variance of the weights up to which the shape of their tail does not matter: draws that weigh W
-#: times the mean then hold less than 0.01 / W of the posterior.
+#: times the mean, or more, then hold about 0.01 / W of the posterior at most.
 _NEGLIGIBLE_VARIANCE = 0.01
 #: Above this share of broken draws the rest says little about the guide.
 _MAX_BROKEN_SHARE = 0.1

@@ -122,12 +122,8 @@ class FlowTransform(TransformModule):
         return dict(gradients)
 
     def parameter_units(self) -> dict[Tensor, Tensor]:
-        """Return for every trained parameter what counts as a large change of it, in its shape; here 1."""
-        return {
-            parameter: torch.ones_like(parameter)
-            for parameter in self.parameters()
-            if parameter.requires_grad
-        }
+        """Return for every parameter what counts as a large change of it, in its shape; here 1."""
+        return {parameter: torch.ones_like(parameter) for parameter in self.parameters()}
 
     def _define(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Do :meth:`_forward` in ordinary operations, which function transforms of torch see through."""

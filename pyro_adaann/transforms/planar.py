@@ -130,12 +130,8 @@ class PlanarStack(FlowTransform):
     def parameter_units(self) -> dict[Tensor, Tensor]:
         """Return the width of every layer's bend, 1 / |w|, for u, its inverse for w, and 1 for b."""
         size = self.w.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(self.w.dtype).tiny)
-        units = {
-            self.u: 1 / size.expand_as(self.u),
-            self.w: size.expand_as(self.w),
-            self.b: torch.ones_like(self.b),
-        }
-        return {parameter: unit for parameter, unit in units.items() if parameter.requires_grad}
+        ones = torch.ones_like(self.w)
+        return {self.u: ones / size, self.w: ones * size, self.b: torch.ones_like(self.b)}
 
     @torch.no_grad()
     def _score(self, x: Tensor, base_score: Tensor) -> Tensor:
