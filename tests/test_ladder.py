@@ -26,6 +26,7 @@ from pyro_adaann import (
     mixture_draws,
     to_arviz,
 )
+from pyro_adaann.lost_modes import _Comparison, _is_lost
 
 MEANS = torch.tensor([[-2.0, -2.0], [2.0, 2.0]])
 WEIGHTS = torch.tensor([0.7, 0.3])
@@ -245,6 +246,13 @@ def test_what_it_cannot_do():
         find_lost_modes(svi)
     with pytest.raises(ValueError, match="rung of this fit"):
         svi.restart(narrowed(0).ladder.rungs[0])
+
+
+def test_a_share_counts_if_its_weights_have_a_mean_and_draws_behind_them():
+    sure = _Comparison(share=0.5, se=0.05, ess=50.0, k_hat=0.6)
+    assert _is_lost(sure, 0.05)
+    for doubt in ({"k_hat": 1.2}, {"ess": 5.0}, {"se": 0.2}, {"share": 0.04, "se": 0.001}):
+        assert not _is_lost(sure._replace(**doubt), 0.05)
 
 
 @pytest.mark.slow

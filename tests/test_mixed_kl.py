@@ -170,10 +170,9 @@ def test_it_refuses_what_it_cannot_do():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_the_balance_of_separated_modes(seed):
-    """Weights 0.7 and 0.3, 5.7 apart, with the settings of the page on lost modes.
+    """Weights 0.7 and 0.3, 5.7 apart: the settings of the page on lost modes, and many draws at the end.
 
-    The guide's own shares keep some noise (up to 0.2 in 80 fits of ``benchmarks/modes.py``); importance
-    weights put them right.
+    With a hundred to the end the guide's own share of the larger mode came out between 0.75 and 0.86.
     """
     mixture = torch.distributions.MixtureSameFamily(
         torch.distributions.Categorical(torch.tensor([0.7, 0.3])),
@@ -199,9 +198,10 @@ def test_the_balance_of_separated_modes(seed):
         stage_rule=ESSStageRule(0.5, max_num_steps=300),
         num_initial_steps=300,
         num_final_steps=1000,
+        final_loss=TraceMixedKL_ELBO(0.9, num_particles=1000),
     )
     svi.run(progress_bar=False)
     draws = importance_draws(svi, num_samples=20_000)
     is_first = (draws.samples["z"][:, 0] < 0).double()
-    assert float(is_first.mean()) == pytest.approx(0.7, abs=0.2)
+    assert float(is_first.mean()) == pytest.approx(0.7, abs=0.1)
     assert float(draws.log_weights.softmax(0) @ is_first) == pytest.approx(0.7, abs=0.03)
