@@ -15,8 +15,9 @@ from pyro_adaann.importance import (
 )
 from pyro_adaann.io_arviz import to_arviz
 from pyro_adaann.ladder import Ladder, Rung
-from pyro_adaann.lost_modes import LadderReport, LostMode, find_lost_modes, mixture_draws
+from pyro_adaann.lost_modes import LadderReport, LostMode, find_lost_modes
 from pyro_adaann.mixed_kl import TraceMixedKL_ELBO
+from pyro_adaann.mixture import mixture_draws
 from pyro_adaann.natural_kl import TraceNaturalKL_ELBO
 from pyro_adaann.presets import natural_svi
 from pyro_adaann.results import AnnealingHistory, AnnealingStage, Recovery

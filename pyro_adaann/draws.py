@@ -228,10 +228,10 @@ class GuideDraws:
         terms = [per_particle(site, site["log_prob"]) for site in sites_of(guide_trace) if has_density(site)]
         return torch.as_tensor(sum(terms)).double().reshape(-1).expand(num_samples)
 
-    def score_guide(self, batch: DrawBatch) -> Tensor:
+    def score_guide(self, guide_trace: Trace, num_samples: int) -> Tensor:
         """Return the log density of the guide, with its present parameters, at draws made before."""
-        fixed, num_samples = Trace(), len(batch.log_p)
-        for site in filter(has_density, sites_of(batch.guide_trace)):
+        fixed = Trace()
+        for site in filter(has_density, sites_of(guide_trace)):
             # A copy: a transform may remember the point that it has mapped there.
             name, value = site["name"], site["value"].clone()
             fixed.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})

@@ -135,6 +135,19 @@ class Ladder:
         self._covered = 0.0
 
 
+def rungs_and_guide(ladder: Ladder | None) -> list[Rung | None]:
+    """Return the rungs of a fit and, as None, the guide as it is.
+
+    :raises ValueError: if there are no rungs.
+    """
+    if ladder is None or not ladder.rungs:
+        raise ValueError(
+            "Expected a fit that has kept a ladder; got none. Give AdaAnnSVI `ladder=Ladder()`, and train "
+            "before you ask."
+        )
+    return [*ladder.rungs, None]
+
+
 @contextmanager
 def guide_at(rung: Rung | None, parameters: dict[str, Tensor]) -> Iterator[None]:
     """Give the guide the parameters of a rung for a while; of None, its own."""

@@ -16,20 +16,21 @@ reach of a wide rung in few.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_adaann.draws import DrawBatch, GuideDraws
-from pyro_adaann.importance import WeightedDraws, effective_sample_size, pareto_smooth
-from pyro_adaann.ladder import Rung, guide_at
+from pyro_adaann.draws import GuideDraws
+from pyro_adaann.importance import effective_sample_size, pareto_smooth
+from pyro_adaann.ladder import Rung, guide_at, rungs_and_guide
 from pyro_adaann.particles import log_factors
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.tempering import Tempering
 
-__all__ = ["LadderReport", "LostMode", "find_lost_modes", "mixture_draws"]
+__all__ = ["LadderReport", "LostMode", "find_lost_modes"]
 
 #: A guide has next to nothing of a density where it has less than this share of it, or of what it had.
 _MIN_COVER = 1 / 20
@@ -40,9 +41,15 @@ _LOOKBACK = (2, 4)
 _MIN_SHARE, _MIN_TEMPERED_SHARE = 0.05, 0.15
 #: Standard errors that a share has to be above zero.
 _NUM_ERRORS = 3.0
+#: Draws of a rung at a time.
+_BATCH_SIZE = 5000
+#: The inverse temperature to draw at: the log weight is linear in t, and scaling by 1/2 is free of rounding.
+_HALF = 0.5
 #: Fewest effective draws behind a share, and the heaviest tail of their weights: from a shape of 1 on they
 #: have no mean, and the error of the share means nothing.
 _MIN_ESS, _MAX_SHAPE = 10.0, 1.0
+#: The heaviest tail that a few times as many draws may thin so far.
+_MAX_SHAPE_IN_REACH = 2.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ class LadderReport:
 
 
 def find_lost_modes(
-    svi: AdaAnnSVI, *args: Any, num_samples: int = 5000, vectorize: bool = True, **kwargs: Any
+    svi: AdaAnnSVI, *args: Any, num_samples: int = 20_000, vectorize: bool = True, **kwargs: Any
 ) -> LadderReport:
     """Compare every rung of the ladder of a fit with the next two and with the guide.
 
@@ -116,9 +123,10 @@ def find_lost_modes(
 
     :param svi: a fit with a ladder.
     :param args: arguments of model and guide as in ``svi.step``, with ``kwargs``.
-    :param num_samples: draws of every rung.
+    :param num_samples: most draws of a rung. The first 5,000 are all where they leave no loss possible.
     :param vectorize: whether model and guide run for all draws at once.
-    :raises ValueError: if the fit has no ladder or has taken no step, and as :func:`diagnose` does.
+    :raises ValueError: if the fit has no ladder or has taken no step, if ``num_samples`` is not positive, and
+        as :func:`diagnose` does.
 
     Example::
 
@@ -135,172 +143,24 @@ def find_lost_modes(
         >>> find_lost_modes(svi).lost
         []
     """
-    rungs = _rungs(svi)
-    below = svi.ladder.rungs if svi.ladder is not None else []
-    drawn = [_draw(svi, rung, args, kwargs, num_samples, vectorize) for rung in below]
-    coverage = [_best_coverage(svi, below, drawn, r) for r in range(len(below))]
+    if num_samples < 1:
+        raise ValueError(f"Expected `num_samples` >= 1; got {num_samples}.")
+    looks = _Looks(svi, args, kwargs, vectorize)
+    last = len(looks.rungs) - 1
+    found = [looks.look(r, num_samples) for r in range(last)]
 
-    def loss(r: int, share: float, se: float) -> LostMode:
-        lower, upper = (_inverse_temperature(svi, rungs[k]) for k in (r, r + 1))
-        return LostMode(below[r], lower, upper, share, se)
+    def loss(r: int, upper: int, share: _Comparison) -> LostMode:
+        lower, higher = looks.inverse_temperatures[r], looks.inverse_temperatures[upper]
+        return LostMode(looks.rungs[r], lower, higher, share.share, share.se)  # type: ignore[arg-type]
 
-    lost: list[LostMode] = []
-    min_ess = 1.0
-    for r, batch in enumerate(drawn):
-        # What a rung lacks and the next one has again was not lost.
-        above = [_compare(svi, batch, coverage[r], rung) for rung in rungs[r + 1 : r + 3]]
-        min_ess = min(min_ess, above[0].ess / num_samples)
-        if all(_is_lost(found, _MIN_TEMPERED_SHARE) for found in above):
-            lost.append(loss(r, above[0].share, above[0].se))
-    # A mode may be next to nothing of the tempered densities at first and much of the posterior: seen from
-    # afar, as far as the draws reach.
-    seen = [
-        (r, found)
-        for r, batch in enumerate(drawn)
-        if _is_lost(found := _compare(svi, batch, coverage[r], None), _MIN_SHARE)
-    ]
+    lost = {r: loss(r, r + 1, look.above[0]) for r, look in enumerate(found) if _are_lost(look.above)}
+    # What several rungs see from afar has gone above the highest of them; the surest knows its share.
+    seen = [r for r, look in enumerate(found) if _is_lost(look.afar, _MIN_SHARE)]
     if seen:
-        highest = seen[-1][0]
-        surest = min((found for _, found in seen), key=lambda found: found.se)
-        lost = [part for part in lost if part.rung is not below[highest]]
-        lost.append(loss(highest, surest.share, surest.se))
-    lost.sort(key=lambda part: part.lower)
-    return LadderReport(len(below), lost, min_ess)
-
-
-def mixture_draws(
-    svi: AdaAnnSVI, *args: Any, num_samples: int = 10_000, vectorize: bool = True, **kwargs: Any
-) -> WeightedDraws:
-    r"""Draw from the rungs of a ladder and the guide together, and weigh the draws against the posterior.
-
-    .. math:: w_i = \frac{p(x, z_i)}{\tfrac{1}{R} \sum_r q_r(z_i)}, \qquad z_i \sim q_1, \dots, q_R
-
-    Where a rung still has a mode that the guide lost, the weighted draws have it too: a repaired
-    posterior, as good as its Pareto k-hat and effective sample size say. Where they say too little, anneal
-    again from the rung that :func:`find_lost_modes` names, ``svi.restart(rung)``, more slowly.
-
-    :param svi: a fit with a ladder.
-    :param args: arguments of model and guide as in ``svi.step``, with ``kwargs``.
-    :param num_samples: draws in all, the same number of every rung.
-    :param vectorize: whether model and guide run for all draws of a rung at once.
-    :raises ValueError: if the fit has no ladder or has taken no step, and as :func:`diagnose` does.
-
-    Source: Veach and Guibas, *Optimally combining sampling techniques*, SIGGRAPH 1995 (the balance
-    heuristic).
-
-    Example::
-
-        >>> import pyro, pyro.distributions as dist
-        >>> from pyro.infer import Trace_ELBO
-        >>> from pyro_adaann import AutoPlanar, AdaAnnSchedule, Ladder
-        >>> def model():
-        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
-        >>> pyro.clear_param_store()  # a new fit
-        >>> svi = AdaAnnSVI(model, AutoPlanar(model, 4), pyro.optim.Adam({"lr": 0.01}),
-        ...                 Trace_ELBO(num_particles=20, vectorize_particles=True), ladder=Ladder(),
-        ...                 schedule=AdaAnnSchedule(0.5), num_initial_steps=20, num_final_steps=20)
-        >>> history = svi.run(progress_bar=False)
-        >>> abs(float(mixture_draws(svi).mean("z"))) < 0.1  # exactly 0
-        True
-    """
-    rungs = _rungs(svi)
-    num_each = -(-num_samples // len(rungs))
-    draws = GuideDraws(svi, args, kwargs, vectorize=vectorize)
-    samples: dict[str, list[Tensor]] = {name: [] for name in draws.latent_names}
-    parts = []
-    for own in rungs:
-        with guide_at(own, svi._parameters.tensors):
-            batches = list(draws.batches(num_each, num_each))
-        for batch in batches:
-            log_q = draws.guide_density(batch.guide_trace, len(batch.log_p))
-            mixture = []
-            for rung in rungs:
-                with guide_at(rung, svi._parameters.tensors):
-                    mixture.append(draws.score_guide(batch))
-            # A draw out of reach of a rung's inverse has no density there.
-            log_mixture = torch.stack(mixture).nan_to_num(-torch.inf).logsumexp(0) - math.log(len(rungs))
-            # The rest of the guide's density, that of its Delta sites, does not depend on the rung.
-            parts.append((batch.log_p, batch.log_q - log_q + log_mixture))
-            for name, values in samples.items():
-                values.append(draws.values(batch.guide_trace, name, len(batch.log_p)))
-    log_p, log_q = map(torch.cat, zip(*parts, strict=True))
-    log_weights = torch.where(torch.isfinite(log_p - log_q), log_p - log_q, -torch.inf)
-    smoothed, k_hat = pareto_smooth(log_weights)
-    cat = {name: torch.cat(values) for name, values in samples.items()}
-    return WeightedDraws(cat, log_p, log_q, smoothed, k_hat)
-
-
-@dataclass(frozen=True)
-class _RungDraws:
-    """Draws of a rung: log q of them, and their log weight at t as ``offset + t * factor``."""
-
-    draws: GuideDraws
-    batches: list[DrawBatch]
-    log_q: Tensor
-    offset: Tensor
-    factor: Tensor
-
-    def log_weights(self, inverse_temperature: float) -> Tensor:
-        result = self.offset + inverse_temperature * self.factor
-        return torch.where(torch.isfinite(result), result, -torch.inf)
-
-
-def _rungs(svi: AdaAnnSVI) -> list[Rung | None]:
-    """Return the rungs of a fit and, as None, the guide as it is."""
-    if svi.ladder is None or not svi.ladder.rungs:
-        raise ValueError(
-            "Expected a fit that has kept a ladder; got none. Give AdaAnnSVI `ladder=Ladder()`, and train "
-            "before you ask."
-        )
-    return [*svi.ladder.rungs, None]
-
-
-def _inverse_temperature(svi: AdaAnnSVI, rung: Rung | None) -> float:
-    return svi.inverse_temperature if rung is None else rung.inverse_temperature
-
-
-def _draw(
-    svi: AdaAnnSVI, rung: Rung | None, args: Any, kwargs: Any, num_samples: int, vectorize: bool
-) -> _RungDraws:
-    # The log weight is linear in t, and with t = 1/2 scaling is free of rounding.
-    t = 0.5
-    tempering = Tempering(svi.model, svi.guide, svi.path, t)
-    with guide_at(rung, svi._parameters.tensors):
-        draws = GuideDraws((tempering.model, tempering.guide), args, kwargs, vectorize=vectorize)
-        batches, columns = [], []
-        for batch in draws.batches(num_samples, num_samples):
-            factor = log_factors(tempering, batch.model_trace, batch.guide_trace)
-            if factor is None:
-                raise ValueError(
-                    "Expected a guide without enumerated sites; got one with, whose draws have no weights of "
-                    "their own. Enumerate in the model."
-                )
-            log_q = draws.guide_density(batch.guide_trace, len(batch.log_p))
-            log_weights = batch.log_weights
-            columns.append(torch.stack([log_q, log_weights - t * factor, factor.double()]))
-            batches.append(batch)
-    return _RungDraws(draws, batches, *torch.cat(columns, dim=1))
-
-
-def _log_coverage(svi: AdaAnnSVI, drawn: _RungDraws, rung: Rung | None, log_normalizer: float) -> Tensor:
-    """Return the log of what a rung has of its tempered density, at draws of another one."""
-    with guide_at(rung, svi._parameters.tensors):
-        log_q = torch.cat([drawn.draws.score_guide(batch) for batch in drawn.batches])
-    log_p = drawn.log_q + drawn.log_weights(_inverse_temperature(svi, rung)) - log_normalizer
-    return (log_q - log_p).nan_to_num(-torch.inf)
-
-
-def _best_coverage(svi: AdaAnnSVI, rungs: list[Rung], drawn: list[_RungDraws], r: int) -> Tensor:
-    """Return the best log coverage at the draws of rung r, of itself and of some below."""
-    best = torch.full_like(drawn[r].log_q, -torch.inf)
-    for k in (r, *(r - back for back in _LOOKBACK if back <= r)):
-        log_normalizer = _log_mean(drawn[k].log_weights(rungs[k].inverse_temperature))
-        best = torch.maximum(best, _log_coverage(svi, drawn[r], rungs[k], log_normalizer))
-    return best
-
-
-def _log_mean(log_weights: Tensor) -> float:
-    return float(log_weights.logsumexp(0)) - math.log(len(log_weights))
+        surest = min((found[r].afar for r in seen), key=lambda afar: afar.se)
+        lost[seen[-1]] = loss(seen[-1], found[seen[-1]].upper, surest)
+    overlaps = [look.above[0].ess / look.num_samples for look in found]
+    return LadderReport(last, [lost[r] for r in sorted(lost)], min(overlaps))
 
 
 class _Comparison(NamedTuple):
@@ -312,20 +172,143 @@ class _Comparison(NamedTuple):
     k_hat: float
 
 
-def _compare(svi: AdaAnnSVI, drawn: _RungDraws, best: Tensor, rung: Rung | None) -> _Comparison:
-    log_weights = drawn.log_weights(_inverse_temperature(svi, rung))
-    try:
-        k_hat = pareto_smooth(log_weights)[1]
-    except ValueError:  # next to no draw has a weight
-        return _Comparison(0.0, 0.0, 0.0, math.inf)
-    coverage = _log_coverage(svi, drawn, rung, _log_mean(log_weights))
-    is_lost = coverage < best.clamp(max=0.0) + math.log(_MIN_COVER)
-    weights = log_weights.softmax(0)
-    share = float(weights[is_lost].sum())
-    se = float((weights * (is_lost.double() - share)).square().sum().sqrt())
-    return _Comparison(share, se, effective_sample_size(log_weights), k_hat)
-
-
 def _is_lost(found: _Comparison, min_share: float) -> bool:
     is_sure = found.ess >= _MIN_ESS and found.k_hat <= _MAX_SHAPE
     return is_sure and found.share > max(min_share, _NUM_ERRORS * found.se)
+
+
+def _seems_lost(found: _Comparison, min_share: float) -> bool:
+    """Whether more draws may show that a part is lost."""
+    return found.share > min_share and found.k_hat <= _MAX_SHAPE_IN_REACH
+
+
+def _are_lost(above: list[_Comparison]) -> bool:
+    """Whether all lack a part: what a rung lacks and the next one has again was not lost."""
+    return all(_is_lost(found, _MIN_TEMPERED_SHARE) for found in above)
+
+
+class _Look(NamedTuple):
+    """What the draws of a rung say.
+
+    :param above: of the next two rungs, each at its own inverse temperature.
+    :param afar: of the guide.
+    :param upper: the first of these that lacks most of what the guide lacks.
+    """
+
+    above: list[_Comparison]
+    afar: _Comparison
+    upper: int
+    num_samples: int
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether more draws would say no more: what seems lost is surely."""
+        is_open_above = all(_seems_lost(found, _MIN_TEMPERED_SHARE) for found in self.above)
+        is_open_afar = _seems_lost(self.afar, _MIN_SHARE)
+        return (_are_lost(self.above) or not is_open_above) and (
+            _is_lost(self.afar, _MIN_SHARE) or not is_open_afar
+        )
+
+
+@dataclass
+class _Draws:
+    """Draws of a rung: log q under it and some others, and the log weight at t as ``offset + t * factor``."""
+
+    own: int
+    inverse_temperatures: list[float]
+    log_q: dict[int, Tensor]
+    offset: Tensor
+    factor: Tensor
+
+    def __len__(self) -> int:
+        return len(self.factor)
+
+    def extend(self, more: _Draws) -> None:
+        """Append other draws of the rung."""
+        self.log_q = {s: torch.cat([log_q, more.log_q[s]]) for s, log_q in self.log_q.items()}
+        self.offset = torch.cat([self.offset, more.offset])
+        self.factor = torch.cat([self.factor, more.factor])
+
+    def log_weights(self, s: int) -> Tensor:
+        """Log weights to the density of rung s."""
+        result = self.offset + self.inverse_temperatures[s] * self.factor
+        return torch.where(torch.isfinite(result), result, -torch.inf)
+
+    def log_normalizer(self, s: int) -> float:
+        """Log normalizer of that density."""
+        return float(self.log_weights(s).logsumexp(0)) - math.log(len(self))
+
+    def log_coverage(self, s: int, log_normalizer: float) -> Tensor:
+        """Log of what rung s has of its density."""
+        log_p = self.log_q[self.own] + self.log_weights(s) - log_normalizer
+        return (self.log_q[s] - log_p).nan_to_num(-torch.inf)
+
+    def compare(self, s: int, is_lacking: Tensor) -> _Comparison:
+        """Share of the density of rung s at draws that it lacks."""
+        log_weights = self.log_weights(s)
+        try:
+            k_hat = pareto_smooth(log_weights)[1]
+        except ValueError:  # next to no draw has a weight
+            return _Comparison(0.0, 0.0, 0.0, math.inf)
+        weights = log_weights.softmax(0)
+        share = float(weights[is_lacking].sum())
+        se = float((weights * (is_lacking.double() - share)).square().sum().sqrt())
+        return _Comparison(share, se, effective_sample_size(log_weights), k_hat)
+
+
+class _Looks:
+    """The rungs of a fit, to be looked at from the lowest to the highest."""
+
+    def __init__(self, svi: AdaAnnSVI, args: Any, kwargs: Any, vectorize: bool) -> None:
+        self.rungs = rungs_and_guide(svi.ladder)
+        self.inverse_temperatures = [
+            svi.inverse_temperature if rung is None else rung.inverse_temperature for rung in self.rungs
+        ]
+        self._parameters = svi._parameters.tensors
+        self._tempering = Tempering(svi.model, svi.guide, svi.path, _HALF)
+        tempered = (self._tempering.model, self._tempering.guide)
+        self._guide_draws = GuideDraws(tempered, args, kwargs, vectorize=vectorize)
+        #: Of the density of every rung looked at, from its own draws.
+        self._log_normalizers: list[float] = []
+
+    def look(self, r: int, num_samples: int) -> _Look:
+        """Look at a batch of draws of rung r, and at more while they leave a loss possible."""
+        last = len(self.rungs) - 1
+        below = [r - back for back in (0, *_LOOKBACK) if back <= r]
+        above = range(r + 1, last + 1)[:2]
+        scorers = {*below, *above, last}
+        drawn = self._draw(r, scorers, min(_BATCH_SIZE, num_samples))
+        while not (look := self._compare(drawn, below, above)).is_settled and len(drawn) < num_samples:
+            drawn.extend(self._draw(r, scorers, min(_BATCH_SIZE, num_samples - len(drawn))))
+        return look
+
+    def _draw(self, r: int, scorers: set[int], num_samples: int) -> _Draws:
+        traces, columns = [], []
+        with guide_at(self.rungs[r], self._parameters):
+            for batch in self._guide_draws.batches(num_samples, num_samples):
+                factor = log_factors(self._tempering, batch.model_trace, batch.guide_trace)
+                if factor is None:
+                    raise ValueError(
+                        "Expected a guide without enumerated sites; got one with, whose draws have no "
+                        "weights of their own. Enumerate in the model."
+                    )
+                log_q = self._guide_draws.guide_density(batch.guide_trace, len(batch.log_p))
+                columns.append(torch.stack([log_q, batch.log_weights - _HALF * factor, factor.double()]))
+                traces.append((batch.guide_trace, len(batch.log_p)))
+        own, offset, factor = torch.cat(columns, dim=1)
+        scores = {r: own}
+        for s in scorers - {r}:
+            with guide_at(self.rungs[s], self._parameters):
+                scores[s] = torch.cat([self._guide_draws.score_guide(*trace) for trace in traces])
+        return _Draws(r, self.inverse_temperatures, scores, offset, factor)
+
+    def _compare(self, drawn: _Draws, below: list[int], above: Sequence[int]) -> _Look:
+        self._log_normalizers[drawn.own :] = [drawn.log_normalizer(drawn.own)]
+        best = torch.stack([drawn.log_coverage(k, self._log_normalizers[k]) for k in below]).amax(0)
+        least = best.clamp(max=0.0) + math.log(_MIN_COVER)
+        last = len(self.rungs) - 1
+        lacking = {s: drawn.log_coverage(s, drawn.log_normalizer(s)) < least for s in (*above, last)}
+        missed = drawn.log_weights(last).softmax(0) * lacking[last]
+        upper = next((s for s in lacking if 2 * missed[lacking[s]].sum() >= missed.sum()), last)
+        near = [drawn.compare(s, lacking[s]) for s in above]
+        return _Look(near, drawn.compare(last, lacking[last]), upper, len(drawn))

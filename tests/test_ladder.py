@@ -26,7 +26,7 @@ from pyro_adaann import (
     mixture_draws,
     to_arviz,
 )
-from pyro_adaann.lost_modes import _Comparison, _is_lost
+from pyro_adaann.lost_modes import _Comparison, _is_lost, _Look, _Looks
 
 MEANS = torch.tensor([[-2.0, -2.0], [2.0, 2.0]])
 WEIGHTS = torch.tensor([0.7, 0.3])
@@ -63,7 +63,7 @@ def first_weight_error(draws: WeightedDraws) -> tuple[float, float]:
     return abs(share - float(WEIGHTS[0])), se
 
 
-def narrowed(mode: int) -> AdaAnnSVI:
+def narrowed(mode: int, schedule: LinearSchedule | None = None, distance: float = 1.0) -> AdaAnnSVI:
     """A fit whose guide has covered both modes on its rungs, and has then gone to one of them."""
     guide = AutoNormal(bimodal, init_scale=3.0)
     svi = AdaAnnSVI(
@@ -71,10 +71,10 @@ def narrowed(mode: int) -> AdaAnnSVI:
         guide,
         pyro.optim.SGD({"lr": 0.0}),
         Trace_ELBO(num_particles=10, vectorize_particles=True),
-        schedule=LinearSchedule(2, initial_inverse_temperature=0.9),
+        schedule=schedule or LinearSchedule(2, initial_inverse_temperature=0.9),
         num_initial_steps=1,
         num_final_steps=1,
-        ladder=Ladder(),
+        ladder=Ladder(distance),
     )
     svi.run(progress_bar=False)
     with torch.no_grad():
@@ -99,6 +99,48 @@ def test_a_mode_that_is_gone_is_reported_with_its_share_and_comes_back(mode):
     assert se < 0.05
     assert error < 4 * se
     assert float(draws.log_weights.logsumexp(0)) - math.log(len(draws.log_p)) == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize("gone", [1, 2, 3])
+def test_a_loss_is_found_where_it_was(gone):
+    svi = narrowed(0, LinearSchedule(3, initial_inverse_temperature=0.1), distance=0.01)
+    narrow = {name: parameter.detach() for name, parameter in svi._parameters.tensors.items()}
+    # Rungs at 0.1 (twice: before and after training), 0.4 and 0.7: the upper ones have lost the mode.
+    for rung in svi.ladder.rungs[gone:]:
+        rung.values.update(narrow)
+    report = find_lost_modes(svi)
+    times = [rung.inverse_temperature for rung in svi.ladder.rungs]
+    assert times == pytest.approx([0.1, 0.1, 0.4, 0.7])
+    assert len(report.lost) == 1
+    assert (report.lost[0].lower, report.lost[0].upper) == (times[gone - 1], times[gone])
+    assert report.lost_share == pytest.approx(float(WEIGHTS[1]), abs=4 * report.lost[0].share_se + 0.02)
+
+
+def test_more_draws_where_a_loss_is_seen_and_not_sure():
+    nothing = _Comparison(share=0.01, se=0.01, ess=500.0, k_hat=0.3)
+    unsure = nothing._replace(share=0.3, se=0.15)
+    sure = nothing._replace(share=0.3, se=0.03)
+    out_of_reach = nothing._replace(share=1.0, se=0.0, ess=1.0, k_hat=50.0)
+    for above, afar, is_settled in [
+        ([nothing, nothing], nothing, True),
+        ([unsure, nothing], nothing, True),  # the next rung has it again
+        ([unsure, sure], nothing, False),
+        ([sure, sure], nothing, True),
+        ([nothing, nothing], unsure, False),
+        ([nothing, nothing], sure, True),
+        ([nothing, nothing], out_of_reach, True),
+        ([sure], unsure, False),
+    ]:
+        assert _Look(above, afar, upper=1, num_samples=5000).is_settled == is_settled
+
+
+def test_draws_are_as_many_as_asked_for_at_most():
+    svi = narrowed(0)
+    looks = _Looks(svi, (), {}, vectorize=True)
+    assert [looks.look(r, 700).num_samples for r in range(2)] == [700, 700]
+    assert looks.look(0, 20_000).num_samples == 5000  # a loss so plain that the first draws say it all
+    with pytest.raises(ValueError, match="num_samples"):
+        find_lost_modes(svi, num_samples=0)
 
 
 def test_the_verdict_and_the_export_say_so():

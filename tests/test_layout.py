@@ -37,6 +37,7 @@ ALLOWED = {
         {"draws", "importance", "ladder", "particles", "svi", "tempering"},
         False,
     ),
+    "mixture": ({"draws", "importance", "ladder", "svi"}, False),
     "recovery": ({"parameters", "results"}, False),
     "objective": ({"broken", "mixed_kl", "natural_kl", "particles", "schedules", "tempering"}, True),
     "parameters": (set(), True),
