@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pyro_adaann.importance import reliable_shape
 from pyro_adaann.lost_modes import LadderReport
 from pyro_adaann.thermodynamic import ThermodynamicEstimate
 
@@ -89,11 +90,8 @@ class Diagnosis:
 
     @property
     def k_threshold(self) -> float:
-        """The shape up to which this number of draws makes the weights reliable, at most 0.7.
-
-        Source: Vehtari et al., *Pareto smoothed importance sampling*, JMLR 25 (2024).
-        """
-        return min(1 - 1 / math.log10(self.num_samples), 0.7)
+        """The shape up to which this number of draws makes the weights reliable, at most 0.7."""
+        return reliable_shape(self.num_samples)
 
     @property
     def is_annealed(self) -> bool:

@@ -10,6 +10,7 @@ Weights stay logarithms throughout. A weight of minus infinity counts as a draw 
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     "effective_sample_size",
     "importance_draws",
     "pareto_smooth",
+    "reliable_shape",
     "resample",
     "weighted_mean",
 ]
@@ -68,6 +70,19 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float]:
     shift = float(positive[lowest]) - float(normalized[lowest])
     smoothed = torch.as_tensor(normalized).to(positive) + shift
     return log_weights.masked_scatter(is_positive, smoothed), k_hat
+
+
+def reliable_shape(num_weights: int) -> float:
+    r"""Return the shape of the tail up to which weights are reliable: :math:`\min(1 - 1 / \log_{10} n, 0.7)`.
+
+    Source: Vehtari et al., *Pareto smoothed importance sampling*, JMLR 25 (2024).
+
+    Example::
+
+        >>> reliable_shape(100), reliable_shape(10_000)
+        (0.5, 0.7)
+    """
+    return min(1 - 1 / math.log10(num_weights), 0.7)
 
 
 def _psislw(log_weights: Any) -> tuple[Any, float]:

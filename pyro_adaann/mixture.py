@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_adaann.draws import GuideDraws
-from pyro_adaann.importance import WeightedDraws, pareto_smooth
+from pyro_adaann.importance import WeightedDraws, pareto_smooth, reliable_shape
 from pyro_adaann.ladder import guide_at, rungs_and_guide
 from pyro_adaann.svi import AdaAnnSVI
 
@@ -17,21 +18,24 @@ __all__ = ["mixture_draws"]
 
 
 def mixture_draws(
-    svi: AdaAnnSVI, *args: Any, num_samples: int = 10_000, vectorize: bool = True, **kwargs: Any
+    svi: AdaAnnSVI, *args: Any, num_samples: int = 50_000, vectorize: bool = True, **kwargs: Any
 ) -> WeightedDraws:
     r"""Draw from the rungs of a ladder and the guide together, and weigh the draws against the posterior.
 
     .. math:: w_i = \frac{p(x, z_i)}{\tfrac{1}{R} \sum_r q_r(z_i)}, \qquad z_i \sim q_1, \dots, q_R
 
     Where a rung still has a mode that the guide lost, the weighted draws have it too: a repaired
-    posterior, as good as its Pareto k-hat and effective sample size say. Where they say too little, anneal
-    again from the rung that :func:`find_lost_modes` names, ``svi.restart(rung)``, more slowly.
+    posterior, as good as its Pareto k-hat and effective sample size say. A mode that is narrow where the
+    rung is wide gets few draws, of large weights, and too small a share: then k-hat is too large.
 
     :param svi: a fit with a ladder.
     :param args: arguments of model and guide as in ``svi.step``, with ``kwargs``.
     :param num_samples: draws in all, the same number of every rung.
     :param vectorize: whether model and guide run for all draws of a rung at once.
     :raises ValueError: if the fit has no ladder or has taken no step, and as :func:`diagnose` does.
+
+    Warns if k-hat is too large. Anneal again then from the rung that :func:`find_lost_modes` names,
+    ``svi.restart(rung)``, more slowly.
 
     Source: Veach and Guibas, *Optimally combining sampling techniques*, SIGGRAPH 1995 (the balance
     heuristic).
@@ -74,5 +78,13 @@ def mixture_draws(
     log_p, log_q = map(torch.cat, zip(*parts, strict=True))
     log_weights = torch.where(torch.isfinite(log_p - log_q), log_p - log_q, -torch.inf)
     smoothed, k_hat = pareto_smooth(log_weights)
+    if k_hat > reliable_shape(len(log_weights)):
+        warnings.warn(
+            f"The weights of the mixture are unreliable (k-hat {k_hat:.2f}): no rung is close enough to the "
+            f"posterior, and the share of a lost mode may be far too small. Take more draws (num_samples), "
+            f"or anneal again from the rung below the loss (svi.restart), with smaller steps or more "
+            f"particles.",
+            stacklevel=2,
+        )
     cat = {name: torch.cat(values) for name, values in samples.items()}
     return WeightedDraws(cat, log_p, log_q, smoothed, k_hat)

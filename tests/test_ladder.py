@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -114,6 +115,17 @@ def test_a_loss_is_found_where_it_was(gone):
     assert len(report.lost) == 1
     assert (report.lost[0].lower, report.lost[0].upper) == (times[gone - 1], times[gone])
     assert report.lost_share == pytest.approx(float(WEIGHTS[1]), abs=4 * report.lost[0].share_se + 0.02)
+
+
+def test_a_mixture_of_rungs_too_far_away_says_so():
+    svi = narrowed(0, LinearSchedule(2, initial_inverse_temperature=0.9))
+    # All that have the mode left are guides with standard deviations of 3 + 27: two draws in a thousand.
+    for rung in svi.ladder.rungs:
+        for name, value in rung.values.items():
+            rung.values[name] = value + 27 if "scale" in name else value
+    # k-hat was 1.4 to 2.5 in 40 seeds.
+    with pytest.warns(UserWarning, match="mixture are unreliable"):
+        assert mixture_draws(svi, num_samples=20_000).k_hat > 0.7
 
 
 def test_more_draws_where_a_loss_is_seen_and_not_sure():
@@ -327,7 +339,9 @@ def test_alarms_are_right_and_the_mixture_repairs(kind, tolerance, base):
         right += is_lost == is_noticed
         if is_lost and is_noticed:
             noticed += 1
-            draws = mixture_draws(svi)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the standard error says more than k-hat does
+                draws = mixture_draws(svi)
             error, se = first_weight_error(draws)
             repaired += error < 3 * se
     print(kind, {"right": right, "of": counted, "repaired": repaired, "noticed": noticed})

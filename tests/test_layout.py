@@ -78,7 +78,7 @@ ALLOWED = {
     "draws": ({"broken", "fits", "particles", "scores", "tempering"}, True),
     "importance": ({"draws", "fits"}, False),
     "thermodynamic": ({"draws", "importance", "particles", "results", "tempering"}, False),
-    "diagnosis": ({"lost_modes", "thermodynamic"}, False),
+    "diagnosis": ({"importance", "lost_modes", "thermodynamic"}, False),
     "diagnostics": (
         {"diagnosis", "draws", "fits", "importance", "lost_modes", "svi", "tempering", "thermodynamic"},
         False,
