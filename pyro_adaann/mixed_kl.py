@@ -35,11 +35,13 @@ class TraceMixedKL_ELBO(Trace_ELBO):
 
     The loss that is reported is minus the ELBO, as of `Trace_ELBO`.
 
-    :param forward_weight: a in [0, 1]; 0 is `Trace_ELBO`.
+    :param forward_weight: a in [0, 1]; 0 is `Trace_ELBO`. A tenth of the reverse divergence is enough to draw
+        in strays.
     :param path_derivative: whether the gradient of the first divergence follows the draws alone, without
         the part :math:`\partial_\phi \log q_\phi` that is zero on average: its variance is zero, too, where
         guide and posterior agree.
-    :param num_particles: draws of the guide at every step; a weight says something among many.
+    :param num_particles: draws of the guide at every step. A mode that few of them visit is soon lost: with
+        100 a narrow mode of a thirtieth of them was, with 1,000 it was not (the docs, *No mode lost*).
     :param vectorize_particles: must be true.
     :param kwargs: the others of `pyro.infer.Trace_ELBO`.
     :raises ValueError: if ``forward_weight`` is outside [0, 1] or the particles are not vectorized; at a
@@ -59,17 +61,17 @@ class TraceMixedKL_ELBO(Trace_ELBO):
         ...     pyro.sample("x", dist.Normal(z**2, 0.5), obs=torch.tensor(4.0))
         >>> pyro.clear_param_store()  # a new fit
         >>> guide = AutoPlanar(model, num_transforms=8, base_scale=2.0)
-        >>> elbo = TraceMixedKL_ELBO(0.5, num_particles=100)
+        >>> elbo = TraceMixedKL_ELBO(0.9, num_particles=1000)
         >>> svi = AdaAnnSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
         >>> loss = svi.step()
     """
 
     def __init__(
         self,
-        forward_weight: float = 0.5,
+        forward_weight: float = 0.9,
         *,
         path_derivative: bool = True,
-        num_particles: int = 100,
+        num_particles: int = 1000,
         vectorize_particles: bool = True,
         **kwargs: Any,
     ) -> None:

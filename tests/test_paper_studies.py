@@ -157,7 +157,8 @@ def test_annealed_fit_has_both_modes(seed, example, loss):
     target = module.make_target(*args)
     pyro.set_rng_seed(seed)
     guide = AutoPlanar(target.model, 75, base_loc=0.0, base_scale=module.BASE_SCALE)
-    elbo = TraceMixedKL_ELBO(study_mixtures.FORWARD_WEIGHT) if loss == "covering" else None
+    covering = TraceMixedKL_ELBO(study_mixtures.FORWARD_WEIGHT, num_particles=100)
+    elbo = covering if loss == "covering" else None
     svi = make_svi(target, guide, module.learning_rate(*args), module.TOLERANCE, loss=elbo)
     svi.run(progress_bar=False)
     found = compare(guide.get_posterior(), target)

@@ -150,7 +150,8 @@ def run_driver(cell: Mapping[str, Any], trials: list[int]) -> list[Record]:
         if cell["method"] == "natural":
             svi = natural_svi(target.model, guide, num_final_steps=2 if fast else 40)
         else:
-            loss = TraceMixedKL_ELBO(FORWARD_WEIGHT) if cell["method"] == "covering_svi" else None
+            covering = TraceMixedKL_ELBO(FORWARD_WEIGHT, num_particles=100)
+            loss = covering if cell["method"] == "covering_svi" else None
             svi = make_svi(target, guide, rate, tolerance, fast=fast, loss=loss)
         start = time.process_time()
         history = svi.run(progress_bar=False)
