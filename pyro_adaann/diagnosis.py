@@ -166,9 +166,17 @@ def _table(d: Diagnosis) -> str:
     if d.num_untracked:
         rows.append(("stages not tracked", f"{d.num_untracked} of {d.num_stages}"))
     if d.thermodynamic is not None:
-        value = f"{d.thermodynamic.log_evidence:.3f} +- {d.thermodynamic.error:.3f}"
-        rows.append(("log evidence, 2nd way", f"{value} (thermodynamic integration, rather too low)"))
+        rows.append(("log evidence, 2nd way", _second_way(d, d.thermodynamic)))
     return "\n".join(f"{name:<22} {value}" for name, value in rows)
+
+
+def _second_way(d: Diagnosis, estimate: ThermodynamicEstimate) -> str:
+    error = math.hypot(estimate.error, d.log_evidence_se)
+    if d.has_reliable_weights and estimate.log_evidence < d.log_evidence - 3 * error:
+        # The error does not know the bias of weights with few effective draws.
+        return f"{estimate.log_evidence:.3f} (thermodynamic integration, too low: the guide was behind)"
+    value = f"{estimate.log_evidence:.3f} +- {estimate.error:.3f}"
+    return f"{value} (thermodynamic integration, rather too low)"
 
 
 def _sentences(d: Diagnosis) -> Iterator[str]:

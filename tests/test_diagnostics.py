@@ -406,8 +406,11 @@ def test_a_guide_of_one_mode_of_two():
     text = check_text(d)
     assert "WARNING" in text
     assert "of the posterior may be in a part that the guide lost" in text
-    # Less evidence than the weights find is no alarm.
-    assert replace(d, thermodynamic=ThermodynamicEstimate(-3.0, 0.05, 0.01)).lost_share is None
+    # Less evidence than the weights find is no alarm, and has no error to be believed.
+    assert "0.000 +- 0.051 (thermodynamic integration, rather too low)" in text
+    low = replace(d, thermodynamic=ThermodynamicEstimate(-3.0, 0.05, 0.01))
+    assert low.lost_share is None
+    assert "-3.000 (thermodynamic integration, too low" in str(low)
     # Nor is a difference within the error.
     assert replace(d, thermodynamic=ThermodynamicEstimate(0.0, 0.5, 0.01)).lost_share is None
 
