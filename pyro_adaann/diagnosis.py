@@ -21,9 +21,9 @@ _FAR_GAP = 5.0
 #: Two estimates of the log evidence differ if by more than this many nats, a quarter of the evidence, and
 #: by 3 standard errors. A lost mode of half the mass makes log 2 = 0.69.
 _NOTICEABLE_DIFFERENCE = 0.3
-#: Relative variance of the weights up to which the shape of their tail does not matter: draws that weigh W
-#: times the mean, or more, then hold about 0.01 / W of the posterior at most.
-_NEGLIGIBLE_VARIANCE = 0.01
+#: A part of the posterior that this many draws see, or fewer, has no share that can be relied on; less than
+#: this share does not matter.
+_FEW_DRAWS, _NEGLIGIBLE_SHARE = 10, 0.01
 #: Above this share of broken draws the rest says little about the guide.
 _MAX_BROKEN_SHARE = 0.1
 
@@ -100,10 +100,24 @@ class Diagnosis:
 
     @property
     def has_reliable_weights(self) -> bool:
-        """Whether weighted means and the log evidence can be relied on, as far as the draws reach."""
-        is_nearly_constant = self.ess > self.num_samples / (1 + _NEGLIGIBLE_VARIANCE)
-        is_shape_good = self.k_hat <= self.k_threshold or is_nearly_constant
+        """Whether weighted means and the log evidence can be relied on, as far as the draws reach.
+
+        A heavy tail of nearly equal weights is either next to nothing, or the rim of a part that the guide
+        does not reach. Only a ladder tells which.
+        """
+        is_tail_known = self.ladder is not None and not self.ladder.lost and self.has_nearly_equal_weights
+        is_shape_good = self.k_hat <= self.k_threshold or is_tail_known
         return self.broken_share <= _MAX_BROKEN_SHARE and is_shape_good
+
+    @property
+    def has_nearly_equal_weights(self) -> bool:
+        r"""Whether what ten draws see, or fewer, holds less than 1 % of the weights.
+
+        Ten draws or fewer that hold a share m add about :math:`n m^2 / 10` or more to the relative variance
+        :math:`n / \mathrm{ESS} - 1`.
+        """
+        variance = self.num_samples / self.ess - 1
+        return variance < self.num_samples * _NEGLIGIBLE_SHARE**2 / _FEW_DRAWS
 
     @property
     def lost_share(self) -> float | None:
@@ -211,6 +225,11 @@ def _sentences(d: Diagnosis) -> Iterator[str]:
             f"do not use its intervals or the log evidence. A more flexible guide, more final steps or a "
             f"smaller learning rate at the end may help."
         )
+        if d.ladder is None and d.has_nearly_equal_weights:
+            yield (
+                "Its weights are nearly equal: what it misses is either next to nothing or a mode of its "
+                "own. A ladder tells which (AdaAnnSVI(ladder=Ladder()))."
+            )
     elif d.gap > _FAR_GAP:
         yield (
             f"USABLE WITH WEIGHTS. Some draws of the guide are absurd to the model: the mean log weight is "

@@ -39,8 +39,8 @@ _LOOKBACK = (2, 4)
 #: A smaller share is a tail, not a mode: of the posterior, and of a tempered density, where a guide that
 #: is still on its way lacks more.
 _MIN_SHARE, _MIN_TEMPERED_SHARE = 0.05, 0.15
-#: Standard errors that a share has to be above zero.
-_NUM_ERRORS = 3.0
+#: Standard errors that a share has to be above zero, and above the smallest one that counts.
+_NUM_ERRORS, _NUM_ERRORS_ABOVE = 3.0, 2.0
 #: Draws of a rung at a time.
 _BATCH_SIZE = 5000
 #: The inverse temperature to draw at: the log weight is linear in t, and scaling by 1/2 is free of rounding.
@@ -173,8 +173,9 @@ class _Comparison(NamedTuple):
 
 
 def _is_lost(found: _Comparison, min_share: float) -> bool:
-    is_sure = found.ess >= _MIN_ESS and found.k_hat <= _MAX_SHAPE
-    return is_sure and found.share > max(min_share, _NUM_ERRORS * found.se)
+    has_support = found.ess >= _MIN_ESS and found.k_hat <= _MAX_SHAPE
+    is_sure = found.share > max(_NUM_ERRORS * found.se, min_share + _NUM_ERRORS_ABOVE * found.se)
+    return has_support and is_sure
 
 
 def _seems_lost(found: _Comparison, min_share: float) -> bool:

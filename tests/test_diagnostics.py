@@ -31,6 +31,7 @@ from pyro_adaann.importance import (
     resample,
     weighted_mean,
 )
+from pyro_adaann.lost_modes import LadderReport
 from pyro_adaann.thermodynamic import TemperatureNode, ThermodynamicEstimate, integrate
 
 
@@ -327,6 +328,25 @@ def test_the_exact_guide_is_good_though_its_weights_have_no_tail():
     assert d.ess == pytest.approx(d.num_samples, rel=1e-4)
 
 
+NOTHING_LOST = LadderReport(num_rungs=5, lost=[], min_ess=0.3)
+
+
+def test_a_mode_beside_the_guide_makes_the_tail_heavy_though_weights_are_nearly_equal():
+    # A tenth of the posterior is 6 sds away: ten thousand draws come to 4, and see its rim.
+    def model() -> None:
+        components = dist.Normal(torch.tensor([0.0, 6.0]), torch.ones(2))
+        pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.9, 0.1])), components))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    pyro.set_rng_seed(0)
+    diagnosis = diagnose((model, guide))
+    assert diagnosis.log_evidence == pytest.approx(math.log(0.9), abs=0.01)
+    assert diagnosis.verdict.startswith("UNRELIABLE")
+    assert "nearly equal" in diagnosis.verdict
+
+
 def test_a_heavy_tail_that_holds_nothing_is_no_reason_to_throw_a_fit_away():
     # A fifth of a percent of the posterior is three times as wide as the guide: the shape of the tail of
     # the weights is 8/9, their variance infinite, and a thousandth of the mass is at stake.
@@ -340,12 +360,16 @@ def test_a_heavy_tail_that_holds_nothing_is_no_reason_to_throw_a_fit_away():
 
     pyro.set_rng_seed(0)
     for _ in range(10):
-        diagnosis = diagnose((model, guide))
+        diagnosis = replace(diagnose((model, guide)), ladder=NOTHING_LOST)
         assert diagnosis.is_good
         assert abs(diagnosis.log_evidence) < 0.005
-    worse = replace(diagnosis, k_hat=0.9, ess=0.98 * diagnosis.num_samples)
+    worse = replace(diagnosis, k_hat=0.9, ess=0.9 * diagnosis.num_samples)
     assert worse.verdict.startswith("UNRELIABLE")
-    assert replace(worse, ess=0.995 * diagnosis.num_samples).is_good
+    nearly_equal = replace(worse, ess=0.92 * diagnosis.num_samples)
+    assert nearly_equal.is_good
+    assert replace(nearly_equal, ladder=None).verdict.startswith("UNRELIABLE")
+    # Of fewer draws ten hold more.
+    assert not replace(nearly_equal, num_samples=1000, ess=920.0).is_good
 
 
 def test_a_fit_that_stopped_half_way_is_never_fine():

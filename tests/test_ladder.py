@@ -305,7 +305,13 @@ def test_what_it_cannot_do():
 def test_a_share_counts_if_its_weights_have_a_mean_and_draws_behind_them():
     sure = _Comparison(share=0.5, se=0.05, ess=50.0, k_hat=0.6)
     assert _is_lost(sure, 0.05)
-    for doubt in ({"k_hat": 1.2}, {"ess": 5.0}, {"se": 0.2}, {"share": 0.04, "se": 0.001}):
+    for doubt in (
+        {"k_hat": 1.2},
+        {"ess": 5.0},
+        {"se": 0.2},
+        {"share": 0.04, "se": 0.001},
+        {"share": 0.06, "se": 0.01},
+    ):
         assert not _is_lost(sure._replace(**doubt), 0.05)
 
 
