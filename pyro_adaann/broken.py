@@ -22,7 +22,12 @@ _MAX_DISTANCE = 50.0
 
 
 def drop_broken(
-    model_trace: Trace, guide_trace: Trace, cost: float = 0.0, *, finds_lost: bool = False
+    model_trace: Trace,
+    guide_trace: Trace,
+    cost: float = 0.0,
+    *,
+    finds_lost: bool = False,
+    drops_lost: bool = False,
 ) -> tuple[int, int]:
     r"""Take particles whose log density is not finite out of a pair of traces of `Trace_ELBO`.
 
@@ -40,6 +45,7 @@ def drop_broken(
     :param cost: in nats; 0 to drop them alone.
     :param finds_lost: whether draws that are finite and a thousand nats below the others, which stay
         in the loss, get the same push.
+    :param drops_lost: whether these are taken out, too.
     :return: the number of broken particles and of all particles.
     """
     guide_sites = list(sites_of(guide_trace))
@@ -59,9 +65,11 @@ def drop_broken(
     # With itself in the mean, a single particle would weigh nothing.
     mean = float(lost.sum()) / len(lost) if len(lost) > 1 else 0.0
     num_broken = int(broken.sum())
+    dropped = lost if drops_lost else broken
+    any_dropped = bool(dropped.any())
     for site in sites:
-        if num_broken:
-            _mask(site, broken)
+        if any_dropped:
+            _mask(site, dropped)
         if cost and "score_parts" in site and has_density(site):
             _add_score(site, cost * (lost.to(log_weight.dtype) - mean))
     return num_broken, broken.numel()

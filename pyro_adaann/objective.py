@@ -92,6 +92,11 @@ class Objective:
             0.0 if is_forward(elbo) else _BROKEN_COST
             for elbo in (loss, final_loss or loss)
         ]
+        # Their weight says all there is to say. By the reverse divergence Adam followed them, on curved
+        # ridges, ever further out.
+        self._drops_lost = [
+            isinstance(elbo, TraceMixedKL_ELBO) and is_forward(elbo) for elbo in (loss, final_loss or loss)
+        ]
         #: Whether the loss is a number to go by; that of TraceTailAdaptive_ELBO is always infinite.
         self.reports_loss = not isinstance(loss, TraceTailAdaptive_ELBO)
         self._loss = loss
@@ -185,6 +190,7 @@ class Objective:
                 self._broken_cost[self.is_final] if self._is_training else 0.0,
                 # Not where it is plain SVI.
                 finds_lost=self._is_training and self.max_gradient_ratio < math.inf,
+                drops_lost=self._drops_lost[self.is_final],
             )
             self.num_broken += num_broken
             # Pyro would warn of each of them, at every step.

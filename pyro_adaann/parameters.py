@@ -138,7 +138,8 @@ class FitParameters:
         with torch.no_grad():
             for name, value in state["values"].items():
                 self.tensors[name].copy_(value)
-        for name, value in self.tensors.items():
+        # A parameter may have two names, and has one optimizer.
+        for value, name in {value: name for name, value in self.tensors.items()}.items():
             scheduler = self.optim.optim_objs.get(value)
             if scheduler is None:
                 continue

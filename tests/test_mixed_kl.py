@@ -167,6 +167,27 @@ def test_it_refuses_what_it_cannot_do():
         )
 
 
+def test_draws_far_below_the_others_do_not_lead_the_guide_away():
+    """A curved ridge of a tempered density is stiff: by the reverse divergence Adam ran along it to 1e7."""
+
+    def ridge() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 3.0).to_event(1).mask(False))
+        x, y = z.unbind(-1)
+        log_y = torch.stack(
+            [
+                math.log(weight) + dist.Normal(sign * (1.5 + 0.5 * x.square()), 0.3).log_prob(y)
+                for sign, weight in ((1.0, 0.7), (-1.0, 0.3))
+            ]
+        )
+        pyro.factor("density", dist.Normal(0.0, 1.0).log_prob(x) + log_y.logsumexp(0))
+
+    pyro.set_rng_seed(6)
+    guide = AutoIAFNormal(ridge, hidden_dim=[40, 40], num_transforms=4)
+    svi = AdaAnnSVI(ridge, guide, pyro.optim.Adam({"lr": 0.005}), TraceMixedKL_ELBO())
+    losses = [svi.step() for _ in range(60)]
+    assert max(losses) < 1e4  # 1e9 before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_the_balance_of_separated_modes(seed):
