@@ -138,8 +138,7 @@ class FitParameters:
         with torch.no_grad():
             for name, value in state["values"].items():
                 self.tensors[name].copy_(value)
-        # A parameter may have two names, and has one optimizer.
-        for value, name in {value: name for name, value in self.tensors.items()}.items():
+        for value, name in self._distinct().items():
             scheduler = self.optim.optim_objs.get(value)
             if scheduler is None:
                 continue
@@ -161,7 +160,7 @@ class FitParameters:
         The learning rates are those of then times ``lr_factor``.
         """
         self.restore(state, {name: self.tensors[name] for name in state["values"]})
-        for name, value in self.tensors.items():
+        for value, name in self._distinct().items():
             if name not in state["optimizers"]:  # not stepped yet when the state was taken
                 self.optim.optim_objs[value] = self.optim._get_optim(value)
             scheduler = self.optim.optim_objs[value]
@@ -170,6 +169,10 @@ class FitParameters:
                 group.update({key: group[key] * lr_factor for key in ("lr", "initial_lr") if key in group})
             if hasattr(scheduler, "base_lrs"):
                 scheduler.base_lrs = [rate * lr_factor for rate in scheduler.base_lrs]
+
+    def _distinct(self) -> dict[Tensor, str]:
+        """Return the parameters, each with one of its names: it may have two, and has one optimizer."""
+        return {value: name for name, value in self.tensors.items()}
 
     def _optimizers(self) -> Iterator[Any]:
         for value in self.tensors.values():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from problems import conjugate_normal
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoIAFNormal, AutoNormal
 from torch import Tensor
 
 from pyro_adaann import (
@@ -21,6 +21,7 @@ from pyro_adaann import (
     AdaAnnSVI,
     AutoPlanar,
     ConstantSchedule,
+    Ladder,
     LinearSchedule,
     SequenceSchedule,
 )
@@ -93,6 +94,22 @@ def test_after_a_recovery_the_increments_are_smaller():
     assert history.recoveries[0].back_to == 0.1
     assert len(history.stages) > 1.5 * len(plain.stages)
     assert history.inverse_temperatures[-1] == 1.0
+
+
+def test_a_parameter_with_two_names_gets_half_the_rate_and_not_a_quarter():
+    guide = AutoIAFNormal(PROBLEM.model)
+    svi = AdaAnnSVI(PROBLEM.model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step()
+    tensors = svi._parameters.tensors
+    assert len(set(tensors.values())) < len(tensors)
+    svi._safety_net.go_back(1, "a test")
+    rates = {svi.optim.optim_objs[value].param_groups[0]["lr"] for value in tensors.values()}
+    assert rates == {0.005}
+    svi.ladder = Ladder()
+    svi.ladder.start(0.01, svi._parameters.state(), list(tensors))
+    svi.restart(svi.ladder.rungs[0])
+    rates = {svi.optim.optim_objs[value].param_groups[0]["lr"] for value in tensors.values()}
+    assert rates == {0.0025}
 
 
 def test_recoveries_are_bounded_and_the_good_state_is_kept():
