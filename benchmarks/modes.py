@@ -152,6 +152,10 @@ def table() -> str:
     ]
     for (target, guide, settings), rows in sorted(cells.items()):
         num_fits, rows = len(rows), [row for row in rows if "error" not in row]
+        if not rows:
+            none = f"| {target} | {guide} | {settings} | 0 of {num_fits} | 0 | 0 | 0 | {num_fits} |"
+            lines.append(none + " - |" * 5)
+            continue
         wrong = [row for row in rows if not is_right(row)]
         said = sum(row["alarm"] or row["verdict"] == "UNRELIABLE" for row in wrong)
         false_alarms = sum(row["alarm"] for row in rows if is_right(row))

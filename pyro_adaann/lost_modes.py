@@ -151,7 +151,9 @@ def find_lost_modes(
 
     def loss(r: int, upper: int, share: _Comparison) -> LostMode:
         lower, higher = looks.inverse_temperatures[r], looks.inverse_temperatures[upper]
-        return LostMode(looks.rungs[r], lower, higher, share.share, share.se)  # type: ignore[arg-type]
+        rung = looks.rungs[r]
+        assert rung is not None  # the guide, which is above all of them
+        return LostMode(rung, lower, higher, share.share, share.se)
 
     lost = {r: loss(r, r + 1, look.above[0]) for r, look in enumerate(found) if _are_lost(look.above)}
     # What several rungs see from afar has gone above the highest of them; the surest knows its share.

@@ -33,8 +33,8 @@ class TraceMixedKL_ELBO(Trace_ELBO):
     the guide away. The weights say something as long as guide and posterior overlap; annealing sees to
     that, with `AdaAnnSVI` ``loss=`` and p the tempered density of the stage.
 
-    The loss that is reported is minus the ELBO, as of `Trace_ELBO`. Draws a thousand nats below the others
-    are left out of it while `AdaAnnSVI` anneals: that they have no weight says all there is to say.
+    The loss that is reported is minus the ELBO, as of `Trace_ELBO`. In a fit that anneals, draws a thousand
+    nats below the others are left out of it: that they have no weight says all there is to say.
 
     :param forward_weight: a in [0, 1]; 0 is `Trace_ELBO`. A tenth of the reverse divergence is enough to draw
         in strays.

@@ -34,8 +34,8 @@ def mixture_draws(
     :param vectorize: whether model and guide run for all draws of a rung at once.
     :raises ValueError: if the fit has no ladder or has taken no step, and as :func:`diagnose` does.
 
-    Warns if k-hat is too large. Anneal again then from the rung that :func:`find_lost_modes` names,
-    ``svi.restart(rung)``, more slowly.
+    Warns if k-hat is too large. Anneal again then from the rung that :func:`find_lost_modes` names, more
+    slowly (``svi.restart(rung)``), or fit again with more particles.
 
     Source: Veach and Guibas, *Optimally combining sampling techniques*, SIGGRAPH 1995 (the balance
     heuristic).
@@ -82,8 +82,8 @@ def mixture_draws(
         warnings.warn(
             f"The weights of the mixture are unreliable (k-hat {k_hat:.2f}): no rung is close enough to the "
             f"posterior, and the share of a lost mode may be far too small. Take more draws (num_samples), "
-            f"or anneal again from the rung below the loss (svi.restart), with smaller steps or more "
-            f"particles.",
+            f"anneal again from the rung below the loss with smaller steps (svi.restart), or fit again with "
+            f"more particles.",
             stacklevel=2,
         )
     cat = {name: torch.cat(values) for name, values in samples.items()}
