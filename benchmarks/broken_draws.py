@@ -24,7 +24,7 @@ import pyro
 import torch
 from pyro.infer import Trace_ELBO
 
-import pyro_adaann.objective
+import pyro_adaann.objectives.objective
 from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoRealNVP, importance_draws
 
 for folder in ("examples", "tests"):
@@ -131,7 +131,7 @@ def main() -> None:
     for study in args.studies:
         costs = (0.0, *args.costs) if study == "start" else args.costs
         for cost in costs:
-            pyro_adaann.objective._BROKEN_COST = cost
+            pyro_adaann.objectives.objective._BROKEN_COST = cost
             for seed in range(args.num_seeds):
                 if study == "start":
                     record(study, cost, seed, start(seed, 500 if cost else 300))

@@ -21,8 +21,8 @@ from typing import Any
 import pyro
 import torch
 
-import pyro_adaann.objective
 from pyro_adaann import AdaAnnSVI
+from pyro_adaann.objectives import objective
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -48,7 +48,7 @@ def run(name: str, svi: AdaAnnSVI, args: tuple[Any, ...]) -> dict[str, Any]:
     """Run a fit to its end; return the figures."""
     schedule = Stopwatch()
     svi._advance = schedule.watch(svi._advance)
-    pyro_adaann.objective.log_factors = schedule.watch(pyro_adaann.objective.log_factors)
+    objective.log_factors = schedule.watch(objective.log_factors)
     phases = {"initial": 0.0, "annealing": 0.0, "final": 0.0}
     while not svi.is_done:
         start = time.perf_counter()

@@ -1,31 +1,34 @@
 """Annealed variational inference with normalizing flows for Pyro."""
 
-from pyro_adaann import plots
-from pyro_adaann.cess_schedule import CESSSchedule
-from pyro_adaann.diagnostics import Diagnosis, diagnose
-from pyro_adaann.fixed_schedules import ConstantSchedule, CosineSchedule, LinearSchedule, SequenceSchedule
-from pyro_adaann.guides import AutoFlow, AutoPlanar, AutoRealNVP
-from pyro_adaann.importance import (
-    WeightedDraws,
-    effective_sample_size,
-    importance_draws,
-    pareto_smooth,
-    resample,
-    weighted_mean,
+from pyro_adaann.annealing.cess_schedule import CESSSchedule
+from pyro_adaann.annealing.fixed_schedules import (
+    ConstantSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    SequenceSchedule,
 )
-from pyro_adaann.io_arviz import to_arviz
-from pyro_adaann.ladder import Ladder, Rung
-from pyro_adaann.lost_modes import LadderReport, LostMode, find_lost_modes
-from pyro_adaann.mixed_kl import TraceMixedKL_ELBO
-from pyro_adaann.mixture import mixture_draws
-from pyro_adaann.natural_kl import TraceNaturalKL_ELBO
-from pyro_adaann.presets import natural_svi
-from pyro_adaann.results import AnnealingHistory, AnnealingStage, Recovery
-from pyro_adaann.schedules import AdaAnnSchedule, AnnealingSchedule
-from pyro_adaann.stage_rules import ESSStageRule, StageRule
+from pyro_adaann.annealing.history import AnnealingHistory, AnnealingStage, Recovery
+from pyro_adaann.annealing.paths import BRIDGE, JOINT, KL_WARMUP, LIKELIHOOD, Path
+from pyro_adaann.annealing.schedules import AdaAnnSchedule, AnnealingSchedule
+from pyro_adaann.annealing.stage_rules import ESSStageRule, StageRule
+from pyro_adaann.diagnostics.diagnose import diagnose
+from pyro_adaann.diagnostics.importance import WeightedDraws, importance_draws
+from pyro_adaann.diagnostics.lost_parts import LadderReport, LostMode, find_lost_modes
+from pyro_adaann.diagnostics.mixture import mixture_draws
+from pyro_adaann.diagnostics.verdict import Diagnosis
+from pyro_adaann.export import plots
+from pyro_adaann.export.arviz import to_arviz
+from pyro_adaann.guides.base import AutoFlow
+from pyro_adaann.guides.planar import AutoPlanar
+from pyro_adaann.guides.realnvp import AutoRealNVP
+from pyro_adaann.natural import natural_svi
+from pyro_adaann.objectives.mixed_kl import TraceMixedKL_ELBO
+from pyro_adaann.objectives.tempered_elbo import TemperedTrace_ELBO
+from pyro_adaann.state.rungs import Ladder, Rung
+from pyro_adaann.steps.natural import TraceNaturalKL_ELBO
 from pyro_adaann.svi import AdaAnnSVI
-from pyro_adaann.tempering import BRIDGE, JOINT, KL_WARMUP, LIKELIHOOD, Path, TemperedTrace_ELBO
 from pyro_adaann.version import __version__
+from pyro_adaann.weights import effective_sample_size, pareto_smooth, resample, weighted_mean
 
 __all__ = [
     "BRIDGE",

@@ -19,16 +19,22 @@ from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pyro_adaann.budget import StepPlan, next_within_budget, plan_steps, projected_num_steps
-from pyro_adaann.checkpoint import (
+from pyro_adaann.annealing.history import AnnealingHistory, AnnealingStage
+from pyro_adaann.annealing.paths import Path, get_path
+from pyro_adaann.annealing.schedules import AdaAnnSchedule, AnnealingSchedule
+from pyro_adaann.annealing.stage_rules import StageRule
+from pyro_adaann.checks import check_count
+from pyro_adaann.objectives.objective import Objective, spread_within_steps
+from pyro_adaann.objectives.traces import captured_parameters
+from pyro_adaann.state.budget import StepPlan, next_within_budget, plan_steps, projected_num_steps
+from pyro_adaann.state.checkpoint import (
     CheckpointKeeper,
     get_random_states,
     read_checkpoint,
     set_random_states,
     write_checkpoint,
 )
-from pyro_adaann.checks import (
-    check_count,
+from pyro_adaann.state.checks import (
     check_ladder,
     check_parts,
     check_stage_rule,
@@ -37,18 +43,14 @@ from pyro_adaann.checks import (
     nonfinite_sites,
     to_float,
 )
-from pyro_adaann.endings import announce_short_training, count_annealing_steps, watch_end
-from pyro_adaann.interrupt import InterruptGuard
-from pyro_adaann.ladder import Ladder, Rung
-from pyro_adaann.objective import Objective, spread_within_steps
-from pyro_adaann.parameters import FitParameters, captured_parameters
-from pyro_adaann.progress import ProgressBar
-from pyro_adaann.recovery import MAX_REJECTED, RECOVERY_FACTOR, HopelessFit, SafetyNet
-from pyro_adaann.results import AnnealingHistory, AnnealingStage
-from pyro_adaann.resume import fit_state, restore_fit, settings_of
-from pyro_adaann.schedules import AdaAnnSchedule, AnnealingSchedule, standard_deviation
-from pyro_adaann.stage_rules import StageRule
-from pyro_adaann.tempering import Path, get_path
+from pyro_adaann.state.endings import announce_short_training, count_annealing_steps, watch_end
+from pyro_adaann.state.interrupt import InterruptGuard
+from pyro_adaann.state.parameters import FitParameters
+from pyro_adaann.state.progress import ProgressBar
+from pyro_adaann.state.recovery import MAX_REJECTED, RECOVERY_FACTOR, HopelessFit, SafetyNet
+from pyro_adaann.state.resume import fit_state, restore_fit, settings_of
+from pyro_adaann.state.rungs import Ladder, Rung
+from pyro_adaann.weights import standard_deviation
 
 __all__ = ["AdaAnnSVI"]
 
@@ -78,7 +80,7 @@ class AdaAnnSVI(SVI):
     :param loss: an ELBO of Pyro's, or a callable ``loss(model, guide, *args, **kwargs)``.
     :param schedule: the schedule, by default :class:`~pyro_adaann.AdaAnnSchedule`.
     :param path: ``"joint"`` (the paper), ``"likelihood"``, ``"bridge"``, ``"kl_warmup"`` or a
-        :class:`~pyro_adaann.Path`; :mod:`pyro_adaann.paths` says what each of them targets.
+        :class:`~pyro_adaann.Path`; :mod:`pyro_adaann.annealing.paths` says what each of them targets.
     :param num_initial_steps: T0 in the paper, steps at the first inverse temperature.
     :param num_steps_per_stage: T, steps at every inverse temperature between the first and 1.
     :param num_final_steps: T1, steps at 1 before :attr:`is_done`.

@@ -20,7 +20,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-import pyro_adaann.checkpoint
+import pyro_adaann.state.checkpoint
 from pyro_adaann import AdaAnnSchedule, AdaAnnSVI
 
 PROBLEM = conjugate_normal()
@@ -139,7 +139,7 @@ def _cut_off(place: float | str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if place == "_sync_folder":
-        pyro_adaann.checkpoint._sync_folder = killed
+        pyro_adaann.state.checkpoint._sync_folder = killed
     elif isinstance(place, str):
         setattr(os, place, killed)
     else:
@@ -150,7 +150,7 @@ def _cut_off(place: float | str) -> None:
                 killed()
                 return 0
 
-        pyro_adaann.checkpoint.open = lambda path, mode: Cut(path, "w")  # type: ignore[attr-defined]
+        pyro_adaann.state.checkpoint.open = lambda path, mode: Cut(path, "w")  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoPlanar, AutoRealNVP, ConstantSchedule
-from pyro_adaann.scores import log_density_at_fixed_draws
+from pyro_adaann.objectives.fixed_density import log_density_at_fixed_draws
 
 #: The parts of the plane, and of space, where the models below have no density: 30 % of N(0, I)
 #: behind a straight edge, 37 % behind a curved one.

@@ -25,7 +25,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoPlanar, AutoRealNVP, LinearSchedule
-from pyro_adaann.checkpoint import read_checkpoint, write_checkpoint
+from pyro_adaann.state.checkpoint import read_checkpoint, write_checkpoint
 
 DATA = torch.tensor([0.3, -1.2, 2.0, 0.7])
 NUM_STEPS = 30

@@ -21,18 +21,13 @@ from pyro_adaann import (
     SequenceSchedule,
     TemperedTrace_ELBO,
 )
-from pyro_adaann.diagnosis import Diagnosis
-from pyro_adaann.diagnostics import diagnose
-from pyro_adaann.draws import GuideDraws
-from pyro_adaann.importance import (
-    effective_sample_size,
-    importance_draws,
-    pareto_smooth,
-    resample,
-    weighted_mean,
-)
-from pyro_adaann.lost_modes import LadderReport
-from pyro_adaann.thermodynamic import TemperatureNode, ThermodynamicEstimate, integrate
+from pyro_adaann.diagnostics.diagnose import diagnose
+from pyro_adaann.diagnostics.guide_draws import GuideDraws
+from pyro_adaann.diagnostics.importance import importance_draws
+from pyro_adaann.diagnostics.lost_parts import LadderReport
+from pyro_adaann.diagnostics.thermodynamic import TemperatureNode, ThermodynamicEstimate, integrate
+from pyro_adaann.diagnostics.verdict import Diagnosis
+from pyro_adaann.weights import effective_sample_size, pareto_smooth, resample, weighted_mean
 
 
 class Regression:

@@ -20,7 +20,7 @@ from faults import (
 )
 from test_checkpoint import DATA, make
 
-from pyro_adaann.checkpoint import read_checkpoint
+from pyro_adaann.state.checkpoint import read_checkpoint
 
 #: Some of them in the fast tests.
 FAULTS = [

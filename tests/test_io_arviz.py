@@ -15,7 +15,7 @@ from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoPlanar, SequenceSchedule, __version__
-from pyro_adaann.io_arviz import to_arviz
+from pyro_adaann.export.arviz import to_arviz
 
 try:
     import arviz as az

@@ -33,7 +33,8 @@ from pyro_adaann import (
     Path,
     TemperedTrace_ELBO,
 )
-from pyro_adaann.tempering import Tempering, get_path
+from pyro_adaann.annealing.paths import get_path
+from pyro_adaann.annealing.tempering import Tempering
 
 # TraceEnum_ELBO is tried on models without discrete sites too.
 pytestmark = pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites:UserWarning")

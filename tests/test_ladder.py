@@ -27,7 +27,7 @@ from pyro_adaann import (
     mixture_draws,
     to_arviz,
 )
-from pyro_adaann.lost_modes import _Comparison, _is_lost, _Look, _Looks
+from pyro_adaann.diagnostics.lost_parts import _Comparison, _is_lost, _Look, _Looks
 
 MEANS = torch.tensor([[-2.0, -2.0], [2.0, 2.0]])
 WEIGHTS = torch.tensor([0.7, 0.3])

@@ -23,7 +23,7 @@ from pyro_adaann import (
     TraceMixedKL_ELBO,
     importance_draws,
 )
-from pyro_adaann.mixed_kl import truncated_weights
+from pyro_adaann.weights import truncated_weights
 
 POSTERIOR = 0.5, 0.8  # mean and sd
 

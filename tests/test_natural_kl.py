@@ -33,8 +33,10 @@ from pyro_adaann import (
     importance_draws,
     natural_svi,
 )
-from pyro_adaann.natural_kl import NaturalDirection, is_not_worse, residuals
-from pyro_adaann.scores import fixed_log_density, score_matrix
+from pyro_adaann.objectives.fixed_density import fixed_log_density
+from pyro_adaann.steps.direction import NaturalDirection, residuals
+from pyro_adaann.steps.natural import is_not_worse
+from pyro_adaann.steps.scores import score_matrix
 from pyro_adaann.transforms import PlanarStack, RealNVPStack
 
 POSTERIOR = 0.5, 0.8  # mean and sd
@@ -268,7 +270,7 @@ def test_guides_of_pyro_and_of_users_train(make):
 
 
 def test_a_step_that_makes_things_worse_is_not_taken(monkeypatch):
-    import pyro_adaann.natural_kl as module
+    import pyro_adaann.steps.natural as module
 
     monkeypatch.setattr(module, "is_not_worse", lambda trial, present: False)
     elbo = TraceNaturalKL_ELBO(100)

@@ -20,7 +20,7 @@ from records import missing_trials, read_records
 from together import Planars, RealNVPs, _truncated_weights, fit_together
 
 from pyro_adaann import AdaAnnSchedule, AutoPlanar, TraceMixedKL_ELBO
-from pyro_adaann.mixed_kl import truncated_weights
+from pyro_adaann.weights import truncated_weights
 
 MAKERS = {
     "planar, line": (lambda: Planars.make(3, 1, 9, 2.0), 1),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_adaann import AnnealingHistory, AnnealingStage
-from pyro_adaann.plots import plot_loss, plot_marginal, plot_pair, plot_schedule, plot_weights
+from pyro_adaann.export.plots import plot_loss, plot_marginal, plot_pair, plot_schedule, plot_weights
 
 matplotlib.use("Agg")
 plt = pytest.importorskip("matplotlib.pyplot")

@@ -17,7 +17,7 @@ from pyro_adaann import (
     LinearSchedule,
     SequenceSchedule,
 )
-from pyro_adaann.schedules import standard_deviation
+from pyro_adaann.weights import standard_deviation
 
 
 class Stubborn(AnnealingSchedule):

@@ -30,8 +30,8 @@ from pyro_adaann import (
     SequenceSchedule,
     TemperedTrace_ELBO,
 )
-from pyro_adaann.broken import drop_broken, tame_gradients
-from pyro_adaann.particles import with_traces
+from pyro_adaann.objectives.nonfinite import drop_broken, tame_gradients
+from pyro_adaann.objectives.traces import with_traces
 
 PROBLEM = conjugate_normal()
 

@@ -20,8 +20,9 @@ from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoGuideList, A
 from torch import Tensor
 
 from pyro_adaann import AutoPlanar, Path, TemperedTrace_ELBO
-from pyro_adaann.particles import draw_log_factors, log_factors, with_traces
-from pyro_adaann.tempering import BRIDGE, JOINT, LIKELIHOOD, Tempering, get_path
+from pyro_adaann.annealing.paths import BRIDGE, JOINT, LIKELIHOOD, get_path
+from pyro_adaann.annealing.tempering import Tempering
+from pyro_adaann.objectives.traces import draw_log_factors, log_factors, with_traces
 
 PATHS = ["joint", "likelihood", "bridge"]
 TEMPERATURES = [0.05, 0.2, 0.5, 0.99]

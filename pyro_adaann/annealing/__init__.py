@@ -1,0 +1,1 @@
+"""Which tempered density, which inverse temperature next, when a stage ends, and what was done."""

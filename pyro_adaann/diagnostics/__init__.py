@@ -1,0 +1,1 @@
+"""Is the fit to be trusted? Draws, weights, ladder, evidence, verdict."""

@@ -1,0 +1,287 @@
+r"""Draws from a guide with their log densities, in batches.
+
+Diagnostics and exports need the same thing: draws z of the guide, with :math:`\log q(z)` under the guide
+and :math:`\log p(x, z)` under the model, in memory that does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
+from torch import Tensor
+
+from pyro_adaann.annealing.tempering import is_delta
+from pyro_adaann.diagnostics.model_and_guide import (
+    Fit,
+    check_latents,
+    check_subsampling,
+    get_model_and_guide,
+    latent_names,
+    plate_nesting,
+)
+from pyro_adaann.objectives.fixed_density import has_density
+from pyro_adaann.objectives.nonfinite import has_nonfinite_parameter
+from pyro_adaann.objectives.traces import (
+    marginal_log_density,
+    per_particle,
+    sites_of,
+    with_num_particles,
+)
+
+__all__ = ["DrawBatch", "GuideDraws"]
+
+#: How far a batch and a single run may differ in a log density, absolutely and relatively: adaptive
+#: solvers round differently in a batch; a model that adds its particles up is off by their number.
+_TOLERANCE = 0.1, 0.01
+
+
+@dataclass(frozen=True)
+class DrawBatch:
+    """One or more draws of a guide and the model run on them.
+
+    :param log_p: log joint density of every draw, shape ``(n,)``, double precision.
+    :param log_q: log density under the guide, likewise.
+    :param guide_trace: trace of the guide.
+    :param model_trace: trace of the model.
+    """
+
+    log_p: Tensor
+    log_q: Tensor
+    guide_trace: Trace
+    model_trace: Trace
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Log importance weights; minus infinity for draws whose log density is not finite."""
+        log_weights = self.log_p - self.log_q
+        return torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
+
+
+class GuideDraws:
+    """Draws from a guide, scored by guide and model.
+
+    :param svi: an `SVI` or a pair ``(model, guide)``.
+    :param args: positional arguments of model and guide.
+    :param kwargs: keyword arguments of model and guide.
+    :param vectorize: whether guide and model run once for a batch, under an outermost plate.
+    :raises ValueError: if a plate is subsampled, the guide misses a latent site, or the guide runs the
+        model itself.
+    """
+
+    def __init__(self, svi: Fit, args: tuple[Any, ...], kwargs: dict[str, Any], *, vectorize: bool) -> None:
+        self.model, guide = get_model_and_guide(svi)
+        if isinstance(poutine.unwrap(guide), Messenger):
+            raise ValueError(
+                f"Expected a guide that runs apart from the model; got a {type(guide).__name__}, an "
+                f"effect handler that runs the model itself. Use a guide that is none."
+            )
+        # Sites that the guide would enumerate are drawn: one value per particle.
+        self.guide = poutine.infer_config(guide, lambda site: {"enumerate": None})
+        self._args, self._kwargs, self._vectorize = args, kwargs, vectorize
+        self._validates = True
+        self.guide_prototype, self.prototype = self._run(lambda: self._run_once(self.guide))
+        names = latent_names(self.prototype)
+        #: Latent sites of the model that are summed out, since the guide does not draw them.
+        self.enumerated_names = [name for name in names if name not in self.guide_prototype]
+        #: The other latent sites of the model, auxiliary ones left out.
+        self.latent_names = [
+            name
+            for name in names
+            if name in self.guide_prototype and not self.prototype.nodes[name]["infer"].get("is_auxiliary")
+        ]
+        check_latents(self.prototype, self.enumerated_names)
+        check_subsampling(self.guide_prototype, self.prototype)
+        kind = TraceEnum_ELBO if self.enumerated_names else Trace_ELBO
+        self.plate_nesting = plate_nesting(self.guide_prototype, self.prototype)
+        self._loss: ELBO = kind(
+            max_plate_nesting=self.plate_nesting,
+            vectorize_particles=vectorize,
+            strict_enumeration_warning=False,
+        )
+        self._is_checked = not vectorize or bool(self.enumerated_names)
+
+    def _run(self, run: Callable[[], Any]) -> Any:
+        """Run without gradients, and without validation if that refuses parameters of broken draws.
+
+        Log densities that are not finite are counted later, so no warning is needed.
+        """
+        validation = nullcontext() if self._validates else pyro.validation_enabled(False)
+        with torch.no_grad(), warnings.catch_warnings(), validation:
+            warnings.filterwarnings("ignore", message="Encountered")
+            try:
+                return run()
+            except ValueError as error:
+                if not (self._validates and has_nonfinite_parameter(error)):
+                    raise
+        self._validates = False
+        return self._run(run)
+
+    def _run_batch(self, run: Callable[[], Any]) -> Any:
+        """Run, and say that the model may not vectorize where a batch fails; a single draw has worked."""
+        try:
+            return self._run(run)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if not self._vectorize:
+                raise
+            raise _does_not_vectorize(f"{type(error).__name__}: {error}") from error
+
+    def _run_once(self, guide: Callable[..., Any]) -> tuple[Trace, Trace]:
+        guide_trace = poutine.trace(guide).get_trace(*self._args, **self._kwargs)
+        model = poutine.replay(self.model, trace=guide_trace)
+        model_trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
+        guide_trace.compute_log_prob()
+        model_trace.compute_log_prob()
+        return guide_trace, model_trace
+
+    def batches(self, num_samples: int, batch_size: int) -> Iterator[DrawBatch]:
+        """Yield batches of draws, ``num_samples`` in all.
+
+        Batches have ``batch_size`` draws if vectorized, the last one possibly fewer, and one draw each
+        if not.
+
+        :raises ValueError: if the model or the guide does not run for many draws at once.
+        """
+        batch_size = batch_size if self._vectorize else 1
+        for start in range(0, num_samples, batch_size):
+            yield self._batch(min(batch_size, num_samples - start))
+
+    def _batch(self, num_samples: int) -> DrawBatch:
+        loss = with_num_particles(self._loss, num_samples)
+
+        def run() -> DrawBatch:
+            traces = loss._get_traces(self.model, self.guide, self._args, self._kwargs)
+            model_trace, guide_trace = next(iter(traces))
+            return self._score(model_trace, guide_trace, num_samples)
+
+        batch: DrawBatch = self._run_batch(run)
+        if not self._is_checked and num_samples > 1:
+            self._check_vectorizes(batch)
+        return batch
+
+    def _score(self, model_trace: Trace, guide_trace: Trace, num_samples: int) -> DrawBatch:
+        if self.enumerated_names:
+            log_p = marginal_log_density(model_trace, guide_trace)
+        else:
+            log_p = _log_density(model_trace)
+        log_p, log_q = (
+            term.double().reshape(-1).expand(num_samples) for term in (log_p, _log_density(guide_trace))
+        )
+        return DrawBatch(log_p, log_q, guide_trace, model_trace)
+
+    def _check_vectorizes(self, batch: DrawBatch) -> None:
+        """Compare one draw of a batch with a run of its own.
+
+        A model that sums over all dimensions runs under a plate of particles, and is wrong without
+        a word.
+        """
+        finite = torch.isfinite(batch.log_p + batch.log_q).nonzero().reshape(-1)
+        if not len(finite):
+            return
+        index = int(finite[0])
+        single = Trace()
+        for site in sites_of(batch.guide_trace):
+            name = site["name"]
+            if not site["is_observed"] and not is_delta(site["fn"]):
+                value = self.values(batch.guide_trace, name, len(batch.log_p))[index]
+                single.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
+        traces = self._run(lambda: self._run_once(poutine.replay(self.guide, trace=single)))
+        one = self._score(traces[1], traces[0], 1)
+        for name in ("log_p", "log_q"):
+            got, expected = float(getattr(batch, name)[index]), float(getattr(one, name))
+            if abs(got - expected) > _TOLERANCE[0] + _TOLERANCE[1] * abs(expected):
+                raise _does_not_vectorize(f"{name} {got:.6g} in a batch and {expected:.6g} alone")
+        self._is_checked = True
+
+    def values(self, trace: Trace, name: str, num_samples: int) -> Tensor:
+        """Return the values of a site of a batch, shape ``(num_samples,) + shape of the site``.
+
+        :raises ValueError: if the batch has another shape.
+        """
+        prototype = self.prototype if name in self.prototype else self.guide_prototype
+        shape = prototype.nodes[name]["value"].shape
+        return self.as_draws(name, trace.nodes[name]["value"], shape, num_samples)
+
+    @staticmethod
+    def as_draws(name: str, value: Tensor, shape: torch.Size, num_samples: int) -> Tensor:
+        """Bring a value of a batch, particles leftmost, to the shape ``(num_samples,) + shape``."""
+        if value.numel() == num_samples * shape.numel():
+            return value.reshape((num_samples, *shape))
+        if value.numel() == shape.numel():
+            return value.reshape(shape).expand((num_samples, *shape))
+        raise _does_not_vectorize(
+            f"shape {tuple(value.shape)} for {num_samples} draws of site {name!r} of shape {tuple(shape)}"
+        )
+
+    def guide_density(self, guide_trace: Trace, num_samples: int) -> Tensor:
+        """Return the log density of what a guide draws, its `Delta` sites left out, shape ``(n,)``."""
+        terms = [per_particle(site, site["log_prob"]) for site in sites_of(guide_trace) if has_density(site)]
+        return torch.as_tensor(sum(terms)).double().reshape(-1).expand(num_samples)
+
+    def score_guide(self, guide_trace: Trace, num_samples: int) -> Tensor:
+        """Return the log density of the guide, with its present parameters, at draws made before."""
+        fixed = Trace()
+        for site in filter(has_density, sites_of(guide_trace)):
+            # A copy: a transform may remember the point that it has mapped there.
+            name, value = site["name"], site["value"].clone()
+            fixed.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
+        guide: Callable[..., Any] = poutine.replay(self.guide, trace=fixed)
+        if self._vectorize:
+            guide = with_num_particles(self._loss, num_samples)._vectorized_num_particles(guide)
+        trace = poutine.trace(guide)
+
+        def run() -> Tensor:
+            scored = trace.get_trace(*self._args, **self._kwargs)
+            scored.compute_log_prob()
+            return self.guide_density(scored, num_samples)
+
+        result: Tensor = self._run_batch(run)
+        return result
+
+    def predict(self, batch: DrawBatch) -> Trace:
+        """Run the model once more on the draws of a batch, with its observed sites drawn."""
+        return self._run_model(poutine.replay(self.model, trace=batch.guide_trace), len(batch.log_p))
+
+    def prior(self, num_samples: int, batch_size: int) -> Iterator[tuple[Trace, int]]:
+        """Yield runs of the model with all its sites drawn, and how many draws each holds."""
+        if not self._vectorize:
+            batch_size = 1
+        for start in range(0, num_samples, batch_size):
+            num = min(batch_size, num_samples - start)
+            yield self._run_model(self.model, num), num
+
+    def _run_model(self, model: Callable[..., Any], num_samples: int) -> Trace:
+        model = _DrawObserved()(model)
+        if self._vectorize:
+            model = with_num_particles(self._loss, num_samples)._vectorized_num_particles(model)
+        trace = poutine.trace(model)
+        return self._run_batch(lambda: trace.get_trace(*self._args, **self._kwargs))
+
+
+class _DrawObserved(UnconditionMessenger):
+    """Draw observed sites, and leave deterministic ones, which Pyro takes for observed, as they are."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not (msg["infer"].get("_deterministic") or msg["infer"].get("is_auxiliary")):
+            super()._pyro_sample(msg)
+
+
+def _does_not_vectorize(got: str) -> ValueError:
+    return ValueError(
+        f"Expected a model and a guide that run for many draws at once, under an outermost plate; got "
+        f"{got}. Pass `vectorize=False`, or let the model index and sum its dimensions from the right."
+    )
+
+
+def _log_density(trace: Trace) -> Tensor:
+    return torch.as_tensor(sum(per_particle(site, site["log_prob"]) for site in sites_of(trace)))

@@ -1,0 +1,317 @@
+r"""Was a mode lost on the way? Every rung of a ladder is weighed against the rungs above it.
+
+No number from the draws of the final guide sees a mode that none of them visits; the guide at a lower
+inverse temperature visits it. With draws :math:`z_i \sim q_r` of a rung, weighted to the tempered density
+:math:`p_{t_s}` of a rung s above it, a part of that density is lost where the guide has next to none of it:
+
+.. math:: \text{lost share} = \sum_i W_i\, 1\Bigl[c_s(z_i) < \tfrac{1}{20} \min(1, c(z_i))\Bigr], \qquad
+          W_i \propto \frac{p_{t_s}(z_i)}{q_r(z_i)}, \qquad c_s(z) = \frac{q_s(z)}{p_{t_s}(z)}
+
+The coverage :math:`c_s` of a rung is compared with c, the best one of the rung r and of some below it. A
+guide that is too wide covers everything badly, from the beginning on; one that loses a mode little by
+little covers it well at first. Neighbors overlap in any dimension; the posterior itself, at t = 1, is in
+reach of a wide rung in few.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_adaann.annealing.tempering import Tempering
+from pyro_adaann.diagnostics.guide_draws import GuideDraws
+from pyro_adaann.objectives.traces import log_factors
+from pyro_adaann.state.rungs import Rung, guide_at, rungs_and_guide
+from pyro_adaann.svi import AdaAnnSVI
+from pyro_adaann.weights import effective_sample_size, pareto_smooth
+
+__all__ = ["LadderReport", "LostMode", "find_lost_modes"]
+
+#: A guide has next to nothing of a density where it has less than this share of it, or of what it had.
+_MIN_COVER = 1 / 20
+#: How many rungs below the one whose draws are looked at: what the guide had before.
+_LOOKBACK = (2, 4)
+#: A smaller share is a tail, not a mode: of the posterior, and of a tempered density, where a guide that
+#: is still on its way lacks more.
+_MIN_SHARE, _MIN_TEMPERED_SHARE = 0.05, 0.15
+#: Standard errors that a share has to be above zero, and above the smallest one that counts.
+_NUM_ERRORS, _NUM_ERRORS_ABOVE = 3.0, 2.0
+#: Draws of a rung at a time.
+_BATCH_SIZE = 5000
+#: The inverse temperature to draw at: the log weight is linear in t, and scaling by 1/2 is free of rounding.
+_HALF = 0.5
+#: Fewest effective draws behind a share, and the heaviest tail of their weights: from a shape of 1 on they
+#: have no mean, and the error of the share means nothing.
+_MIN_ESS, _MAX_SHAPE = 10.0, 1.0
+#: The heaviest tail that a few times as many draws may thin so far.
+_MAX_SHAPE_IN_REACH = 2.0
+
+
+@dataclass(frozen=True)
+class LostMode:
+    """A part of the posterior that the guide lost between two rungs.
+
+    :param rung: the last rung that has it.
+    :param lower: its inverse temperature.
+    :param upper: that of the first rung that has it not, 1 for the final guide.
+    :param share: share of the tempered density at ``upper`` that is lost.
+    :param share_se: its standard error.
+
+    Example::
+
+        >>> from pyro_adaann import Rung
+        >>> lost = LostMode(Rung(0.1, {}, {}), lower=0.1, upper=0.2, share=0.3, share_se=0.02)
+        >>> print(LadderReport(num_rungs=5, lost=[lost], min_ess=0.3))
+        30% +- 2% of the tempered posterior lost between inverse temperatures 0.1 and 0.2.
+    """
+
+    rung: Rung
+    lower: float
+    upper: float
+    share: float
+    share_se: float
+
+
+@dataclass(frozen=True)
+class LadderReport:
+    """What the rungs of a ladder say of each other.
+
+    :param num_rungs: how many there are, the final guide not counted.
+    :param lost: what was lost and not found again, from the lowest inverse temperature to the highest.
+    :param min_ess: effective sample size, as a share, between the two neighbors that overlap least: below
+        a few percent there, a loss may stay unseen.
+
+    Example::
+
+        >>> print(LadderReport(num_rungs=5, lost=[], min_ess=0.3))
+        No mode lost between 5 rungs and the guide (least overlap 30%).
+    """
+
+    num_rungs: int
+    lost: list[LostMode]
+    min_ess: float
+
+    @property
+    def lost_share(self) -> float:
+        """Share of the posterior that is lost in all, as far as the rungs see it."""
+        return 1 - math.prod(1 - loss.share for loss in self.lost)
+
+    def __str__(self) -> str:
+        if not self.lost:
+            overlap = f"least overlap {self.min_ess:.0%}"
+            return f"No mode lost between {self.num_rungs} rungs and the guide ({overlap})."
+        return " ".join(
+            f"{loss.share:.0%} +- {loss.share_se:.0%} of the tempered posterior lost between inverse "
+            f"temperatures {loss.lower:.3g} and {loss.upper:.3g}."
+            for loss in self.lost
+        )
+
+
+def find_lost_modes(
+    svi: AdaAnnSVI, *args: Any, num_samples: int = 20_000, vectorize: bool = True, **kwargs: Any
+) -> LadderReport:
+    """Compare every rung of the ladder of a fit with the next two and with the guide.
+
+    A part that a rung lacks and the next one has again was not lost. One that both lack is reported,
+    with the inverse temperatures between which it went; likewise a part of the posterior itself that
+    the draws of a rung, weighted all the way, see and the guide lacks.
+
+    :param svi: a fit with a ladder.
+    :param args: arguments of model and guide as in ``svi.step``, with ``kwargs``.
+    :param num_samples: most draws of a rung. The first 5,000 are all where they leave no loss possible.
+    :param vectorize: whether model and guide run for all draws at once.
+    :raises ValueError: if the fit has no ladder or has taken no step, if ``num_samples`` is not positive, and
+        as :func:`diagnose` does.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer import Trace_ELBO
+        >>> from pyro_adaann import AutoPlanar, AdaAnnSchedule, Ladder
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> pyro.clear_param_store()  # a new fit
+        >>> svi = AdaAnnSVI(model, AutoPlanar(model, 4), pyro.optim.Adam({"lr": 0.01}),
+        ...                 Trace_ELBO(num_particles=20, vectorize_particles=True), ladder=Ladder(),
+        ...                 schedule=AdaAnnSchedule(0.5), num_initial_steps=20, num_final_steps=20)
+        >>> history = svi.run(progress_bar=False)
+        >>> find_lost_modes(svi).lost
+        []
+    """
+    if num_samples < 1:
+        raise ValueError(f"Expected `num_samples` >= 1; got {num_samples}.")
+    looks = _Looks(svi, args, kwargs, vectorize)
+    last = len(looks.rungs) - 1
+    found = [looks.look(r, num_samples) for r in range(last)]
+
+    def loss(r: int, upper: int, share: _Comparison) -> LostMode:
+        lower, higher = looks.inverse_temperatures[r], looks.inverse_temperatures[upper]
+        rung = looks.rungs[r]
+        assert rung is not None  # the guide, which is above all of them
+        return LostMode(rung, lower, higher, share.share, share.se)
+
+    lost = {r: loss(r, r + 1, look.above[0]) for r, look in enumerate(found) if _are_lost(look.above)}
+    # What several rungs see from afar has gone above the highest of them; the surest knows its share.
+    seen = [r for r, look in enumerate(found) if _is_lost(look.afar, _MIN_SHARE)]
+    if seen:
+        surest = min((found[r].afar for r in seen), key=lambda afar: afar.se)
+        lost[seen[-1]] = loss(seen[-1], found[seen[-1]].upper, surest)
+    overlaps = [look.above[0].ess / look.num_samples for look in found]
+    return LadderReport(last, [lost[r] for r in sorted(lost)], min(overlaps))
+
+
+class _Comparison(NamedTuple):
+    """What share of the density at a rung it lacks, its error, and the weights behind it."""
+
+    share: float
+    se: float
+    ess: float
+    k_hat: float
+
+
+def _is_lost(found: _Comparison, min_share: float) -> bool:
+    has_support = found.ess >= _MIN_ESS and found.k_hat <= _MAX_SHAPE
+    is_sure = found.share > max(_NUM_ERRORS * found.se, min_share + _NUM_ERRORS_ABOVE * found.se)
+    return has_support and is_sure
+
+
+def _seems_lost(found: _Comparison, min_share: float) -> bool:
+    """Whether more draws may show that a part is lost."""
+    return found.share > min_share and found.k_hat <= _MAX_SHAPE_IN_REACH
+
+
+def _are_lost(above: list[_Comparison]) -> bool:
+    """Whether all lack a part: what a rung lacks and the next one has again was not lost."""
+    return all(_is_lost(found, _MIN_TEMPERED_SHARE) for found in above)
+
+
+class _Look(NamedTuple):
+    """What the draws of a rung say.
+
+    :param above: of the next two rungs, each at its own inverse temperature.
+    :param afar: of the guide.
+    :param upper: the first of these that lacks most of what the guide lacks.
+    """
+
+    above: list[_Comparison]
+    afar: _Comparison
+    upper: int
+    num_samples: int
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether more draws would say no more: what seems lost is surely."""
+        is_open_above = all(_seems_lost(found, _MIN_TEMPERED_SHARE) for found in self.above)
+        is_open_afar = _seems_lost(self.afar, _MIN_SHARE)
+        return (_are_lost(self.above) or not is_open_above) and (
+            _is_lost(self.afar, _MIN_SHARE) or not is_open_afar
+        )
+
+
+@dataclass
+class _Draws:
+    """Draws of a rung: log q under it and some others, and the log weight at t as ``offset + t * factor``."""
+
+    own: int
+    inverse_temperatures: list[float]
+    log_q: dict[int, Tensor]
+    offset: Tensor
+    factor: Tensor
+
+    def __len__(self) -> int:
+        return len(self.factor)
+
+    def extend(self, more: _Draws) -> None:
+        """Append other draws of the rung."""
+        self.log_q = {s: torch.cat([log_q, more.log_q[s]]) for s, log_q in self.log_q.items()}
+        self.offset = torch.cat([self.offset, more.offset])
+        self.factor = torch.cat([self.factor, more.factor])
+
+    def log_weights(self, s: int) -> Tensor:
+        """Log weights to the density of rung s."""
+        result = self.offset + self.inverse_temperatures[s] * self.factor
+        return torch.where(torch.isfinite(result), result, -torch.inf)
+
+    def log_normalizer(self, s: int) -> float:
+        """Log normalizer of that density."""
+        return float(self.log_weights(s).logsumexp(0)) - math.log(len(self))
+
+    def log_coverage(self, s: int, log_normalizer: float) -> Tensor:
+        """Log of what rung s has of its density."""
+        log_p = self.log_q[self.own] + self.log_weights(s) - log_normalizer
+        return (self.log_q[s] - log_p).nan_to_num(-torch.inf)
+
+    def compare(self, s: int, is_lacking: Tensor) -> _Comparison:
+        """Share of the density of rung s at draws that it lacks."""
+        log_weights = self.log_weights(s)
+        try:
+            k_hat = pareto_smooth(log_weights)[1]
+        except ValueError:  # next to no draw has a weight
+            return _Comparison(0.0, 0.0, 0.0, math.inf)
+        weights = log_weights.softmax(0)
+        share = float(weights[is_lacking].sum())
+        se = float((weights * (is_lacking.double() - share)).square().sum().sqrt())
+        return _Comparison(share, se, effective_sample_size(log_weights), k_hat)
+
+
+class _Looks:
+    """The rungs of a fit, to be looked at from the lowest to the highest."""
+
+    def __init__(self, svi: AdaAnnSVI, args: Any, kwargs: Any, vectorize: bool) -> None:
+        self.rungs = rungs_and_guide(svi.ladder)
+        self.inverse_temperatures = [
+            svi.inverse_temperature if rung is None else rung.inverse_temperature for rung in self.rungs
+        ]
+        self._parameters = svi._parameters.tensors
+        self._tempering = Tempering(svi.model, svi.guide, svi.path, _HALF)
+        tempered = (self._tempering.model, self._tempering.guide)
+        self._guide_draws = GuideDraws(tempered, args, kwargs, vectorize=vectorize)
+        #: Of the density of every rung looked at, from its own draws.
+        self._log_normalizers: list[float] = []
+
+    def look(self, r: int, num_samples: int) -> _Look:
+        """Look at a batch of draws of rung r, and at more while they leave a loss possible."""
+        last = len(self.rungs) - 1
+        below = [r - back for back in (0, *_LOOKBACK) if back <= r]
+        above = range(r + 1, last + 1)[:2]
+        scorers = {*below, *above, last}
+        drawn = self._draw(r, scorers, min(_BATCH_SIZE, num_samples))
+        while not (look := self._compare(drawn, below, above)).is_settled and len(drawn) < num_samples:
+            drawn.extend(self._draw(r, scorers, min(_BATCH_SIZE, num_samples - len(drawn))))
+        return look
+
+    def _draw(self, r: int, scorers: set[int], num_samples: int) -> _Draws:
+        traces, columns = [], []
+        with guide_at(self.rungs[r], self._parameters):
+            for batch in self._guide_draws.batches(num_samples, num_samples):
+                factor = log_factors(self._tempering, batch.model_trace, batch.guide_trace)
+                if factor is None:
+                    raise ValueError(
+                        "Expected a guide without enumerated sites; got one with, whose draws have no "
+                        "weights of their own. Enumerate in the model."
+                    )
+                log_q = self._guide_draws.guide_density(batch.guide_trace, len(batch.log_p))
+                columns.append(torch.stack([log_q, batch.log_weights - _HALF * factor, factor.double()]))
+                traces.append((batch.guide_trace, len(batch.log_p)))
+        own, offset, factor = torch.cat(columns, dim=1)
+        scores = {r: own}
+        for s in scorers - {r}:
+            with guide_at(self.rungs[s], self._parameters):
+                scores[s] = torch.cat([self._guide_draws.score_guide(*trace) for trace in traces])
+        return _Draws(r, self.inverse_temperatures, scores, offset, factor)
+
+    def _compare(self, drawn: _Draws, below: list[int], above: Sequence[int]) -> _Look:
+        self._log_normalizers[drawn.own :] = [drawn.log_normalizer(drawn.own)]
+        best = torch.stack([drawn.log_coverage(k, self._log_normalizers[k]) for k in below]).amax(0)
+        least = best.clamp(max=0.0) + math.log(_MIN_COVER)
+        last = len(self.rungs) - 1
+        lacking = {s: drawn.log_coverage(s, drawn.log_normalizer(s)) < least for s in (*above, last)}
+        missed = drawn.log_weights(last).softmax(0) * lacking[last]
+        upper = next((s for s in lacking if 2 * missed[lacking[s]].sum() >= missed.sum()), last)
+        near = [drawn.compare(s, lacking[s]) for s in above]
+        return _Look(near, drawn.compare(last, lacking[last]), upper, len(drawn))

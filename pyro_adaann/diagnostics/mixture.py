@@ -1,0 +1,91 @@
+"""The rungs of a ladder and the guide together: a posterior repaired where the guide lost a part."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_adaann.diagnostics.guide_draws import GuideDraws
+from pyro_adaann.diagnostics.importance import WeightedDraws
+from pyro_adaann.state.rungs import guide_at, rungs_and_guide
+from pyro_adaann.svi import AdaAnnSVI
+from pyro_adaann.weights import pareto_smooth, reliable_shape
+
+__all__ = ["mixture_draws"]
+
+
+def mixture_draws(
+    svi: AdaAnnSVI, *args: Any, num_samples: int = 50_000, vectorize: bool = True, **kwargs: Any
+) -> WeightedDraws:
+    r"""Draw from the rungs of a ladder and the guide together, and weigh the draws against the posterior.
+
+    .. math:: w_i = \frac{p(x, z_i)}{\tfrac{1}{R} \sum_r q_r(z_i)}, \qquad z_i \sim q_1, \dots, q_R
+
+    Where a rung still has a mode that the guide lost, the weighted draws have it too: a repaired
+    posterior, as good as its Pareto k-hat and effective sample size say. A mode that is narrow where the
+    rung is wide gets few draws, of large weights, and too small a share: then k-hat is too large.
+
+    :param svi: a fit with a ladder.
+    :param args: arguments of model and guide as in ``svi.step``, with ``kwargs``.
+    :param num_samples: draws in all, the same number of every rung.
+    :param vectorize: whether model and guide run for all draws of a rung at once.
+    :raises ValueError: if the fit has no ladder or has taken no step, and as :func:`diagnose` does.
+
+    Warns if k-hat is too large. Anneal again then from the rung that :func:`find_lost_modes` names, more
+    slowly (``svi.restart(rung)``), or fit again with more particles.
+
+    Source: Veach and Guibas, *Optimally combining sampling techniques*, SIGGRAPH 1995 (the balance
+    heuristic).
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer import Trace_ELBO
+        >>> from pyro_adaann import AutoPlanar, AdaAnnSchedule, Ladder
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> pyro.clear_param_store()  # a new fit
+        >>> svi = AdaAnnSVI(model, AutoPlanar(model, 4), pyro.optim.Adam({"lr": 0.01}),
+        ...                 Trace_ELBO(num_particles=20, vectorize_particles=True), ladder=Ladder(),
+        ...                 schedule=AdaAnnSchedule(0.5), num_initial_steps=20, num_final_steps=20)
+        >>> history = svi.run(progress_bar=False)
+        >>> abs(float(mixture_draws(svi).mean("z"))) < 0.1  # exactly 0
+        True
+    """
+    rungs = rungs_and_guide(svi.ladder)
+    num_each = -(-num_samples // len(rungs))
+    draws = GuideDraws(svi, args, kwargs, vectorize=vectorize)
+    samples: dict[str, list[Tensor]] = {name: [] for name in draws.latent_names}
+    parts = []
+    for own in rungs:
+        with guide_at(own, svi._parameters.tensors):
+            batches = list(draws.batches(num_each, num_each))
+        for batch in batches:
+            log_q = draws.guide_density(batch.guide_trace, len(batch.log_p))
+            mixture = []
+            for rung in rungs:
+                with guide_at(rung, svi._parameters.tensors):
+                    mixture.append(draws.score_guide(batch.guide_trace, len(batch.log_p)))
+            # A draw out of reach of a rung's inverse has no density there.
+            log_mixture = torch.stack(mixture).nan_to_num(-torch.inf).logsumexp(0) - math.log(len(rungs))
+            # The rest of the guide's density, that of its Delta sites, does not depend on the rung.
+            parts.append((batch.log_p, batch.log_q - log_q + log_mixture))
+            for name, values in samples.items():
+                values.append(draws.values(batch.guide_trace, name, len(batch.log_p)))
+    log_p, log_q = map(torch.cat, zip(*parts, strict=True))
+    log_weights = torch.where(torch.isfinite(log_p - log_q), log_p - log_q, -torch.inf)
+    smoothed, k_hat = pareto_smooth(log_weights)
+    if k_hat > reliable_shape(len(log_weights)):
+        warnings.warn(
+            f"The weights of the mixture are unreliable (k-hat {k_hat:.2f}): no rung is close enough to the "
+            f"posterior, and the share of a lost mode may be far too small. Take more draws (num_samples), "
+            f"anneal again from the rung below the loss with smaller steps (svi.restart), or fit again with "
+            f"more particles.",
+            stacklevel=2,
+        )
+    cat = {name: torch.cat(values) for name, values in samples.items()}
+    return WeightedDraws(cat, log_p, log_q, smoothed, k_hat)

@@ -1,0 +1,1 @@
+"""ArviZ and figures."""

@@ -1,0 +1,222 @@
+"""Autoguides whose posterior is a normalizing flow over all unconstrained latent variables."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoContinuous, init_to_median
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.quasirandom import SobolEngine
+
+from pyro_adaann.checks import check_count
+from pyro_adaann.transforms.base import FlowTransform
+
+__all__ = ["AutoFlow"]
+
+#: Points of the quasi-random net that `median` and `quantiles` push through the flow.
+_NUM_QUANTILE_POINTS = 8192
+
+
+class AutoFlow(AutoContinuous):
+    r"""Base class of the flow guides: q(z) is a normal base pushed through a trainable bijection.
+
+    .. math:: z = T_\phi(\varepsilon), \quad \varepsilon \sim N(m, \mathrm{diag}(s^2)), \quad
+              \log q(z) = \log N(\varepsilon; m, s) - \log|\det J_T(\varepsilon)|
+
+    A new flow guide implements :meth:`_make_transform` alone.
+
+    :param model: a Pyro model whose latent variables are continuous.
+    :param init_loc_fn: Pyro's per-site initialization, the base location unless ``base_loc`` is given.
+    :param base_loc: location m of the base in unconstrained coordinates, a number or a tensor of
+        shape ``(latent_dim,)``.
+    :param base_scale: scale s > 0 of the base, likewise. Annealing wants a base that covers the
+        region where the posterior may have its modes.
+    :raises ValueError: at set-up, if the base does not fit the latent dimension or s <= 0.
+    :raises NotImplementedError: at set-up, if the model cannot be sampled (see the message).
+
+    Dimension, dtype and device are the model's and known when it has run once: at the first call, or
+    before it by :meth:`initialize`.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        base_loc: float | Tensor | None = None,
+        base_scale: float | Tensor = 1.0,
+    ) -> None:
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        self._base_args = (base_loc, base_scale)
+
+    @abstractmethod
+    def _make_transform(self, latent_dim: int) -> FlowTransform:
+        """Return a new flow on ``latent_dim`` coordinates, near the identity."""
+
+    def initialize(self, *args: Any, **kwargs: Any) -> AutoFlow:
+        """Run the model once and create the parameters; return the guide.
+
+        Afterwards ``parameters()``, ``state_dict()`` and ``to(device)`` work before the first step.
+        Calling it again changes nothing.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        return self
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            # Shapes and values alone are kept, so that a guide can be copied and pickled: no graph
+            # of the model's parameters, and none of the model's arguments.
+            with torch.no_grad():
+                super()._setup_prototype(*args, **kwargs)
+        except NotImplementedError as error:
+            if "ImproperUniform" not in str(error):
+                raise
+            raise NotImplementedError(
+                f"{type(self).__name__} runs the model once to learn its sites, and an "
+                f"ImproperUniform prior cannot be sampled ({error}). For a flat prior use a proper "
+                f"distribution with the same support and switch its density off, for example "
+                f"`dist.Normal(0, 10).mask(False)`."
+            ) from error
+        for name in ("_INPUT", "_RETURN"):
+            if name in self.prototype_trace:
+                self.prototype_trace.remove_node(name)
+
+        init_loc = self._init_loc()
+        loc, scale = (self._base_tensor(arg, init_loc) for arg in self._base_args)
+        if not (scale > 0).all():
+            raise ValueError(f"Expected `base_scale` > 0; got {self._base_args[1]}.")
+        self.register_buffer("_base_loc", loc)
+        self.register_buffer("_base_scale", scale)
+        self.transform = self._make_transform(self.latent_dim).to(init_loc)
+
+    def _base_tensor(self, arg: float | Tensor | None, init_loc: Tensor) -> Tensor:
+        value = init_loc if arg is None else torch.as_tensor(arg).to(init_loc)
+        if value.shape not in ((), (1,), init_loc.shape):
+            raise ValueError(
+                f"Expected `base_loc` and `base_scale` to be numbers or tensors of shape "
+                f"({self.latent_dim},), the latent dimension; got shape {tuple(value.shape)}."
+            )
+        return value.detach().expand(init_loc.shape).clone()
+
+    def get_base_dist(self) -> dist.TorchDistribution:
+        """Return the base, a fixed diagonal normal with event shape ``(latent_dim,)``."""
+        return dist.Normal(self._base_loc, self._base_scale, validate_args=False).to_event(1)
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
+        """Return the flow from base to posterior; the arguments are not used."""
+        return self.transform
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
+        """Return q over the unconstrained latent vector, with a ``log_prob`` at any point."""
+        self.initialize(*args, **kwargs)
+        return dist.TransformedDistribution(self.get_base_dist(), [self.transform])
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the posterior median of every latent variable, in the model's shapes.
+
+        Each unconstrained coordinate has its own median, as in Pyro's normal guides; with several
+        modes it may lie between them. Computed from a fixed quasi-random net, so no random state is
+        used and two calls agree.
+        """
+        quantiles = self.quantiles([0.5], *args, **kwargs)
+        return {name: value[0] for name, value in quantiles.items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the posterior quantiles of every latent variable.
+
+        :param quantiles: numbers in [0, 1].
+        :return: for every site a tensor with the quantiles along a new first dimension.
+        :raises ValueError: if a quantile is outside [0, 1].
+        """
+        self.initialize(*args, **kwargs)
+        levels = torch.as_tensor(quantiles).to(self._base_loc)
+        if not ((levels >= 0) & (levels <= 1)).all():
+            raise ValueError(f"Expected quantiles in [0, 1]; got {quantiles}.")
+        latents = self.transform(self._base_net(_NUM_QUANTILE_POINTS))
+        # One coordinate at a time: torch.quantile takes at most 2^24 numbers.
+        columns = torch.stack([c.quantile(levels) for c in latents.unbind(-1)], dim=-1)
+        return {site["name"]: value for site, _, value in self._constrain(columns)}
+
+    @torch.no_grad()
+    def sample_posterior(
+        self, num_samples: int, *args: Any, batch_size: int = 100_000, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Draw every latent variable ``num_samples`` times, without running the model.
+
+        :param num_samples: number of draws.
+        :param batch_size: how many pass through the flow at a time.
+        :return: for every site its draws along a new first dimension.
+        :raises ValueError: if a count is below 1.
+        """
+        check_count("num_samples", num_samples, 1)
+        check_count("batch_size", batch_size, 1)
+        posterior = self.get_posterior(*args, **kwargs)
+        sizes = [min(batch_size, num_samples - i) for i in range(0, num_samples, batch_size)]
+        latents = torch.cat([posterior.sample(torch.Size([size])) for size in sizes])
+        return {site["name"]: value for site, _, value in self._constrain(latents)}
+
+    def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        r"""Return the log density of the guide at any values of the latent variables.
+
+        .. math:: \log q(c) = \log q(z) - \log|\det dc / dz|, \qquad z = \text{unconstrained } c
+
+        :param values: for every site a tensor of its draws along a first dimension, as
+            :meth:`sample_posterior` returns them.
+        :return: shape ``(num_draws,)``, in the coordinates of the model.
+        :raises ValueError: if a site is missing.
+        """
+        posterior = self.get_posterior(*args, **kwargs)
+        sites = [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
+        missing = [site["name"] for site in sites if site["name"] not in values]
+        if missing:
+            raise ValueError(f"Expected values of all latent variables; got none of {', '.join(missing)}.")
+        parts = [biject_to(site["fn"].support).inv(values[site["name"]]) for site in sites]
+        latents = torch.cat([part.reshape(len(part), -1) for part in parts], dim=-1)
+        log_prob = posterior.log_prob(latents)
+        for site, unconstrained, value in self._constrain(latents):
+            transform = biject_to(site["fn"].support)
+            log_jacobian = transform.log_abs_det_jacobian(unconstrained, value)
+            log_prob = log_prob - log_jacobian.reshape(len(latents), -1).sum(-1)
+        return log_prob
+
+    def _constrain(self, latents: Tensor) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """Yield every site with its values of ``latents``, ``(n, latent_dim)``: free, constrained."""
+        position = 0
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            shape = self._unconstrained_shapes[name]
+            column = latents[:, position : position + shape.numel()].reshape(-1, *shape)
+            position += shape.numel()
+            yield site, column, biject_to(site["fn"].support)(column)
+
+    def _base_net(self, num_points: int) -> Tensor:
+        """Return a low-discrepancy sample of the base, the same in every call."""
+        dim = min(self.latent_dim, SobolEngine.MAXDIM)
+        uniform = SobolEngine(dim, scramble=True, seed=0).draw(num_points, dtype=torch.float64)
+        if dim < self.latent_dim:
+            generator = torch.Generator().manual_seed(0)
+            rest = torch.rand(num_points, self.latent_dim - dim, generator=generator)
+            uniform = torch.cat([uniform, rest.double()], dim=-1)
+        normal = torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12)).to(self._base_loc)
+        return self._base_loc + self._base_scale * normal
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's version empties the guide that is being copied, not the copy.
+        state = self.__dict__.copy()
+        state.update(_model=None, master=None)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        state = copy.deepcopy(self.__getstate__(), memo)
+        new.__setstate__({**state, "_model": self._model})
+        return new

@@ -1,0 +1,178 @@
+r"""Broken and absurd particles: taken out of the traces of an ELBO before they reach the sum."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_adaann.annealing.tempering import is_delta
+from pyro_adaann.objectives.fixed_density import has_density, log_density_at_fixed_draws
+from pyro_adaann.objectives.traces import PARTICLE_PLATE, per_particle, sites_of
+
+__all__ = ["drop_broken", "has_nonfinite_parameter", "tame_gradients"]
+
+#: How far below the median a log weight is lost: in nats, and in units of the median distance.
+_MIN_LOSS = 1000.0
+_MAX_DISTANCE = 50.0
+
+
+def drop_broken(
+    model_trace: Trace,
+    guide_trace: Trace,
+    cost: float = 0.0,
+    *,
+    finds_lost: bool = False,
+    drops_lost: bool = False,
+) -> tuple[int, int]:
+    r"""Take particles whose log density is not finite out of a pair of traces of `Trace_ELBO`.
+
+    They add zero to the loss; the other particles' parts are what they are without them. To the
+    gradient they add that of ``cost`` times the mass m = q(broken region), through the score function
+
+    .. math:: \nabla m = E_q[(1_\mathrm{broken}(z) - m) \nabla_\phi \log q_\phi(z)],
+
+    since no path leads through a density that is not finite. Dropping them alone would not do: of
+    :math:`E_q[1_\mathrm{good} \nabla_\phi \log q] = -\nabla m` the missing part is a pull *into* the
+    broken region, of strength 1. Any ``cost`` above 1 turns it round. It is the cost, in nats, of a
+    broken draw over that of a typical good one, whatever the evidence, and at a posterior without
+    mass in the broken region nothing is left of it.
+
+    :param cost: in nats; 0 to drop them alone.
+    :param finds_lost: whether draws that are finite and a thousand nats below the others, which stay
+        in the loss, get the same push.
+    :param drops_lost: whether these are taken out, too.
+    :return: the number of broken particles and of all particles.
+    """
+    guide_sites = list(sites_of(guide_trace))
+    sites = [*sites_of(model_trace), *guide_sites]
+    with torch.no_grad():
+        log_p, log_q = (
+            torch.as_tensor(sum(per_particle(site, site["log_prob"]) for site in part)).reshape(-1)
+            for part in (sites_of(model_trace), guide_sites)
+        )
+        log_weight = log_p - log_q
+        # A sum is finite only if all its terms are; the difference could hide an infinite pair.
+        total, reach = torch.stack([(log_p + log_q).sum(), log_weight.median() - log_weight.min()]).tolist()
+        if math.isfinite(total) and not (finds_lost and reach > _MIN_LOSS):
+            return 0, log_p.numel()
+        broken = ~torch.isfinite(log_p + log_q)
+        lost = _is_lost(log_weight, broken) if finds_lost else broken
+    # With itself in the mean, a single particle would weigh nothing.
+    mean = float(lost.sum()) / len(lost) if len(lost) > 1 else 0.0
+    num_broken = int(broken.sum())
+    dropped = lost if drops_lost else broken
+    any_dropped = bool(dropped.any())
+    for site in sites:
+        if any_dropped:
+            _mask(site, dropped)
+        if cost and "score_parts" in site and has_density(site):
+            _add_score(site, cost * (lost.to(log_weight.dtype) - mean))
+    return num_broken, broken.numel()
+
+
+def _is_lost(log_weight: Tensor, broken: Tensor) -> Tensor:
+    """Whether a draw is broken or as good as that: on a plateau at -1e8 there is no slope to climb.
+
+    A thousand nats below the median, and far outside the spread of the others: nothing of the kind
+    is left near a posterior.
+    """
+    good = log_weight[~broken]
+    if len(good) < 2:
+        return broken
+    median = good.median()
+    reach = max(_MIN_LOSS, _MAX_DISTANCE * float((good - median).abs().median()))
+    return broken | (log_weight < median - reach)
+
+
+def _add_score(site: Any, weight: Tensor) -> None:
+    """Add ``weight * grad log q`` of every particle's draws, held fixed, to the gradient of the loss."""
+    log_q = per_particle(site, log_density_at_fixed_draws(site["fn"], site["value"]))
+    # A draw out of reach of the flow's inverse says nothing.
+    log_q = torch.where(torch.isfinite(log_q), log_q, 0.0)
+    parts = site["score_parts"]
+    entropy_term = torch.as_tensor(parts.entropy_term)
+    # `Trace_ELBO` takes the sum over the entries, and a constant in the loss has no gradient.
+    score = (weight * log_q).sum() / entropy_term.numel()
+    site["score_parts"] = parts._replace(entropy_term=entropy_term + score)
+
+
+def tame_gradients(guide_trace: Trace, max_ratio: float) -> None:
+    """Bound what a single particle can do to an update.
+
+    A hook on every draw of the guide cuts rows of its gradient that are not finite: a masked loss
+    alone would send zero times infinity, which is NaN, to the parameters that all particles share.
+    And it shortens rows longer than ``max_ratio`` times the median row. A draw far from the data may
+    have a log density of -1e9; its gradient alone would set the direction of the step, and the
+    optimizer's running averages for a thousand steps to come. Shortened, it still points back.
+
+    :param guide_trace: trace of the guide, before the backward pass.
+    :param max_ratio: bound on a row's largest entry in units of the median row's; infinite for none.
+    """
+    for site in sites_of(guide_trace):
+        value = site["value"]
+        # The draws themselves; `Delta` sites are functions of them.
+        if not value.requires_grad or site["is_observed"] or is_delta(site["fn"]):
+            continue
+        frames = [f for f in site["cond_indep_stack"] if f.name == PARTICLE_PLATE]
+        dim = frames[0].dim - site["fn"].event_dim if frames else None
+        value.register_hook(partial(_tame, dim=dim, max_ratio=max_ratio))
+
+
+def _tame(grad: Tensor, dim: int | None, max_ratio: float) -> Tensor:
+    if max_ratio == math.inf and math.isfinite(float(grad.sum())):
+        return grad
+    rows = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
+    # The largest entry and not the Euclidean length, whose squares overflow.
+    size = rows.reshape(len(rows), -1).abs().amax(-1)
+    median, largest = torch.stack([size.median(), size.max()]).tolist()
+    if largest <= max_ratio * median:
+        return grad
+    finite = size[torch.isfinite(size)]
+    limit = max_ratio * float(finite.median()) if len(finite) else 0.0
+    factor = (limit / size).clamp(max=1.0) if limit > 0 else torch.ones_like(size)
+    factor = factor.reshape(-1, *(1 for _ in rows.shape[1:]))
+    keep = torch.isfinite(size).reshape(factor.shape)
+    tamed = torch.where(keep, rows * factor, 0.0)
+    return tamed.squeeze(0) if dim is None else tamed.movedim(0, dim)
+
+
+def _mask(site: Any, broken: Tensor) -> None:
+    site["is_broken"] = broken  # what is zero now was no log density
+    keep = ~broken
+    for frame in site["cond_indep_stack"]:
+        if frame.name == PARTICLE_PLATE:
+            keep = keep.reshape((-1,) + (1,) * (-1 - frame.dim))
+            break
+    else:
+        keep = keep.all()
+
+    def mask(term: Any) -> Any:
+        return torch.where(keep, term, 0.0) if torch.is_tensor(term) else term
+
+    site["log_prob"] = mask(site["log_prob"])
+    site["log_prob_sum"] = site["log_prob"].sum()
+    if "score_parts" in site:
+        site["score_parts"] = type(site["score_parts"])(*map(mask, site["score_parts"]))
+
+
+def has_nonfinite_parameter(error: BaseException) -> bool:
+    """Whether torch refused a distribution's parameter for numbers that are not finite alone."""
+    while error.__cause__ is not None:  # Pyro raises anew, with the shapes of the trace
+        error = error.__cause__
+    traceback = error.__traceback__
+    if traceback is None or not str(error).startswith("Expected parameter"):
+        return False
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    found = traceback.tb_frame.f_locals
+    value, valid = found.get("value"), found.get("valid")
+    if not (torch.is_tensor(value) and torch.is_tensor(valid)):
+        return False
+    # A constraint on vectors or matrices has one verdict per event.
+    is_finite = torch.isfinite(value).reshape(*valid.shape, -1).all(-1)
+    return bool((valid | ~is_finite).all())

@@ -1,0 +1,1 @@
+"""What changes during a fit: parameters, recoveries, checkpoints, counts, progress."""

@@ -1,0 +1,1 @@
+"""How the parameters move: directions and scores."""
