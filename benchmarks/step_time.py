@@ -7,7 +7,7 @@ turns of six steps, so that both see the same machine; the figures are medians.
 
 * ours: `AdaAnnSVI` with `AutoPlanar` or `AutoRealNVP`, annealing, log factors recycled;
 * mixed: the same with `TraceMixedKL_ELBO(0.5)` in place of `Trace_ELBO`, as a multiple of ours;
-* natural: the same with `TraceNaturalKL_ELBO()` and its 500 particles, whatever the row has, as a multiple
+* natural: the same with `NaturalStep()` and its 500 particles, whatever the row has, as a multiple
   of ours; in the rows with a target alone;
 * stock: `pyro.infer.SVI` with `AutoNormalizingFlow` of `planar` layers, or of `AffineCoupling` layers
   with `permute` between them and the same networks, one for the scale and one for the shift.
@@ -32,7 +32,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide, AutoNormalizingFlow
 from pyro.nn import DenseNN
 
-from pyro_adaann import AdaAnnSVI, AutoPlanar, AutoRealNVP, TraceMixedKL_ELBO, TraceNaturalKL_ELBO
+from pyro_adaann import AdaAnnSVI, AutoPlanar, AutoRealNVP, NaturalStep, TraceMixedKL_ELBO
 
 #: Steps that one driver takes before the other's turn.
 STEPS_PER_TURN = 6
@@ -130,7 +130,7 @@ def measure(
     drivers = [ours, stock, mixed]
     if (flow, num_transforms, width, dim, num_particles) in TARGETS:
         sgd = pyro.optim.SGD({"lr": 1.0})
-        drivers.append(AdaAnnSVI(model, another_guide("Natural"), sgd, TraceNaturalKL_ELBO()))
+        drivers.append(AdaAnnSVI(model, another_guide("Natural"), NaturalStep()))
     our_time, stock_time, mixed_time, *natural_time = median_times(drivers, num_turns)
     return {
         "flow": flow,

@@ -8,6 +8,7 @@ from pyro_adaann.annealing.fixed_schedules import (
     SequenceSchedule,
 )
 from pyro_adaann.annealing.history import AnnealingHistory, AnnealingStage, Recovery
+from pyro_adaann.annealing.ladder import Ladder
 from pyro_adaann.annealing.paths import BRIDGE, JOINT, KL_WARMUP, LIKELIHOOD, Path
 from pyro_adaann.annealing.schedules import AdaAnnSchedule, AnnealingSchedule
 from pyro_adaann.annealing.stage_rules import ESSStageRule, StageRule
@@ -24,8 +25,8 @@ from pyro_adaann.guides.realnvp import AutoRealNVP
 from pyro_adaann.natural import natural_svi
 from pyro_adaann.objectives.mixed_kl import TraceMixedKL_ELBO
 from pyro_adaann.objectives.tempered_elbo import TemperedTrace_ELBO
-from pyro_adaann.state.rungs import Ladder, Rung
-from pyro_adaann.steps.natural import TraceNaturalKL_ELBO
+from pyro_adaann.state.rungs import Rung
+from pyro_adaann.steps.natural import NaturalStep
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.version import __version__
 from pyro_adaann.weights import effective_sample_size, pareto_smooth, resample, weighted_mean
@@ -52,6 +53,7 @@ __all__ = [
     "LadderReport",
     "LinearSchedule",
     "LostMode",
+    "NaturalStep",
     "Path",
     "Recovery",
     "Rung",
@@ -59,7 +61,6 @@ __all__ = [
     "StageRule",
     "TemperedTrace_ELBO",
     "TraceMixedKL_ELBO",
-    "TraceNaturalKL_ELBO",
     "WeightedDraws",
     "__version__",
     "diagnose",

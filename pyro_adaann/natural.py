@@ -1,16 +1,15 @@
-"""Settings that belong together, under one name."""
+"""`natural_svi`: an annealed fit by natural steps, with the settings that go with them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-from pyro.optim import SGD
-
 from pyro_adaann.annealing.cess_schedule import CESSSchedule
+from pyro_adaann.annealing.ladder import Ladder
 from pyro_adaann.annealing.stage_rules import ESSStageRule
-from pyro_adaann.state.rungs import Ladder
-from pyro_adaann.steps.natural import TraceNaturalKL_ELBO
+from pyro_adaann.steps.natural import NaturalStep
 from pyro_adaann.svi import AdaAnnSVI
 
 __all__ = ["natural_svi"]
@@ -21,6 +20,9 @@ def natural_svi(
     guide: Callable[..., Any],
     *,
     num_particles: int = 500,
+    max_kl: float = 0.02,
+    damping: float = 0.1,
+    max_plate_nesting: float = math.inf,
     num_final_steps: int = 40,
     **kwargs: Any,
 ) -> AdaAnnSVI:
@@ -28,14 +30,16 @@ def natural_svi(
 
     It anneals from the base of the guide, on path ``"bridge"``; every stage waits until four fifths of the
     guide's draws count (:class:`~pyro_adaann.ESSStageRule`), the next inverse temperature leaves nine
-    tenths of them (:class:`~pyro_adaann.CESSSchedule`), the loss is
-    :class:`~pyro_adaann.TraceNaturalKL_ELBO`, and a :class:`~pyro_adaann.Ladder` watches for lost modes. It
-    takes some hundred steps in all. Meant for planar flows (:class:`~pyro_adaann.AutoPlanar`) of 50 to 100
-    layers, whose base reaches the modes.
+    tenths of them (:class:`~pyro_adaann.CESSSchedule`), the steps are natural ones
+    (:class:`~pyro_adaann.NaturalStep`), and a :class:`~pyro_adaann.Ladder` watches for lost parts. It
+    takes some hundred steps in all. Meant for flow guides whose base reaches the modes.
 
     :param model: a Pyro model that vectorizes, without parameters of its own and without subsampling.
     :param guide: a guide of this package; for another one pass ``path="joint"``.
-    :param num_particles: draws of a step, which runs the model on so many twice or more.
+    :param num_particles: draws of a step, which runs the model on as many twice or more.
+    :param max_kl: bound on the divergence of one step, in nats.
+    :param damping: of the first step.
+    :param max_plate_nesting: how many plates the model nests, guessed if not given.
     :param num_final_steps: steps at inverse temperature 1.
     :param kwargs: other arguments of `AdaAnnSVI`, in place of these.
     :raises ValueError: as :class:`~pyro_adaann.AdaAnnSVI` does.
@@ -65,6 +69,5 @@ def natural_svi(
         "num_steps_per_stage": 1,
         **kwargs,
     }
-    optim = SGD({"lr": 1.0})
-    loss = TraceNaturalKL_ELBO(num_particles)
-    return AdaAnnSVI(model, guide, optim, loss, num_final_steps=num_final_steps, **settings)
+    step = NaturalStep(num_particles, max_kl, damping, max_plate_nesting)
+    return AdaAnnSVI(model, guide, step, num_final_steps=num_final_steps, **settings)

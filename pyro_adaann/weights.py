@@ -20,6 +20,7 @@ from torch import Tensor
 
 __all__ = [
     "effective_sample_size",
+    "finite_or_no_weight",
     "pareto_smooth",
     "reliable_shape",
     "resample",
@@ -33,6 +34,17 @@ __all__ = [
 _MAX_DISTANCE = 50.0
 #: Fewer weights have no tail to fit: ArviZ takes a fifth of them, and needs five.
 _MIN_NUM_WEIGHTS = 25
+
+
+def finite_or_no_weight(log_weights: Tensor) -> Tensor:
+    """Return log weights, minus infinity in place of those that are not finite.
+
+    Example::
+
+        >>> finite_or_no_weight(torch.tensor([1.0, torch.nan, torch.inf]))
+        tensor([1., -inf, -inf])
+    """
+    return torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
 
 
 def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float]:

@@ -102,7 +102,7 @@ def kill_at(svi: AdaAnnSVI, num_steps: int) -> None:
 
 
 def parameters(svi: AdaAnnSVI) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in svi._parameters.tensors.items()}
+    return {name: value.detach().clone() for name, value in svi._fit.parameters.tensors.items()}
 
 
 @pytest.mark.parametrize("name", list(FITS))
@@ -265,9 +265,9 @@ def test_any_changed_byte_is_noticed(tmp_path):
 
 def test_foreign_and_newer_files(tmp_path):
     path = written(tmp_path)
-    newer = path.read_bytes().replace(b"checkpoint 1\n", b"checkpoint 2\n", 1)
+    newer = path.read_bytes().replace(b"checkpoint 2\n", b"checkpoint 3\n", 1)
     path.write_bytes(newer)
-    assert_refused(make("planar", 1), path, "format 1; got .* of format 2")
+    assert_refused(make("planar", 1), path, "format 2; got .* of format 3")
     torch.save({"a": 1}, path)
     assert_refused(make("planar", 1), path, "another kind of file")
     with pytest.raises(FileNotFoundError):
@@ -287,7 +287,7 @@ def test_fits_that_do_not_match(tmp_path):
         pyro.clear_param_store()
         guide = AutoPlanar(model, num_transforms)
         svi = AdaAnnSVI(model, guide, adam(), Trace_ELBO(4, vectorize_particles=True))
-        svi._settings = like._settings
+        svi._settings = {**like._settings}
         return svi
 
     assert_refused(with_model(plated, 4), path, r"transform\$\$\$b' has shape \(3,\), here \(4,\)")
@@ -323,7 +323,7 @@ def test_code_in_a_file_does_not_run(tmp_path):
     body = io.BytesIO()
     torch.save({"a": Evil()}, body)
     digest = hashlib.sha256(body.getvalue()).hexdigest().encode()
-    (tmp_path / "x").write_bytes(b"pyro_adaann checkpoint 1\n" + digest + b"\n" + body.getvalue())
+    (tmp_path / "x").write_bytes(b"pyro_adaann checkpoint 2\n" + digest + b"\n" + body.getvalue())
     with pytest.raises(ValueError, match=r"got code in .* not been run"):
         read_checkpoint(tmp_path / "x")
     assert not (tmp_path / "evil").exists()

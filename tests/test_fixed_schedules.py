@@ -58,7 +58,7 @@ def test_number_of_stages():
 
 
 def test_a_cosine_schedule_has_at_least_one_increment():
-    with pytest.raises(ValueError, match="`num_increments` an integer >= 1; got 0"):
+    with pytest.raises(ValueError, match="`num_increments` to be an integer >= 1; got 0"):
         CosineSchedule(0)
 
 

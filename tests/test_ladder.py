@@ -105,7 +105,7 @@ def test_a_mode_that_is_gone_is_reported_with_its_share_and_comes_back(mode):
 @pytest.mark.parametrize("gone", [1, 2, 3])
 def test_a_loss_is_found_where_it_was(gone):
     svi = narrowed(0, LinearSchedule(3, initial_inverse_temperature=0.1), distance=0.01)
-    narrow = {name: parameter.detach() for name, parameter in svi._parameters.tensors.items()}
+    narrow = {name: parameter.detach() for name, parameter in svi._fit.parameters.tensors.items()}
     # Rungs at 0.1 (twice: before and after training), 0.4 and 0.7: the upper ones have lost the mode.
     for rung in svi.ladder.rungs[gone:]:
         rung.values.update(narrow)
@@ -213,11 +213,11 @@ def test_restarting_from_a_rung():
     middle = rungs[len(rungs) // 2]
     lr = svi.optim.pt_optim_args["lr"]
     svi.restart(middle)
-    for parameter in svi._parameters.tensors.values():
+    for parameter in svi._fit.parameters.tensors.values():
         assert svi.optim.optim_objs[parameter].param_groups[0]["lr"] == lr / 2
     assert svi.inverse_temperature == middle.inverse_temperature
     assert not svi.is_done
-    for name, parameter in svi._parameters.tensors.items():
+    for name, parameter in svi._fit.parameters.tensors.items():
         assert torch.equal(parameter.detach(), middle.values[name])
     assert svi.ladder.rungs == rungs[: len(rungs) // 2 + 1]
     svi.run(progress_bar=False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, CosineSchedule, LinearSchedule, SequenceSchedule
-from pyro_adaann.objectives.objective import spread_within_steps
+from pyro_adaann.objectives.memory import spread_within_steps
 
 NUM_DATA, BATCH_SIZE = 120, 25
 

@@ -187,7 +187,7 @@ def test_base_class_guards_any_proposal(proposal):
         (lambda: AdaAnnSchedule(math.nan), "Expected `tolerance` > 0; got nan"),
         (lambda: AdaAnnSchedule(initial_inverse_temperature=0.0), "in \\(0, 1\\]; got 0.0"),
         (lambda: AdaAnnSchedule(initial_inverse_temperature=1.5), "in \\(0, 1\\]; got 1.5"),
-        (lambda: LinearSchedule(0), "Expected `num_increments` an integer >= 1; got 0"),
+        (lambda: LinearSchedule(0), "Expected `num_increments` to be an integer >= 1; got 0"),
         (lambda: SequenceSchedule([]), "got none"),
         (lambda: SequenceSchedule([0.5, 0.2, 1.0]), "strictly increasing"),
         (lambda: SequenceSchedule([0.1, 0.5]), "Append 1.0"),

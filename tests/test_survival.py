@@ -85,7 +85,7 @@ def test_a_parameter_or_memory_that_is_not_finite_costs_no_run(where, fault, at)
     assert all("memory" in recovery.cause for recovery in history.recoveries)
     assert learning_rates(svi) == {0.01 * 0.5 ** len(at)}
     assert all(map(math.isfinite, history.losses))
-    assert svi._parameters.is_finite()
+    assert svi._fit.parameters.is_finite()
 
 
 def test_after_a_recovery_the_increments_are_smaller():
@@ -98,18 +98,15 @@ def test_after_a_recovery_the_increments_are_smaller():
 
 def test_a_parameter_with_two_names_gets_half_the_rate_and_not_a_quarter():
     guide = AutoIAFNormal(PROBLEM.model)
-    svi = AdaAnnSVI(PROBLEM.model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    optim = pyro.optim.Adam({"lr": 0.01})
+    svi = AdaAnnSVI(PROBLEM.model, guide, optim, Trace_ELBO(), ladder=Ladder())
     svi.step()
-    tensors = svi._parameters.tensors
+    tensors = svi._fit.parameters.tensors
     assert len(set(tensors.values())) < len(tensors)
-    svi._safety_net.go_back(1, "a test")
-    rates = {svi.optim.optim_objs[value].param_groups[0]["lr"] for value in tensors.values()}
-    assert rates == {0.005}
-    svi.ladder = Ladder()
-    svi.ladder.start(0.01, svi._parameters.state(), list(tensors))
+    svi._fit.net.go_back(1, "a test")
+    assert learning_rates(svi) == {0.005}
     svi.restart(svi.ladder.rungs[0])
-    rates = {svi.optim.optim_objs[value].param_groups[0]["lr"] for value in tensors.values()}
-    assert rates == {0.0025}
+    assert learning_rates(svi) == {0.005}  # half of that of then
 
 
 def test_recoveries_are_bounded_and_the_good_state_is_kept():
@@ -117,7 +114,7 @@ def test_recoveries_are_bounded_and_the_good_state_is_kept():
     with pytest.raises(ValueError, match=r"spite of 10 returns.*stage \d+ \(sites.*last good ones"):
         svi.run(progress_bar=False)
     assert len(svi.history.recoveries) == 10
-    assert svi._parameters.is_finite()
+    assert svi._fit.parameters.is_finite()
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
@@ -141,7 +138,7 @@ def test_losses_that_are_not_finite_for_a_while(num_faults):
     history = svi.run(progress_bar=False)
     assert sum(stage.num_rejected for stage in history.stages) == num_faults
     assert len(history.recoveries) == num_faults // 20
-    assert svi._parameters.is_finite()
+    assert svi._fit.parameters.is_finite()
     assert svi.inverse_temperature == 1.0
 
 

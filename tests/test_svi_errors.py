@@ -30,8 +30,8 @@ from pyro_adaann import (
     SequenceSchedule,
     TemperedTrace_ELBO,
 )
-from pyro_adaann.objectives.nonfinite import drop_broken, tame_gradients
-from pyro_adaann.objectives.traces import with_traces
+from pyro_adaann.objectives.nonfinite import drop_broken, limit_gradients
+from pyro_adaann.objectives.traces import traces_seen
 
 PROBLEM = conjugate_normal()
 
@@ -52,7 +52,10 @@ def empty_guide() -> None:
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (lambda: make(optim=torch.optim.Adam([torch.zeros(1)])), "PyroOptim; got Adam"),
+        (
+            lambda: make(optim=torch.optim.Adam([torch.zeros(1)])),
+            "a step such as NaturalStep; got Adam",
+        ),
         (lambda: make(loss=JitTrace_ELBO()), "Use Trace_ELBO"),
         (lambda: make(loss=JitTraceEnum_ELBO()), "Use TraceEnum_ELBO"),
         (lambda: make(loss=TraceMeanField_ELBO()), "path='likelihood'"),
@@ -133,7 +136,7 @@ def test_broken_particles_cost_ten_nats_and_leave_the_others_exact(t):
         guide.zero_grad()
         pyro.set_rng_seed(7)
         loss = svi.loss_and_grads(model, guide)
-        seen.append((svi._objective.num_broken, svi._objective.num_particles))
+        seen.append((svi._fit.objective.num_broken, svi._fit.objective.num_particles))
         return loss, [p.grad.clone() for p in guide.parameters()]
 
     loss, broken_grads = grads(model)
@@ -226,11 +229,9 @@ def test_drop_broken_masks_every_site_of_a_plated_model():
     guide = AutoNormal(model)
     guide()
     counts = []
-    elbo = with_traces(
-        Trace_ELBO(num_particles=30, vectorize_particles=True),
-        lambda m, g: counts.append(drop_broken(m, g)),
-    )
-    assert math.isfinite(elbo.loss_and_grads(model, guide))
+    elbo = Trace_ELBO(num_particles=30, vectorize_particles=True)
+    with traces_seen(elbo, lambda m, g: counts.append(drop_broken(m, g))):
+        assert math.isfinite(elbo.loss_and_grads(model, guide))
     assert 0 < counts[0][0] < 30
     assert counts[0][1] == 30
 
@@ -253,11 +254,12 @@ def test_a_steep_particle_is_shortened_and_the_others_left_alone():
             seen.append(value)
             value.register_hook(seen.append)
             if tame:
-                tame_gradients(guide_trace, 100.0)
+                limit_gradients(guide_trace, 100.0)
             value.register_hook(seen.append)
 
         elbo = Trace_ELBO(num_particles=400, vectorize_particles=True, max_plate_nesting=0)
-        with_traces(elbo, look).loss_and_grads(model, guide, slope)
+        with traces_seen(elbo, look):
+            elbo.loss_and_grads(model, guide, slope)
         return seen[0].detach(), seen[-1]
 
     z, plain = grads(-1e9, tame=False)

@@ -39,6 +39,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pyro_adaann.annealing.schedules import AnnealingSchedule
+from pyro_adaann.checks import check_count
 
 __all__ = ["ConstantSchedule", "CosineSchedule", "LinearSchedule", "SequenceSchedule"]
 
@@ -60,7 +61,13 @@ class LinearSchedule(AnnealingSchedule):
 
     def __init__(self, num_increments: int, *, initial_inverse_temperature: float = 0.01) -> None:
         super().__init__(initial_inverse_temperature)
-        self.num_increments = _check_num_increments(num_increments)
+        check_count("num_increments", num_increments, 1)
+        self.num_increments = num_increments
+
+    @property
+    def num_stages(self) -> int | None:
+        """Number of inverse temperatures, both ends included."""
+        return self.num_increments + 1 if self.initial_inverse_temperature < 1 else 1
 
     def propose(self, inverse_temperature: float, log_factor: Tensor | None) -> float:
         # Through the index, so that rounding errors do not add up over thousands of increments.
@@ -90,7 +97,13 @@ class CosineSchedule(AnnealingSchedule):
 
     def __init__(self, num_increments: int, *, initial_inverse_temperature: float = 0.01) -> None:
         super().__init__(initial_inverse_temperature)
-        self.num_increments = _check_num_increments(num_increments)
+        check_count("num_increments", num_increments, 1)
+        self.num_increments = num_increments
+
+    @property
+    def num_stages(self) -> int | None:
+        """Number of inverse temperatures, both ends included."""
+        return self.num_increments + 1 if self.initial_inverse_temperature < 1 else 1
 
     def propose(self, inverse_temperature: float, log_factor: Tensor | None) -> float:
         # Through the index, as in LinearSchedule; sin^2 of half the angle keeps its digits where the
@@ -128,6 +141,11 @@ class SequenceSchedule(AnnealingSchedule):
             )
         self.inverse_temperatures = values
 
+    @property
+    def num_stages(self) -> int | None:
+        """Number of inverse temperatures, both ends included."""
+        return len(self.inverse_temperatures)
+
     def propose(self, inverse_temperature: float, log_factor: Tensor | None) -> float:
         index = bisect.bisect_right(self.inverse_temperatures, inverse_temperature)
         return self.inverse_temperatures[index]
@@ -155,11 +173,10 @@ class ConstantSchedule(AnnealingSchedule):
     def final_inverse_temperature(self) -> float:
         return self.initial_inverse_temperature
 
+    @property
+    def num_stages(self) -> int | None:
+        """Number of inverse temperatures, which is 1."""
+        return 1
+
     def propose(self, inverse_temperature: float, log_factor: Tensor | None) -> float:
         return self.initial_inverse_temperature
-
-
-def _check_num_increments(value: int) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"Expected `num_increments` an integer >= 1; got {value!r}.")
-    return value

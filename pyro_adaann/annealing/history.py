@@ -4,16 +4,61 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["AnnealingHistory", "AnnealingStage", "Recovery"]
+from pyro_adaann.weights import effective_sample_size
+
+__all__ = ["AnnealingHistory", "AnnealingStage", "Outcome", "Recovery", "StepResult"]
+
+
+class Outcome(Enum):
+    """What became of a step.
+
+    Example::
+
+        >>> Outcome.ACCEPTED.value
+        'accepted'
+    """
+
+    #: The parameters have moved.
+    ACCEPTED = "accepted"
+    #: Every trial would have made the guide worse; no parameter has changed.
+    REJECTED = "rejected"
+    #: The loss or its gradient was not finite; no parameter has changed.
+    DIVERGED = "diverged"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did.
+
+    :param outcome: what became of it.
+    :param loss: the loss before the step, a float, or a tuple of floats for losses that return one.
+    :param num_trials: directions tried.
+    :param damping: damping after the step, None for a step without damping.
+    :param kl: divergence between the guides before and after the step in nats, to second order; None where
+        the step does not know it.
+
+    Example::
+
+        >>> StepResult(Outcome.ACCEPTED, loss=1.5, num_trials=2, damping=0.1, kl=0.02).num_trials
+        2
+    """
+
+    outcome: Outcome
+    loss: Any
+    num_trials: int = 1
+    damping: float | None = None
+    kl: float | None = None
 
 
 @dataclass
 class AnnealingStage:
-    """A block of optimizer steps at one inverse temperature.
+    """A block of steps at one inverse temperature.
 
     ``losses`` holds the loss of every step *of the tempered objective*: losses of different stages
     are not comparable. What is said of the log factor is known when the
@@ -31,8 +76,17 @@ class AnnealingStage:
 
     inverse_temperature: float
     losses: list[float] = field(default_factory=list)
-    #: Steps whose loss or gradient was not finite; they changed no parameter.
+    #: Steps that changed no parameter: the loss or its gradient was not finite, or no trial was accepted.
     num_rejected: int = 0
+    #: Steps among these at which the loss or its gradient was not finite.
+    num_diverged: int = 0
+    #: Directions tried in all steps; one each for an optimizer.
+    num_trials: int = 0
+    #: Damping after the latest step, of a step that has one.
+    damping: float | None = None
+    #: Divergence between the guides before and after each step, summed over the accepted steps, in nats, to
+    #: second order; of a step that knows it.
+    kl: float | None = None
     #: Particles left out of an update because their log density was not finite.
     num_broken: int = 0
     #: Particles of all steps.
@@ -54,6 +108,20 @@ class AnnealingStage:
     num_draws: int = 0
     num_nonfinite_draws: int = 0
 
+    def count(self, result: StepResult) -> None:
+        """Add one step.
+
+        :param result: what the step did.
+        """
+        loss = result.loss
+        self.losses.append(loss[0] if isinstance(loss, tuple) else loss)
+        self.num_rejected += result.outcome is not Outcome.ACCEPTED
+        self.num_diverged += result.outcome is Outcome.DIVERGED
+        self.num_trials += result.num_trials
+        self.damping = result.damping
+        if result.kl is not None:
+            self.kl = (self.kl or 0.0) + result.kl
+
     def record(self, log_factors: Tensor, log_weights: Tensor) -> None:
         """Note what draws of the log factor say, and their log weights against the tempered density.
 
@@ -72,12 +140,22 @@ class AnnealingStage:
         self.weighted_log_factor_mean = float(mean)
         self.weighted_log_factor_sd = float((weights @ (factors - mean).square()).sqrt())
         self.log_normalizer = float(logs.logsumexp(0)) - math.log(self.num_draws)
-        self.ess = 1 / float(weights.square().sum())
+        self.ess = effective_sample_size(logs)
 
     @property
     def num_steps(self) -> int:
-        """Number of optimizer steps, rejected ones included."""
+        """Number of steps, rejected ones included."""
         return len(self.losses)
+
+    @property
+    def num_effective_steps(self) -> int:
+        """Number of steps that count toward the length of the stage: those that did not diverge."""
+        return len(self.losses) - self.num_diverged
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the stage has steps, none of them was accepted, and its rule was not met either."""
+        return 0 < self.num_steps == self.num_rejected and not self.is_tracked
 
     @property
     def broken_share(self) -> float:
@@ -126,6 +204,11 @@ class AnnealingHistory:
 
     stages: list[AnnealingStage] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
+    #: Whether the latest `run` was ended by Ctrl-C.
+    interrupted: bool = False
+
+    def __post_init__(self) -> None:
+        self._num_steps_before: tuple[int, int] = 0, 0
 
     @property
     def inverse_temperatures(self) -> list[float]:
@@ -138,14 +221,38 @@ class AnnealingHistory:
         return [loss for stage in self.stages for loss in stage.losses]
 
     @property
+    def present_pass(self) -> list[AnnealingStage]:
+        """The stages by which the guide has come to where it is, with rising inverse temperatures.
+
+        After a recovery or a restart the stages that were gone back over are left out.
+        """
+        stages: list[AnnealingStage] = []
+        for stage in self.stages:
+            while stages and stages[-1].inverse_temperature >= stage.inverse_temperature:
+                stages.pop()
+            stages.append(stage)
+        return stages
+
+    @property
     def untracked(self) -> list[AnnealingStage]:
-        """The stages that ran out of steps before their stage rule was met."""
-        return [stage for stage in self.stages if stage.is_tracked is False]
+        """The stages of the present pass that ran out of steps before their stage rule was met."""
+        return [stage for stage in self.present_pass if stage.is_tracked is False]
+
+    @property
+    def stalled(self) -> list[AnnealingStage]:
+        """The stages below 1 of the present pass that are stalled."""
+        return [s for s in self.present_pass if s.inverse_temperature < 1 and s.is_stalled]
 
     @property
     def num_steps(self) -> int:
-        """Number of optimizer steps so far."""
-        return sum(stage.num_steps for stage in self.stages)
+        """Number of steps so far."""
+        num_stages = len(self.stages)
+        if not num_stages:
+            return 0
+        # A stage that is over does not change: every step asks, and a fit may have thousands of stages.
+        if self._num_steps_before[0] != num_stages:
+            self._num_steps_before = num_stages, sum(stage.num_steps for stage in self.stages[:-1])
+        return self._num_steps_before[1] + self.stages[-1].num_steps
 
     def __repr__(self) -> str:
         first, last = self.stages[0], self.stages[-1]

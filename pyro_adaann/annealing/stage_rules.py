@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from pyro_adaann.checks import check_count
+
 __all__ = ["ESSStageRule", "StageRule"]
 
 
@@ -77,8 +79,7 @@ class ESSStageRule(StageRule):
     def __init__(self, target: float = 0.3, *, max_num_steps: int = 200) -> None:
         if not 0 < target < 1:
             raise ValueError(f"Expected `target` in (0, 1); got {target}.")
-        if not isinstance(max_num_steps, int) or max_num_steps < 1:
-            raise ValueError(f"Expected `max_num_steps` to be an integer >= 1; got {max_num_steps!r}.")
+        check_count("max_num_steps", max_num_steps, 1)
         self.target = float(target)
         self.max_num_steps = max_num_steps
 

@@ -267,7 +267,7 @@ class _Looks:
         self.inverse_temperatures = [
             svi.inverse_temperature if rung is None else rung.inverse_temperature for rung in self.rungs
         ]
-        self._parameters = svi._parameters.tensors
+        self._parameters = svi._fit.parameters.tensors
         self._tempering = Tempering(svi.model, svi.guide, svi.path, _HALF)
         tempered = (self._tempering.model, self._tempering.guide)
         self._guide_draws = GuideDraws(tempered, args, kwargs, vectorize=vectorize)

@@ -62,13 +62,13 @@ def mixture_draws(
     samples: dict[str, list[Tensor]] = {name: [] for name in draws.latent_names}
     parts = []
     for own in rungs:
-        with guide_at(own, svi._parameters.tensors):
+        with guide_at(own, svi._fit.parameters.tensors):
             batches = list(draws.batches(num_each, num_each))
         for batch in batches:
             log_q = draws.guide_density(batch.guide_trace, len(batch.log_p))
             mixture = []
             for rung in rungs:
-                with guide_at(rung, svi._parameters.tensors):
+                with guide_at(rung, svi._fit.parameters.tensors):
                     mixture.append(draws.score_guide(batch.guide_trace, len(batch.log_p)))
             # A draw out of reach of a rung's inverse has no density there.
             log_mixture = torch.stack(mixture).nan_to_num(-torch.inf).logsumexp(0) - math.log(len(rungs))

@@ -1,12 +1,18 @@
-"""What a loss can bear, and which losses and guides can be tempered."""
+"""What a loss can bear, said by the loss itself or known of Pyro's, and which losses can be tempered.
+
+A loss of one's own says it by an attribute ``capabilities``, an instance of :class:`Capabilities`; one of
+Pyro's, and a subclass of it, has those that are listed here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from pyro import poutine
 from pyro.infer import (
+    ELBO,
     EnergyDistance,
     JitTrace_ELBO,
     JitTraceEnum_ELBO,
@@ -14,6 +20,7 @@ from pyro.infer import (
     JitTraceMeanField_ELBO,
     RenyiELBO,
     ReweightedWakeSleep,
+    Trace_ELBO,
     Trace_MMD,
     TraceMeanField_ELBO,
     TraceTailAdaptive_ELBO,
@@ -24,31 +31,94 @@ from pyro.poutine.messenger import Messenger
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.annealing.tempering import flow_parts
 
-__all__ = ["check_can_temper"]
+__all__ = ["Capabilities", "capabilities_of", "check_can_temper", "elbo_of"]
 
-#: Losses with importance weights p / q.
-_IMPORTANCE_WEIGHTED = RenyiELBO | ReweightedWakeSleep | TraceTailAdaptive_ELBO | TraceTMC_ELBO
+#: What a broken draw costs more than a typical good one, in nats, see `drop_broken`.
+_BROKEN_COST = 10.0
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a loss can bear.
+
+    :param drops_broken: whether a particle can be left out, since the loss is a sum over particles.
+    :param broken_cost: how hard the gradient pushes away from draws that are left out, in nats; 0 for a
+        loss that does so by itself.
+    :param drops_lost: whether draws a thousand nats below the others are left out, too.
+    :param needs_posterior: whether the loss weighs draws by the density of a given posterior, so that a path
+        on which the guide's own density has another weight is none for it.
+    :param reports_loss: whether its value is a number to go by.
+    :param is_tempered: whether it tempers model and guide by itself, so that nobody else may.
+    :param is_compiled: whether it is compiled once, with the inverse temperature of that moment.
+    :param compares_samples: whether it is made of draws alone, and sees no density.
+    :param has_analytic_kl: whether prior and guide have one weight in it.
+
+    Example::
+
+        >>> Capabilities(drops_broken=True).broken_cost
+        10.0
+    """
+
+    drops_broken: bool = False
+    broken_cost: float = _BROKEN_COST
+    drops_lost: bool = False
+    needs_posterior: bool = False
+    reports_loss: bool = True
+    is_tempered: bool = False
+    is_compiled: bool = False
+    compares_samples: bool = False
+    has_analytic_kl: bool = False
+
+
+#: Of Pyro's losses; the first row that a loss is an instance of counts.
+_OF_PYRO: list[tuple[Any, Capabilities]] = [
+    (
+        (JitTrace_ELBO, JitTraceGraph_ELBO, JitTraceEnum_ELBO, JitTraceMeanField_ELBO),
+        Capabilities(is_compiled=True),
+    ),
+    ((Trace_MMD, EnergyDistance), Capabilities(compares_samples=True)),
+    (TraceMeanField_ELBO, Capabilities(has_analytic_kl=True)),
+    # Its loss is always infinite.
+    (TraceTailAdaptive_ELBO, Capabilities(needs_posterior=True, reports_loss=False)),
+    ((RenyiELBO, ReweightedWakeSleep, TraceTMC_ELBO), Capabilities(needs_posterior=True)),
+    (Trace_ELBO, Capabilities(drops_broken=True)),
+]
+
+
+def capabilities_of(loss: Any) -> Capabilities:
+    """Return what a loss can bear: what it says, or what its class of Pyro's can."""
+    loss = elbo_of(loss) or loss
+    own = getattr(loss, "capabilities", None)
+    if isinstance(own, Capabilities):
+        return own
+    return next((found for kind, found in _OF_PYRO if isinstance(loss, kind)), Capabilities())
+
+
+def elbo_of(loss: Any) -> ELBO | None:
+    """Return the ELBO that a loss is, or is a bound method of."""
+    owner = getattr(loss, "__self__", loss)
+    return owner if isinstance(owner, ELBO) else None
 
 
 def check_can_temper(guide: Callable[..., Any], loss: Any, path: Path) -> None:
     """Raise a `ValueError` that names the way out if this guide or loss cannot be tempered."""
-    kind = type(loss).__name__
-    if isinstance(loss, JitTrace_ELBO | JitTraceGraph_ELBO | JitTraceEnum_ELBO | JitTraceMeanField_ELBO):
+    found, kind = capabilities_of(loss), type(elbo_of(loss) or loss).__name__
+    if found.is_compiled:
         raise ValueError(
             f"Expected a loss that is computed anew at every step; got {kind}, whose trace would "
             f"freeze the inverse temperature. Use {kind.removeprefix('Jit')}."
         )
-    if isinstance(loss, Trace_MMD | EnergyDistance):
+    if found.compares_samples:
         raise ValueError(
             f"Expected a loss made of log densities; got {kind}, which compares samples and does "
             f"not see an inverse temperature. Use Trace_ELBO."
         )
-    if isinstance(loss, TraceMeanField_ELBO) and path.prior != path.entropy:
+    if found.has_analytic_kl and path.prior != path.entropy:
         raise ValueError(
             f"Expected a loss that weighs prior and guide apart on path {path.name!r}; got {kind}, "
             f"whose analytic KL has one weight. Use Trace_ELBO, or path='likelihood' or 'kl_warmup'."
         )
-    if isinstance(loss, _IMPORTANCE_WEIGHTED) and path.entropy != 1:
+    if found.needs_posterior and path.entropy != 1:
         raise ValueError(
             f"Expected a loss that is linear in the log densities on path {path.name!r}; got {kind}, "
             f"whose importance weights have the guide's density itself as denominator, not a power of "

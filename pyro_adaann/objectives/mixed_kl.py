@@ -8,8 +8,9 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.poutine import Trace
 
+from pyro_adaann.objectives.capabilities import Capabilities
 from pyro_adaann.objectives.fixed_density import fixed_log_density
-from pyro_adaann.objectives.traces import finite_log_weights, subsampled_plate
+from pyro_adaann.objectives.traces import check_full_plates, finite_log_weights
 from pyro_adaann.weights import truncated_weights
 
 __all__ = ["TraceMixedKL_ELBO"]
@@ -86,6 +87,20 @@ class TraceMixedKL_ELBO(Trace_ELBO):
         self.forward_weight = float(forward_weight)
         self.path_derivative = path_derivative
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this loss can bear."""
+        # The forward divergence pushes away from broken draws already, with far less noise. Of draws far
+        # below the others their weight says all there is to say: by the reverse divergence Adam followed
+        # them, on curved ridges, ever further out.
+        is_forward = self.forward_weight > 0
+        return Capabilities(
+            drops_broken=True,
+            broken_cost=0.0 if is_forward else Capabilities.broken_cost,
+            drops_lost=is_forward,
+            needs_posterior=True,
+        )
+
     def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any]:
         loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
         a = self.forward_weight
@@ -94,13 +109,7 @@ class TraceMixedKL_ELBO(Trace_ELBO):
         log_weight, is_kept = finite_log_weights(model_trace, guide_trace)
         factor = torch.full_like(log_weight, a - 1 if self.path_derivative else 0.0)
         if a > 0:
-            frame = subsampled_plate(model_trace, guide_trace)
-            if frame is not None:
-                raise ValueError(
-                    f"Expected every plate in full; got {frame.size} of {frame.full_size} in plate "
-                    f"{frame.name!r}. The weights of a random part of the data are not those of the "
-                    f"posterior: use forward_weight=0, or Trace_ELBO."
-                )
+            check_full_plates("use forward_weight=0, or Trace_ELBO.", model_trace, guide_trace)
             factor += a * (1 - len(log_weight) * truncated_weights(log_weight))
         if self.path_derivative:
             # No path leads through a broken draw; only its weight, zero, speaks.

@@ -6,7 +6,9 @@ import math
 from functools import partial
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from pyro_adaann.annealing.tempering import is_delta
 from pyro_adaann.objectives.fixed_density import has_density, log_density_at_fixed_draws
 from pyro_adaann.objectives.traces import PARTICLE_PLATE, per_particle, sites_of
 
-__all__ = ["drop_broken", "has_nonfinite_parameter", "tame_gradients"]
+__all__ = ["drop_broken", "has_nonfinite_parameter", "limit_gradients", "nonfinite_sites"]
 
 #: How far below the median a log weight is lost: in nats, and in units of the median distance.
 _MIN_LOSS = 1000.0
@@ -101,7 +103,7 @@ def _add_score(site: Any, weight: Tensor) -> None:
     site["score_parts"] = parts._replace(entropy_term=entropy_term + score)
 
 
-def tame_gradients(guide_trace: Trace, max_ratio: float) -> None:
+def limit_gradients(guide_trace: Trace, max_ratio: float) -> None:
     """Bound what a single particle can do to an update.
 
     A hook on every draw of the guide cuts rows of its gradient that are not finite: a masked loss
@@ -120,10 +122,10 @@ def tame_gradients(guide_trace: Trace, max_ratio: float) -> None:
             continue
         frames = [f for f in site["cond_indep_stack"] if f.name == PARTICLE_PLATE]
         dim = frames[0].dim - site["fn"].event_dim if frames else None
-        value.register_hook(partial(_tame, dim=dim, max_ratio=max_ratio))
+        value.register_hook(partial(_limit, dim=dim, max_ratio=max_ratio))
 
 
-def _tame(grad: Tensor, dim: int | None, max_ratio: float) -> Tensor:
+def _limit(grad: Tensor, dim: int | None, max_ratio: float) -> Tensor:
     if max_ratio == math.inf and math.isfinite(float(grad.sum())):
         return grad
     rows = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
@@ -137,8 +139,8 @@ def _tame(grad: Tensor, dim: int | None, max_ratio: float) -> Tensor:
     factor = (limit / size).clamp(max=1.0) if limit > 0 else torch.ones_like(size)
     factor = factor.reshape(-1, *(1 for _ in rows.shape[1:]))
     keep = torch.isfinite(size).reshape(factor.shape)
-    tamed = torch.where(keep, rows * factor, 0.0)
-    return tamed.squeeze(0) if dim is None else tamed.movedim(0, dim)
+    limited = torch.where(keep, rows * factor, 0.0)
+    return limited.squeeze(0) if dim is None else limited.movedim(0, dim)
 
 
 def _mask(site: Any, broken: Tensor) -> None:
@@ -176,3 +178,19 @@ def has_nonfinite_parameter(error: BaseException) -> bool:
     # A constraint on vectors or matrices has one verdict per event.
     is_finite = torch.isfinite(value).reshape(*valid.shape, -1).all(-1)
     return bool((valid | ~is_finite).all())
+
+
+def nonfinite_sites(model: Any, guide: Any, args: Any, kwargs: Any) -> list[str]:
+    """Return the names of the sites whose log density is not finite in one fresh draw."""
+    names = []
+    with pyro.validation_enabled(False), torch.no_grad():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        for trace in (guide_trace, model_trace):
+            for name, site in trace.nodes.items():
+                if site["type"] == "sample" and name not in names:
+                    log_prob = torch.as_tensor(site["fn"].log_prob(site["value"]))
+                    if not torch.isfinite(log_prob).all():
+                        names.append(name)
+    return names

@@ -9,7 +9,7 @@ from pyro.infer import Trace_ELBO
 
 from pyro_adaann.annealing.paths import Path, get_path
 from pyro_adaann.annealing.tempering import Tempering
-from pyro_adaann.objectives.capabilities import check_can_temper
+from pyro_adaann.objectives.capabilities import Capabilities, check_can_temper
 
 __all__ = ["TemperedTrace_ELBO"]
 
@@ -43,6 +43,8 @@ class TemperedTrace_ELBO(Trace_ELBO):
         ...     elbo.inverse_temperature = t
         ...     loss = svi.step()
     """
+
+    capabilities = Capabilities(drops_broken=True, is_tempered=True)
 
     def __init__(
         self, inverse_temperature: float = 1.0, *, path: str | Path = "joint", **kwargs: Any

@@ -1,15 +1,15 @@
 r"""Single particles, read off the traces that an ELBO makes.
 
 Every ELBO of Pyro's runs guide and model in ``_get_traces`` and then adds up their log densities.
-:func:`with_traces` lets the driver look in between: at no cost in model runs it learns the log factor
+:func:`traces_seen` lets the driver look in between: at no cost in model runs it learns the log factor
 d/dt log p_t of every particle.
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from pyro_adaann.annealing.tempering import Tempering
 __all__ = [
     "PARTICLE_PLATE",
     "captured_parameters",
+    "check_full_plates",
     "draw_log_factors",
     "finite_log_weights",
     "log_factors",
@@ -36,17 +37,17 @@ __all__ = [
     "per_particle",
     "sites_of",
     "subsampled_plate",
+    "traces_seen",
     "with_num_particles",
-    "with_traces",
 ]
 
 #: The name that Pyro gives the plate of a vectorized ELBO.
 PARTICLE_PLATE = "num_particles_vectorized"
 
 
-def with_traces(loss: ELBO, look: Callable[[Trace, Trace], None]) -> ELBO:
-    """Return a copy of ``loss`` that shows ``look`` every (model, guide) trace before it adds it up."""
-    loss = copy.copy(loss)
+@contextmanager
+def traces_seen(loss: ELBO, look: Callable[[Trace, Trace], None]) -> Iterator[None]:
+    """Show ``look`` every (model, guide) trace that ``loss`` makes within the block, before it adds it up."""
     get_traces = loss._get_traces
 
     def _get_traces(model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
@@ -54,8 +55,15 @@ def with_traces(loss: ELBO, look: Callable[[Trace, Trace], None]) -> ELBO:
             look(*traces)
             yield traces
 
+    own = vars(loss).get("_get_traces")
     loss._get_traces = _get_traces
-    return loss
+    try:
+        yield
+    finally:
+        if own is None:
+            del loss._get_traces
+        else:
+            loss._get_traces = own
 
 
 def with_num_particles(loss: ELBO, num_particles: int) -> ELBO:
@@ -151,6 +159,20 @@ def subsampled_plate(*traces: Trace) -> Any:
     return None
 
 
+def check_full_plates(advice: str, *traces: Trace) -> None:
+    """Raise a `ValueError` if a trace has a part of a plate alone.
+
+    :param advice: what to do, the end of the message.
+    """
+    frame = subsampled_plate(*traces)
+    if frame is not None:
+        raise ValueError(
+            f"Expected every plate in full; got {frame.size} of {frame.full_size} in plate "
+            f"{frame.name!r}. The weights of a random part of the data are not those of the "
+            f"posterior: {advice}"
+        )
+
+
 def marginal_log_density(model_trace: Trace, guide_trace: Trace) -> Tensor:
     """Sum the enumerated sites of a model out, as `TraceEnum_ELBO` does; one value per particle."""
     costs, factors, _, enum_dims, scale = _compute_model_factors(model_trace, guide_trace)
@@ -182,8 +204,7 @@ def draw_log_factors(
     is. Sites that the guide would enumerate are drawn: one value per particle.
     """
     guide = poutine.infer_config(tempering.guide, lambda site: {"enumerate": None})
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "TraceEnum_ELBO found no sample sites")
+    with torch.no_grad():
         traces = loss._get_traces(tempering.model, guide, args, kwargs)
         pairs = [(log_factors(tempering, *pair), log_weights(*pair)) for pair in traces]
     draws = [torch.stack([f, w.expand_as(f)]) for f, w in pairs if f is not None]

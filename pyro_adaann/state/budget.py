@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_adaann.annealing.history import AnnealingHistory
 from pyro_adaann.annealing.schedules import AdaAnnSchedule, AnnealingSchedule
+from pyro_adaann.checks import check_count
 
 __all__ = ["StepPlan", "next_within_budget", "plan_steps", "projected_num_steps"]
 
@@ -41,6 +42,13 @@ class StepPlan:
     num_final: int
     num_total: int | None = None
 
+    def num_annealing(self, schedule: AnnealingSchedule) -> int | None:
+        """Return the number of steps before the first one at 1; None where draws decide."""
+        num_stages = schedule.num_stages
+        if num_stages is None:
+            return None
+        return self.num_initial + (num_stages - 2) * self.num_per_stage if num_stages > 1 else 0
+
     def num_increments_left(self, num_steps: int) -> int:
         """Return how many increments fit after ``num_steps`` steps, the one to 1 included."""
         if self.num_total is None:
@@ -57,20 +65,25 @@ def plan_steps(schedule: AnnealingSchedule, plan: StepPlan, num_steps: int) -> S
     :raises ValueError: if ``num_steps`` is not an integer >= 1, too few for a schedule that does not
         adapt, or the schedule is an adaptive one of the user's.
     """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"Expected `num_steps` to be an integer >= 1; got {num_steps!r}.")
+    check_count("num_steps", num_steps, 1)
     initial, per_stage, final = plan.num_initial, plan.num_per_stage, plan.num_final
     if schedule.initial_inverse_temperature >= schedule.final_inverse_temperature:
         return StepPlan(initial, per_stage, num_steps, num_steps)
     if not schedule.needs_log_factor:
-        needed = initial + per_stage * (_num_increments(schedule) - 1) + 1
+        num_annealing = plan.num_annealing(schedule)
+        if num_annealing is None:
+            raise ValueError(
+                f"Expected a schedule of at most a million stages with `num_steps`; got {schedule}. Use "
+                f"larger increments."
+            )
+        needed = num_annealing + 1
         if needed > num_steps:
             raise ValueError(
                 f"Expected `num_steps` >= {needed}, which {type(schedule).__name__} takes to arrive at 1; "
                 f"got {num_steps}. Use a schedule with fewer inverse temperatures, or AdaAnnSchedule, "
                 f"which adapts."
             )
-        return StepPlan(initial, per_stage, num_steps - needed + 1, num_steps)
+        return StepPlan(initial, per_stage, num_steps - num_annealing, num_steps)
     if not isinstance(schedule, AdaAnnSchedule):
         raise ValueError(
             f"Expected an AdaAnnSchedule, whose tolerance `num_steps` replaces; got a "
@@ -129,10 +142,3 @@ def projected_num_steps(history: AnnealingHistory, schedule: AnnealingSchedule, 
     recent = [stage.num_steps for stage in stages[1:][-_NUM_STAGES:-1]]
     num_per_stage = max(statistics.mean(recent or [0]), plan.num_per_stage)
     return history.num_steps + int(num_stages * num_per_stage + plan.num_final)
-
-
-def _num_increments(schedule: AnnealingSchedule) -> int:
-    t, count = schedule.initial_inverse_temperature, 0
-    while t < schedule.final_inverse_temperature and count < 1_000_000:
-        t, count = schedule.next(t), count + 1
-    return count

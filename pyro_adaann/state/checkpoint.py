@@ -12,7 +12,6 @@ import hashlib
 import io
 import os
 import pickle
-import random
 import time
 import warnings
 from collections import Counter
@@ -21,20 +20,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 __all__ = [
     "CheckpointKeeper",
-    "get_random_states",
     "read_checkpoint",
-    "set_random_states",
     "write_checkpoint",
 ]
 
 _MAGIC = b"pyro_adaann checkpoint "
 #: Counts up when a file of today could not be read by tomorrow's code, or the other way round.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
@@ -147,29 +143,6 @@ class CheckpointKeeper:
         else:
             self._num_steps = num_steps
         self._written_at = time.monotonic()
-
-
-def get_random_states() -> dict[str, Any]:
-    """Return the states of all generators that Pyro's `set_rng_seed` seeds, as plain data."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002, the one that Pyro seeds
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "python": [version, list(words), gauss],
-        "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-    }
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Write back what :func:`get_random_states` has returned."""
-    torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
 
 
 def _plain(value: Any, where: str) -> Any:

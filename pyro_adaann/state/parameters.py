@@ -1,19 +1,23 @@
-"""The parameters that a fit trains, with their optimizers: by name, whatever store holds them."""
+"""All that steps move: parameters with their optimizers, buffers, and the state of the step."""
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import ref
 
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule
-from pyro.optim import PyroOptim
 from pyro.optim.optim import _get_state_dict, _load_state_dict, is_scheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from pyro_adaann.objectives.traces import captured_parameters
+from pyro_adaann.state.random_states import get_random_states, set_random_states
+from pyro_adaann.steps.base import Step
+from pyro_adaann.steps.gradient import all_finite
 
 __all__ = ["FitParameters"]
 
@@ -22,22 +26,33 @@ _TRAINED_BY: Any = WeakTensorKeyDictionary()
 
 
 class FitParameters:
-    """The unconstrained parameters that a fit has met.
+    """The unconstrained parameters and the buffers that a fit moves.
 
     `PyroOptim.get_state` goes by the names in Pyro's global store, where ``module_local_params``
     leaves none; the names here are those of the trace.
 
-    :param guide: the guide of the fit.
-    :param optim: its optimizer.
+    :param model: the model of the fit.
+    :param guide: its guide.
+    :param step: its step.
     """
 
-    def __init__(self, guide: Callable[..., Any], optim: PyroOptim) -> None:
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], step: Step) -> None:
+        self.model = model
         self.guide = guide
-        self.optim = optim
+        self.step = step
+        #: The optimizer, a `PyroOptim`, or None for a step that needs none.
+        self.optim: Any = None
+        #: What the latest step has left for the next one.
+        self.step_state = step.start()
+        #: Parameters and buffers by name.
         self.tensors: dict[str, Tensor] = {}
+        self._guide_names: list[str] | None = None
+        self._guide_buffers: list[str] = []
+        # A model may hold its data as a buffer: one that no step changes is neither kept nor written back.
+        self._model_versions = {name: buffer._version for name, buffer in _buffers(model, "model").items()}
 
-    def meet(self, found: dict[str, Tensor]) -> None:
-        """Take note of the parameters of a step.
+    def add(self, found: dict[str, Tensor]) -> None:
+        """Take note of the parameters of a step, and of the buffers of model and guide.
 
         :raises ValueError: if one belongs to another guide of the same name.
         """
@@ -51,6 +66,25 @@ class FitParameters:
                 if name.startswith(prefix):
                     self._check_owner(name, value, id(value) in own)
         self.tensors.update(new)
+        self._add_buffers()
+
+    def _add_buffers(self) -> None:
+        guide_buffers = _buffers(self.guide, "guide")
+        self._guide_buffers = list(guide_buffers)
+        self.tensors.update(guide_buffers)
+        for name, buffer in _buffers(self.model, "model").items():
+            if name in self.tensors or buffer._version != self._model_versions.get(name):
+                self.tensors[name] = buffer
+
+    def names_of_guide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """Return the names of the parameters and buffers that the guide alone has, not those of the model."""
+        if self._guide_names is None:
+            random = get_random_states()  # a resumed fit looks too, at another time
+            with poutine.trace(param_only=True) as capture, torch.no_grad():
+                self.guide(*args, **kwargs)
+            set_random_states(random)
+            self._guide_names = list(captured_parameters(capture.trace))
+        return [*self._guide_names, *self._guide_buffers]
 
     def _check_owner(self, name: str, value: Tensor, is_own: bool) -> None:
         owner = _TRAINED_BY.get(value, lambda: None)()
@@ -66,32 +100,37 @@ class FitParameters:
         _TRAINED_BY[value] = ref(self.guide)
 
     def is_finite(self) -> bool:
-        """Whether all parameters and all that their optimizers remember are finite."""
+        """Whether all parameters, buffers and all that optimizers remember are finite."""
         values = [value.detach() for value in self.tensors.values()]
         for optimizer in self._optimizers():
             for memory in optimizer.state.values():
-                values += [v for v in memory.values() if torch.is_tensor(v) and v.is_floating_point()]
+                values += [v for v in memory.values() if torch.is_tensor(v)]
         # A sum is finite only if all its terms are.
-        sums = [value.sum() for value in values]
-        return all(map(math.isfinite, torch.stack(sums).tolist())) if sums else True
+        return all_finite([value.sum() for value in values if value.is_floating_point()])
 
-    def state(self) -> dict[str, Any]:
-        """Return values and optimizers by name; :meth:`restore` takes it."""
-        optimizers = {
-            name: _get_state_dict(self.optim.optim_objs[value])
-            for name, value in self.tensors.items()
-            if value in self.optim.optim_objs
-        }
+    def state(self, *, has_all_buffers: bool = False) -> dict[str, Any]:
+        """Return values, optimizers and the state of the step; :meth:`restore` takes it.
+
+        :param has_all_buffers: whether to add the model's buffers that no step has changed, for another
+            process.
+        """
+        self._add_buffers()
+        tensors = dict(self.tensors)
+        if has_all_buffers:
+            tensors |= _buffers(self.model, "model")
+        optimizers = {name: _get_state_dict(optim) for name, optim in self._optim_objects().items()}
         return {
-            "values": {name: value.detach().clone() for name, value in self.tensors.items()},
+            "values": {name: value.detach().clone() for name, value in tensors.items()},
             "optimizers": copy.deepcopy(optimizers),
             # An optimizer passes over a parameter that has never had a gradient.
             "have_gradient": [name for name, value in self.tensors.items() if value.grad is not None],
+            "step": dict(self.step_state),
         }
 
     def check(self, state: dict[str, Any], found: dict[str, Tensor]) -> None:
         """Raise a `ValueError` unless ``state`` is one of the parameters ``found``."""
-        expected = {name: tuple(value.shape) for name, value in found.items()}
+        tensors = {**found, **_buffers(self.guide, "guide"), **_buffers(self.model, "model")}
+        expected = {name: tuple(value.shape) for name, value in tensors.items()}
         got = {name: tuple(value.shape) for name, value in state["values"].items()}
         if expected != got:
             differing = sorted(name for name in {*expected, *got} if expected.get(name) != got.get(name))
@@ -108,27 +147,29 @@ class FitParameters:
         for name, memory in state["optimizers"].items():
             made[found[name]] = self.optim._get_optim(found[name])
             _load_state_dict(made[found[name]], copy.deepcopy(memory))
-        self.meet(found)
+        self.add(found)
+        here = {**self.tensors, **_buffers(self.model, "model")}
         with torch.no_grad():
             for name, value in state["values"].items():
-                found[name].copy_(value)
-                has_gradient = name in state["have_gradient"]
-                found[name].grad = torch.zeros_like(found[name]) if has_gradient else None
+                tensor = here[name]
+                tensor.copy_(value)
+                if tensor.requires_grad:
+                    tensor.grad = torch.zeros_like(tensor) if name in state["have_gradient"] else None
         for parameter, optimizer in made.items():
             self.optim.optim_objs[parameter] = optimizer
             self.optim.grad_clip[parameter] = self.optim._get_grad_clip(parameter)
+        self.step_state = dict(state["step"])
 
-    def go_back(self, state: dict[str, Any], lr_factor: float) -> None:
-        """Write a state of this fit back, with smaller learning rates.
+    def go_back(self, state: dict[str, Any], factor: float) -> None:
+        """Write a state of this fit back, with steps that are ``factor`` times as long as the present ones.
 
-        The learning rates are the present ones times ``lr_factor``, and a learning-rate scheduler
-        keeps its place.
+        A learning-rate scheduler keeps its place.
         """
         with torch.no_grad():
             for name, value in state["values"].items():
                 self.tensors[name].copy_(value)
         for value, name in self._distinct().items():
-            scheduler = self.optim.optim_objs.get(value)
+            scheduler = self._optim_objects().get(name)
             if scheduler is None:
                 continue
             optimizer = scheduler.optimizer if is_scheduler(scheduler) else scheduler
@@ -139,32 +180,51 @@ class FitParameters:
             else:
                 optimizer.load_state_dict(copy.deepcopy(memory.get("optimizer", memory)))
             for group, old in zip(optimizer.param_groups, rates, strict=True):
-                group.update({k: rate * lr_factor for k, rate in old.items()})
-            if hasattr(scheduler, "base_lrs"):
-                scheduler.base_lrs = [rate * lr_factor for rate in scheduler.base_lrs]
+                group.update(old)
+            _slow_down(self.optim.optim_objs[value], factor)
+        self.step_state = self.step.slow_down(self.step_state, factor)
 
-    def rewind(self, state: dict[str, Any], lr_factor: float) -> None:
-        """Write an earlier state of this fit back, learning-rate schedulers included.
+    def rewind(self, state: dict[str, Any], factor: float) -> None:
+        """Write an earlier state of this fit back, learning-rate schedulers and the state of the step
+        included.
 
-        The learning rates are those of then times ``lr_factor``.
+        Steps are ``factor`` times as long as those of then.
         """
         self.restore(state, {name: self.tensors[name] for name in state["values"]})
         for value, name in self._distinct().items():
+            if not value.requires_grad or self.optim is None:
+                continue
             if name not in state["optimizers"]:  # not stepped yet when the state was taken
                 self.optim.optim_objs[value] = self.optim._get_optim(value)
-            scheduler = self.optim.optim_objs[value]
-            optimizer = scheduler.optimizer if is_scheduler(scheduler) else scheduler
-            for group in optimizer.param_groups:
-                group.update({key: group[key] * lr_factor for key in ("lr", "initial_lr") if key in group})
-            if hasattr(scheduler, "base_lrs"):
-                scheduler.base_lrs = [rate * lr_factor for rate in scheduler.base_lrs]
+            _slow_down(self.optim.optim_objs[value], factor)
+        self.step_state = self.step.slow_down(self.step_state, factor)
 
     def _distinct(self) -> dict[Tensor, str]:
         """Return the parameters, each with one of its names: it may have two, and has one optimizer."""
         return {value: name for name, value in self.tensors.items()}
 
+    def _optim_objects(self) -> dict[str, Any]:
+        """Return the optimizer or scheduler of every parameter that has one."""
+        objects = {} if self.optim is None else self.optim.optim_objs
+        return {name: objects[value] for name, value in self.tensors.items() if value in objects}
+
     def _optimizers(self) -> Iterator[Any]:
-        for value in self.tensors.values():
-            found = self.optim.optim_objs.get(value)
-            if found is not None:
-                yield found.optimizer if is_scheduler(found) else found
+        for found in self._optim_objects().values():
+            yield found.optimizer if is_scheduler(found) else found
+
+
+def _slow_down(scheduler: Any, factor: float) -> None:
+    """Multiply the learning rates of an optimizer, or of a scheduler and its optimizer."""
+    optimizer = scheduler.optimizer if is_scheduler(scheduler) else scheduler
+    for group in optimizer.param_groups:
+        group.update({key: group[key] * factor for key in ("lr", "initial_lr") if key in group})
+    if hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+
+
+def _buffers(part: Any, role: str) -> dict[str, Tensor]:
+    """Return the buffers of a module, or of the module that a function is a method of, by name."""
+    owner = getattr(part, "__self__", part)
+    if not isinstance(owner, nn.Module):
+        return {}
+    return {f"{role} buffer {name}": buffer for name, buffer in owner.named_buffers()}

@@ -3,110 +3,111 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import os
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
-from pyro.optim import PyroLRScheduler, PyroOptim
+from pyro.optim import PyroLRScheduler
 
-from pyro_adaann.annealing.history import AnnealingHistory, AnnealingStage, Recovery
-from pyro_adaann.objectives.mixed_kl import TraceMixedKL_ELBO
-from pyro_adaann.objectives.objective import sites_in
+from pyro_adaann.annealing.history import AnnealingStage, Recovery
+from pyro_adaann.objectives.base import sites_in
 from pyro_adaann.objectives.traces import captured_parameters
-from pyro_adaann.state.checkpoint import get_random_states, set_random_states
-from pyro_adaann.steps.natural import TraceNaturalKL_ELBO
+from pyro_adaann.state.budget import StepPlan
+from pyro_adaann.state.checkpoint import read_checkpoint
+from pyro_adaann.state.fit import Fit
+from pyro_adaann.state.random_states import get_random_states, set_random_states
+from pyro_adaann.steps.base import Step
 from pyro_adaann.version import __version__
 
-__all__ = ["fit_state", "restore_fit", "settings_of"]
+__all__ = ["check_same_fit", "fit_state", "restore_fit", "settings_of"]
 
 
-def fit_state(svi: Any) -> dict[str, Any]:
+def fit_state(fit: Fit, settings: dict[str, str]) -> dict[str, Any]:
     """Return all that decides how a fit goes on, as plain data; :func:`restore_fit` takes it."""
+    budget = fit.stages.budget
     return {
-        "fit_id": svi._fit_id,
+        "fit_id": fit.fit_id,
         "versions": {"pyro_adaann": __version__, "pyro": pyro.__version__, "torch": torch.__version__},
-        "settings": svi._settings,
-        "parameters": svi._parameters.state(),
-        "buffers": {role: dict(part.named_buffers()) for role, part in _modules(svi).items()},
-        "history": dataclasses.asdict(svi.history),
-        "objective": svi._objective.state(),
-        "num_rejected_in_a_row": svi._safety_net.num_rejected_in_a_row,
-        "budget": None if svi._budget is None else dataclasses.asdict(svi._budget),
-        "ladder": None if svi.ladder is None else svi.ladder.state(),
+        "settings": settings,
+        "parameters": fit.parameters.state(has_all_buffers=True),
+        "history": dataclasses.asdict(fit.history),
+        "objective": fit.objective.state(),
+        "safety_net": fit.net.state(),
+        "budget": None if budget is None else dataclasses.asdict(budget),
+        "ladder": None if fit.rungs is None else fit.rungs.state(),
         "random": get_random_states(),
     }
 
 
-def restore_fit(svi: Any, state: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def restore_fit(
+    fit: Fit,
+    settings: dict[str, str],
+    state: dict[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
     """Bring a fit to a state that :func:`fit_state` has returned.
 
     :raises ValueError: if it is the state of another model, guide or other settings. The fit is then
         what it was.
     """
-    _check_settings(svi._settings, state["settings"])
-    random = get_random_states()
+    _check_settings(settings, state["settings"])
+    random, parameters = get_random_states(), fit.parameters
     try:
         # A guide makes its parameters when it first runs.
         with poutine.trace(param_only=True) as capture, pyro.validation_enabled(False), torch.no_grad():
-            guide_trace = poutine.trace(svi.guide).get_trace(*args, **kwargs)
-            model = poutine.replay(svi.model, trace=guide_trace)
+            guide_trace = poutine.trace(parameters.guide).get_trace(*args, **kwargs)
+            model = poutine.replay(parameters.model, trace=guide_trace)
             sites = sites_in(poutine.trace(model).get_trace(*args, **kwargs))
         found = captured_parameters(capture.trace)
         _check_sites(sites, state["objective"]["sites"])
-        svi._parameters.check(state["parameters"], found)
-        buffers = {role: dict(part.named_buffers()) for role, part in _modules(svi).items()}
-        _check_buffers(buffers, state["buffers"])
-        svi._parameters.restore(state["parameters"], found)
+        parameters.check(state["parameters"], found)
+        parameters.restore(state["parameters"], found)
     except Exception:
         set_random_states(random)
         raise
-    with torch.no_grad():
-        for role, values in state["buffers"].items():
-            for name, value in values.items():
-                buffers[role][name].copy_(value)
-    svi.history.stages[:] = [AnnealingStage(**stage) for stage in state["history"]["stages"]]
-    svi.history.recoveries[:] = [Recovery(**recovery) for recovery in state["history"]["recoveries"]]
-    svi._objective.start_stage(svi.inverse_temperature, is_final=_is_final(svi.history, svi.schedule))
-    svi._objective.restore(state["objective"])
-    svi._safety_net.num_rejected_in_a_row = state["num_rejected_in_a_row"]
-    svi._fit_id = state["fit_id"]
-    if svi.ladder is not None:
-        svi.ladder.restore(state["ladder"])
+    fit.history.stages[:] = [AnnealingStage(**stage) for stage in state["history"]["stages"]]
+    fit.history.recoveries[:] = [Recovery(**recovery) for recovery in state["history"]["recoveries"]]
+    fit.stages.tell_objective()
+    fit.objective.restore(state["objective"])
+    fit.net.restore(state["safety_net"])
+    if fit.rungs is not None:
+        fit.rungs.restore(state["ladder"])
+    if state["budget"] is not None and fit.stages.budget is None:
+        fit.stages.budget = StepPlan(**state["budget"])
+    fit.fit_id = state["fit_id"]
+    fit.net.keep()
     set_random_states(state["random"])
 
 
-def settings_of(svi: Any, loss: Any, final_loss: ELBO | None) -> dict[str, str]:
+def settings_of(fit: Fit, optim: Any, loss: Any, final_loss: ELBO | None) -> dict[str, str]:
     """Return what must be the same in the fit that writes a checkpoint and the one that reads it."""
-    settings = {
-        "guide": type(svi.guide).__name__,
-        "loss": type(loss).__name__,
-        "schedule": repr(svi.schedule),
-        "path": repr(svi.path),
-        "stage_rule": repr(svi.stage_rule),
-        "ladder": repr(svi.ladder),
-        "optim": _describe_optim(svi.optim),
-    }
-    for role, elbo in (("", loss), ("final ", final_loss)):
-        if isinstance(elbo, TraceMixedKL_ELBO):
-            settings[f"{role}forward_weight"] = str(elbo.forward_weight)
-            settings[f"{role}path_derivative"] = str(elbo.path_derivative)
-        if isinstance(elbo, TraceNaturalKL_ELBO):
-            settings[f"{role}max_kl"] = str(elbo.max_kl)
-        if isinstance(elbo, ELBO):
-            settings[f"{role}num_particles"] = str(elbo.num_particles)
-            settings[f"{role}vectorize_particles"] = str(elbo.vectorize_particles)
-    if final_loss is not None:
-        settings["final loss"] = type(final_loss).__name__
-    for name in ("num_initial_steps", "num_steps_per_stage", "num_final_steps", "num_variance_samples"):
-        settings[name] = str(getattr(svi, name))
-    settings["lr_schedule"] = svi.lr_schedule
+    settings = {"guide": type(fit.parameters.guide).__name__}
+    settings["optim"] = repr(optim) if isinstance(optim, Step) else _describe_optim(optim)
+    settings |= fit.settings.describe()
+    for role, objective in (("loss", loss), ("final loss", final_loss)):
+        if objective is not None:
+            settings |= _describe_loss(role, objective)
     return settings
 
 
-def _describe_optim(optim: PyroOptim) -> str:
+def _describe_loss(role: str, loss: Any) -> dict[str, str]:
+    """Return the class of a loss and, of an ELBO, its numbers, switches and names."""
+    settings = {role: type(loss).__name__}
+    if isinstance(loss, ELBO):
+        values = {name: value for name, value in vars(loss).items() if name != "max_plate_nesting"}
+        settings |= {
+            f"{role}.{name}": str(value)
+            for name, value in values.items()
+            if isinstance(value, bool | int | float | str)
+        }
+    return settings
+
+
+def _describe_optim(optim: Any) -> str:
     def describe(value: Any) -> str:
         if isinstance(value, dict):
             return ", ".join(f"{key}={describe(entry)}" for key, entry in sorted(value.items()))
@@ -122,19 +123,18 @@ def _describe_optim(optim: PyroOptim) -> str:
     return text
 
 
-def _name(constructor: Callable[..., Any] | Any) -> str:
+def _name(constructor: Any) -> str:
     return getattr(constructor, "__name__", type(constructor).__name__)
 
 
-def _modules(svi: Any) -> dict[str, torch.nn.Module]:
-    """Return guide and model where they are modules, or methods of one, by their role."""
-    parts = {"guide": svi.guide, "model": svi.model}
-    owners = {role: getattr(part, "__self__", part) for role, part in parts.items()}
-    return {role: owner for role, owner in owners.items() if isinstance(owner, torch.nn.Module)}
-
-
-def _is_final(history: AnnealingHistory, schedule: Any) -> bool:
-    return history.stages[-1].inverse_temperature >= schedule.final_inverse_temperature
+def check_same_fit(path: str | os.PathLike[str], fit_id: str, num_steps: int) -> None:
+    """Raise a `ValueError` if a file is of another fit than the one that goes on."""
+    if read_checkpoint(path)["fit_id"] != fit_id:
+        raise ValueError(
+            f"Expected a checkpoint file of this fit, which has taken {num_steps} steps; got "
+            f"{os.fspath(path)!r} of another one. Give another path, or go on from the file with a "
+            f"new AdaAnnSVI."
+        )
 
 
 def _check_settings(expected: dict[str, str], got: dict[str, str]) -> None:
@@ -153,17 +153,4 @@ def _check_sites(expected: list[str], got: list[str] | None) -> None:
             f"Expected a checkpoint of this model, with sites {', '.join(expected)}; got one with "
             f"{', '.join(got)} (differing: {', '.join(differing) or 'the order'}). Use the model it was "
             f"written with, or another checkpoint file."
-        )
-
-
-def _check_buffers(expected: dict[str, Any], got: dict[str, Any]) -> None:
-    def shapes(buffers: dict[str, Any]) -> dict[str, Any]:
-        return {
-            f"{role}.{name}": tuple(v.shape) for role, part in buffers.items() for name, v in part.items()
-        }
-
-    if shapes(expected) != shapes(got):
-        raise ValueError(
-            f"Expected a checkpoint with the buffers {shapes(expected)}; got {shapes(got)}. Use the model "
-            f"and guide it was written with, or another checkpoint file."
         )

@@ -21,20 +21,21 @@ import torch
 from torch import Tensor
 
 from pyro_adaann.annealing.history import AnnealingStage
+from pyro_adaann.annealing.ladder import Ladder
 
-__all__ = ["Ladder", "Rung"]
+__all__ = ["Rung", "Rungs", "guide_at", "rungs_and_guide"]
 
 #: How far a schedule without draws goes when the inverse temperature doubles: as for one latent variable.
 _DISTANCE_PER_LOG = math.sqrt(0.5)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rung:
-    """A guide at one inverse temperature.
+    """A guide at one inverse temperature; two rungs are equal if they are the same object.
 
     :param inverse_temperature: that of the stage at whose end it was kept.
-    :param values: its unconstrained parameters by name.
-    :param state: all parameters of the fit and their optimizers, to go on from.
+    :param values: its unconstrained parameters, and its buffers, by name.
+    :param state: all that the fit moves, to go on from: parameters, optimizers, the state of its steps.
 
     Example::
 
@@ -56,44 +57,35 @@ class Rung:
     state: dict[str, Any] = field(repr=False)
 
 
-class Ladder:
-    """Keeps the guide at inverse temperatures a given distance apart, the lowest rung before training.
+class Rungs:
+    """The rungs of one fit.
 
-    Give one to `AdaAnnSVI` (``ladder=Ladder()``). After the fit :func:`diagnose` compares every rung with
-    the next ones and says where a mode was lost; :func:`mixture_draws` weighs draws of all rungs against the
-    posterior; ``svi.restart(rung)`` anneals again from a rung. A rung costs as much memory as the
-    parameters and their optimizers.
-
-    :param distance: between two rungs; 1 is a divergence of about half a nat.
-    :raises ValueError: if it is not positive.
-
-    Example::
-
-        >>> ladder = Ladder(distance=0.5)
-        >>> ladder.rungs
-        []
+    :param ladder: how far apart they are.
     """
 
-    def __init__(self, distance: float = 1.0) -> None:
-        if not 0 < distance < math.inf:
-            raise ValueError(f"Expected `distance` > 0; got {distance}.")
-        self.distance = float(distance)
+    def __init__(self, ladder: Ladder) -> None:
+        self.ladder = ladder
         #: From the lowest inverse temperature to the highest.
         self.rungs: list[Rung] = []
         self._covered = 0.0
+
+    @property
+    def distance(self) -> float:
+        """The distance between two rungs."""
+        return self.ladder.distance
 
     def start(self, inverse_temperature: float, state: dict[str, Any], names: list[str]) -> None:
         """Keep the fit as it is before training.
 
         :param state: parameters and optimizers of the fit by name.
-        :param names: of the guide's parameters.
+        :param names: of the guide's parameters and buffers.
         """
         self.rungs.clear()
         self.climb(inverse_temperature, state, names)
         self._covered = math.inf  # the first stage ends with a rung
 
-    def is_due(self, stage: AnnealingStage, following: float) -> bool:
-        """Whether to :meth:`climb` at the end of a stage: the next one goes too far from the latest rung.
+    def cover(self, stage: AnnealingStage, following: float) -> bool:
+        """Add the way to the next stage; return whether to :meth:`climb`, since it leads too far.
 
         :param stage: the stage that ends.
         :param following: the inverse temperature that follows.
@@ -102,11 +94,11 @@ class Ladder:
         while len(self.rungs) > 1 and self.rungs[-1].inverse_temperature >= t:  # it has gone back
             self.rungs.pop()
         sd = stage.weighted_log_factor_sd
-        step = _DISTANCE_PER_LOG * math.log(following / t) if sd is None else sd * (following - t)
-        self._covered += step
+        way = _DISTANCE_PER_LOG * math.log(following / t) if sd is None else sd * (following - t)
+        self._covered += way
         if self._covered <= self.distance:
             return False
-        self._covered = step
+        self._covered = way
         return True
 
     def climb(self, inverse_temperature: float, state: dict[str, Any], names: list[str]) -> None:
@@ -114,8 +106,13 @@ class Ladder:
         values = {name: state["values"][name] for name in names}
         self.rungs.append(Rung(inverse_temperature, values, state))
 
+    def cut(self, rung: Rung) -> None:
+        """Forget the rungs above one of them."""
+        self.rungs[self.rungs.index(rung) + 1 :] = []
+        self._covered = 0.0
+
     def __repr__(self) -> str:
-        return f"Ladder(distance={self.distance!r})"
+        return f"{self.ladder!r} with {len(self.rungs)} rungs"
 
     def state(self) -> dict[str, Any]:
         """Return the rungs as plain data; :meth:`restore` takes it."""
@@ -129,39 +126,37 @@ class Ladder:
             self.climb(*rung)
         self._covered = state["covered"]
 
-    def cut(self, rung: Rung) -> None:
-        """Forget the rungs above one of them."""
-        self.rungs[self.rungs.index(rung) + 1 :] = []
-        self._covered = 0.0
 
-
-def rungs_and_guide(ladder: Ladder | None) -> list[Rung | None]:
+def rungs_and_guide(rungs: Rungs | None) -> list[Rung | None]:
     """Return the rungs of a fit and, as None, the guide as it is.
 
     :raises ValueError: if there are no rungs.
     """
-    if ladder is None or not ladder.rungs:
+    if rungs is None or not rungs.rungs:
         raise ValueError(
             "Expected a fit that has kept a ladder; got none. Give AdaAnnSVI `ladder=Ladder()`, and train "
             "before you ask."
         )
-    return [*ladder.rungs, None]
+    return [*rungs.rungs, None]
 
 
 @contextmanager
-def guide_at(rung: Rung | None, parameters: dict[str, Tensor]) -> Iterator[None]:
-    """Give the guide the parameters of a rung for a while; of None, its own."""
-    own = {name: parameters[name].detach().clone() for name in (rung.values if rung else ())}
+def guide_at(rung: Rung | None, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Give the guide the parameters and buffers of a rung for a while; of None, its own.
+
+    :param tensors: parameters and buffers of the fit by name.
+    """
+    own = {name: tensors[name].detach().clone() for name in (rung.values if rung else ())}
     try:
         if rung is not None:
-            put(rung.values, parameters)
+            put(rung.values, tensors)
         yield
     finally:
-        put(own, parameters)
+        put(own, tensors)
 
 
-def put(values: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
-    """Write values into parameters by name."""
+def put(values: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Write values into tensors by name."""
     with torch.no_grad():
         for name, value in values.items():
-            parameters[name].copy_(value)
+            tensors[name].copy_(value)

@@ -47,14 +47,16 @@ class NaturalDirection:
         self._gram = (scores @ scores.T).double() / len(scores)
         self._residual = residuals(log_weights.double())
 
-    def solve(self, damping: float, max_kl: float = math.inf) -> Tensor:
-        """Return the direction, no longer than ``max_kl`` allows, shape ``(num_parameters,)``."""
+    def solve(self, damping: float, max_kl: float = math.inf) -> tuple[Tensor, float]:
+        """Return the direction, no longer than ``max_kl`` allows, and its divergence in nats."""
         num_draws = len(self._gram)
         damped = self._gram + damping * torch.eye(num_draws, dtype=self._gram.dtype, device=self._gram.device)
         solution = torch.linalg.solve(damped, self._residual)
         kl = 0.5 * float((self._gram @ solution).square().mean())
         direction = self._scale * (solution.to(self._scores.dtype) @ self._scores) / num_draws
-        return direction * min(1.0, math.sqrt(max_kl / kl)) if kl > 0 else direction
+        if kl <= max_kl:
+            return direction, kl
+        return direction * math.sqrt(max_kl / kl), max_kl
 
 
 def residuals(log_weights: Tensor) -> Tensor:

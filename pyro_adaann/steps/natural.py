@@ -1,24 +1,31 @@
-"""A loss whose gradient is the natural one: few steps, each of them long and judged."""
+"""A natural-gradient step: a direction for any damping, and a search that tries, accepts and damps."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from pyro.infer import Trace_ELBO
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_adaann.objectives.traces import captured_parameters, finite_log_weights, subsampled_plate
+from pyro_adaann.annealing.history import Outcome, StepResult
+from pyro_adaann.annealing.paths import Path
+from pyro_adaann.checks import check_count
+from pyro_adaann.objectives.capabilities import Capabilities
+from pyro_adaann.objectives.traces import captured_parameters
+from pyro_adaann.objectives.weighted import WeightObjective, minus_mean
+from pyro_adaann.steps.base import Call, Moved, Step
 from pyro_adaann.steps.direction import NaturalDirection
 from pyro_adaann.steps.scores import parameter_units, score_matrix
+from pyro_adaann.steps.uninterrupted import uninterrupted
 
-__all__ = ["TraceNaturalKL_ELBO"]
+__all__ = ["NaturalStep", "is_not_worse"]
 
-#: How damping falls after a step that was kept, grows after one that was not, and between what.
+#: How damping falls after a step that was accepted, grows after a trial that was not, and between what.
 _EASE, _STIFFEN = 0.5, 4.0
 _MIN_DAMPING, _MAX_DAMPING = 1e-2, 1e6
 #: Directions that are tried in one step.
@@ -30,36 +37,37 @@ _MAX_FALL = 2.0
 _VARIANCE_NEAR, _VARIANCE_FACTOR, _VARIANCE_SLACK = 1.0, 1.5, 0.02
 
 
-class TraceNaturalKL_ELBO(Trace_ELBO):
-    r"""A divergence that covers the mass, with its natural gradient in place of the gradient.
+@dataclass(frozen=True)
+class NaturalStep(Step):
+    r"""A step along the natural gradient of a divergence that covers the mass.
 
     .. math:: \delta = (F + \lambda D)^{-1}
               \frac1n \sum_i r(w_i) \, \nabla_\phi \log q_\phi(z_i), \qquad
               F = \frac1n \sum_i \nabla \log q_\phi(z_i) \, \nabla \log q_\phi(z_i)^\top
 
-    with draws :math:`z_i` of the guide, held fixed, and their weights :math:`w_i`, truncated as in
-    :class:`~pyro_adaann.TraceMixedKL_ELBO` and of mean one. Where the guide has too little,
+    with draws :math:`z_i` of the guide, held fixed, and their weights :math:`w_i` against the tempered
+    density, truncated as in :class:`~pyro_adaann.TraceMixedKL_ELBO` and of mean one. Where the guide has
+    too little,
     :math:`r(w) = w - 1`, as in the forward KL divergence, which covers the mass; where it has too much,
-    :math:`r(w) = \log w`, as in the reverse one, which draws strays in (down to -8). That is the f-divergence
+    :math:`r(w) = \log w`, as in the reverse one, which draws in draws far out (down to -8). That is the
+    f-divergence
     :math:`E_q f(w)` with :math:`f''(w) = 1 / (w \min(1, w))`. An optimizer that scales every parameter by
     itself, as Adam does, takes thousands of steps to move mass from one mode to another: that takes all
     layers together. F knows how they act together. D is the diagonal of F and a hundredth of its mean, in
     units of the parameters that a flow of this package knows.
 
-    `loss_and_grads` leaves :math:`-\delta` as the gradient, so the optimizer is
-    ``pyro.optim.SGD({"lr": 1.0})``. A direction is tried on a fresh batch of draws first, and is
-    kept unless the affinity of guide and posterior falls beyond noise; then :math:`\lambda` grows and the
-    next one is tried. A step costs two evaluations of the model, without gradient, and the scores of
-    every draw, ``num_particles`` times the number of parameters. It is meant for guides of up to some 100,000
-    parameters and for some hundred steps. Parameters of the model are not moved.
+    A direction is tried on a fresh batch of draws, and is accepted unless the affinity of guide and posterior
+    falls beyond noise; then :math:`\lambda` grows and the next direction is tried, six at most. A step
+    costs two evaluations of the model or more, without gradient, and the scores of every draw. Discrete
+    sites that the model enumerates are summed out. Parameters of the model are not moved.
 
-    The loss that is reported is minus the ELBO, as of `Trace_ELBO`.
+    Give it to `AdaAnnSVI` in place of an optimizer and a loss; :func:`natural_svi` does, with the settings
+    that go with it. The loss that is reported is minus the ELBO.
 
     :param num_particles: n; a few hundred, since every step trusts them far more than a step of Adam.
     :param max_kl: bound on :math:`\tfrac12 \delta^\top F \delta`, the divergence of one step, in nats.
     :param damping: :math:`\lambda` at the first step; later steps adapt it.
-    :param vectorize_particles: must be true.
-    :param kwargs: the others of `pyro.infer.Trace_ELBO`.
+    :param max_plate_nesting: as of Pyro's ELBOs: how many plates the model nests, guessed if not given.
     :raises ValueError: if an argument is out of range; at a step, if a plate is subsampled, the model has
         parameters, or the guide has no density at a given point or one that does not depend on all of its
         parameters.
@@ -72,101 +80,123 @@ class TraceNaturalKL_ELBO(Trace_ELBO):
     Example::
 
         >>> import torch, pyro, pyro.distributions as dist
-        >>> from pyro.infer import SVI
-        >>> from pyro_adaann import AutoPlanar
+        >>> from pyro_adaann import AdaAnnSVI, AutoPlanar, LinearSchedule
         >>> def model():
         ...     pyro.sample("z", dist.Normal(3.0, 0.5))
         >>> pyro.clear_param_store()  # a new fit
         >>> pyro.set_rng_seed(0)
         >>> guide = AutoPlanar(model, num_transforms=8, base_scale=2.0)
-        >>> svi = SVI(model, guide, pyro.optim.SGD({"lr": 1.0}), TraceNaturalKL_ELBO(300))
-        >>> losses = [svi.step() for _ in range(30)]
-        >>> losses[-1] < 0.2
+        >>> svi = AdaAnnSVI(model, guide, NaturalStep(300), schedule=LinearSchedule(9),
+        ...                 num_initial_steps=1, num_steps_per_stage=1, num_final_steps=30)
+        >>> history = svi.run(progress_bar=False)
+        >>> history.losses[-1] < 0.2
         True
     """
 
-    def __init__(
-        self,
-        num_particles: int = 500,
-        *,
-        max_kl: float = 0.02,
-        damping: float = 0.1,
-        vectorize_particles: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        if not vectorize_particles:
-            raise ValueError(
-                "Expected `vectorize_particles` to be true, since the weight of a particle depends on the "
-                "others; got False. For a model that does not vectorize use Trace_ELBO."
-            )
-        if num_particles < 2:
-            raise ValueError(f"Expected `num_particles` >= 2; got {num_particles}.")
-        for name, value in (("max_kl", max_kl), ("damping", damping)):
+    #: Its weights are those of a given posterior.
+    capabilities: ClassVar[Capabilities] = Capabilities(drops_broken=True, needs_posterior=True)
+
+    num_particles: int = 500
+    max_kl: float = 0.02
+    damping: float = 0.1
+    max_plate_nesting: float = math.inf
+
+    def __post_init__(self) -> None:
+        check_count("num_particles", self.num_particles, 2)
+        for name in ("max_kl", "damping"):
+            value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise ValueError(f"Expected `{name}` to be positive and finite; got {value}.")
-        super().__init__(num_particles, vectorize_particles=True, **kwargs)
-        self.max_kl = max_kl
-        #: The present damping.
-        self.damping = damping
 
-    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: the natural gradient is not the gradient of a loss."""
-        raise NotImplementedError(
-            "Expected `loss_and_grads`, which SVI and AdaAnnSVI call; a natural gradient is not the gradient "
-            "of a differentiable loss. Use TraceMixedKL_ELBO with an optimizer of torch's."
-        )
+    def num_draws(self) -> int:
+        """Return the number of draws of a step."""
+        return self.num_particles
 
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """Return minus the ELBO, and add the negative direction to the parameters' ``grad``."""
+    def start(self) -> dict[str, float]:
+        """Return damping and relative length of the first step."""
+        return {"damping": self.damping, "length": 1.0}
 
-        def without_graph(*args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad():
-                return model(*args, **kwargs)
+    def slow_down(self, state: dict[str, float], factor: float) -> dict[str, float]:
+        """Return the state with steps that are ``factor`` times as long."""
+        return {**state, "length": factor * state["length"]}
 
-        model_trace, guide_trace = next(iter(self._get_traces(without_graph, guide, args, kwargs)))
-        _check_plates(model_trace, guide_trace)
-        parameters = _parameters(model_trace, guide_trace)
-        log_weight, is_kept = finite_log_weights(model_trace, guide_trace)
-        scores = score_matrix(guide_trace, parameters, len(log_weight))
-        direction = NaturalDirection(scores, log_weight, parameter_units(guide_trace, parameters))
+    def make_objective(self, path: Path, num_recycled_draws: int) -> WeightObjective:
+        """Return the weights of ``num_particles`` draws as the objective."""
+        return WeightObjective(path, self.num_particles, self.max_plate_nesting, num_recycled_draws)
 
-        def draw() -> Tensor:
-            with torch.no_grad(), warnings.catch_warnings():
-                # A broken draw has weight zero; it may be one of a step that is not taken.
-                warnings.filterwarnings("ignore", message="Encountered")
-                traces = Trace_ELBO._get_traces(self, model, guide, args, kwargs)
-                return finite_log_weights(*next(iter(traces)))[0]
+    def take(
+        self,
+        objective: WeightObjective,
+        call: Call,
+        state: dict[str, float],
+        ready: Callable[[dict[str, Tensor]], None],
+    ) -> Moved:
+        """Try directions until one is accepted; without one the parameters stay as they are."""
+        drawn = objective.weigh(call.model, call.guide, call.args, call.kwargs)
+        loss = minus_mean(drawn.log_weights)
+        if math.isnan(loss):
+            return Moved(StepResult(Outcome.DIVERGED, loss, damping=state["damping"]), state)
+        parameters = _parameters(drawn.model_trace, drawn.guide_trace)
+        scores = score_matrix(drawn.guide_trace, parameters, len(drawn.log_weights))
+        units = parameter_units(drawn.guide_trace, parameters)
+        direction = NaturalDirection(scores, drawn.log_weights, units)
+        ready(parameters)
 
-        steps = self._search(direction, list(parameters.values()), log_weight, draw)
-        for parameter, step in zip(parameters.values(), steps, strict=True):
-            parameter.grad = -step if parameter.grad is None else parameter.grad - step
-        return float(-torch.where(is_kept, log_weight, 0.0).mean())
+        def is_accepted() -> bool:
+            try:
+                trial = objective.try_out(call.model, call.guide, call.args, call.kwargs)
+            except (ValueError, torch.linalg.LinAlgError):
+                return False  # the density cannot be computed there
+            return is_not_worse(trial, drawn.log_weights)
+
+        return self._search(direction, parameters, state, is_accepted, loss)
 
     def _search(
-        self, direction: NaturalDirection, parameters: Sequence[Tensor], log_weight: Tensor, draw: Any
-    ) -> list[Tensor]:
-        """Return the first direction that stands the trial, or zeros; adapt the damping."""
-        values = [parameter.detach().clone() for parameter in parameters]
-        sizes = [parameter.numel() for parameter in parameters]
-        for _ in range(_MAX_TRIALS):
-            flat = direction.solve(self.damping, self.max_kl)
-            steps = [
-                part.view_as(p).to(p.dtype) for part, p in zip(flat.split(sizes), parameters, strict=True)
-            ]
-            try:
-                with torch.no_grad():
-                    for parameter, step in zip(parameters, steps, strict=True):
-                        parameter.add_(step)
-                    trial = draw()
-            finally:
-                with torch.no_grad():
-                    for parameter, value in zip(parameters, values, strict=True):
-                        parameter.copy_(value)
-            if is_not_worse(trial, log_weight):
-                self.damping = max(self.damping * _EASE, _MIN_DAMPING)
-                return steps
-            self.damping = min(self.damping * _STIFFEN, _MAX_DAMPING)
-        return [torch.zeros_like(parameter) for parameter in parameters]
+        self,
+        direction: NaturalDirection,
+        parameters: dict[str, Tensor],
+        state: dict[str, float],
+        is_accepted: Callable[[], bool],
+        loss: float,
+    ) -> Moved:
+        """Move by the first direction that is accepted; adapt the damping."""
+        tensors = list(parameters.values())
+        damping = state["damping"]
+        for num_trials in range(1, _MAX_TRIALS + 1):
+            flat, kl = direction.solve(damping, self.max_kl)
+            with _tried(tensors, state["length"] * flat) as trial:
+                trial.keep = is_accepted()
+            if trial.keep:
+                damping = max(damping * _EASE, _MIN_DAMPING)
+                kl *= state["length"] ** 2
+                result = StepResult(Outcome.ACCEPTED, loss, num_trials, damping, kl)
+                return Moved(result, {**state, "damping": damping})
+            damping = min(damping * _STIFFEN, _MAX_DAMPING)
+        result = StepResult(Outcome.REJECTED, loss, _MAX_TRIALS, damping, 0.0)
+        return Moved(result, {**state, "damping": damping})
+
+
+@dataclass
+class _Trial:
+    keep: bool = False
+
+
+@contextmanager
+def _tried(parameters: list[Tensor], flat: Tensor) -> Iterator[_Trial]:
+    """Move parameters for the block, and back at its end unless it says to keep them."""
+    values = [parameter.detach().clone() for parameter in parameters]
+    sizes = [parameter.numel() for parameter in parameters]
+    trial = _Trial()
+    try:
+        with uninterrupted(), torch.no_grad():
+            for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+                parameter.add_(part.view_as(parameter).to(parameter.dtype))
+        yield trial
+    finally:
+        if not trial.keep:
+            with uninterrupted(), torch.no_grad():
+                for parameter, value in zip(parameters, values, strict=True):
+                    parameter.copy_(value)
 
 
 def is_not_worse(trial: Tensor, present: Tensor) -> bool:
@@ -187,22 +217,12 @@ def is_not_worse(trial: Tensor, present: Tensor) -> bool:
 
 def _moments(log_weights: Tensor) -> tuple[float, float, float]:
     """Return the log of the mean root of the weights, and the relative variances of root and weight."""
-    log_weights = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf).double()
-    log_num = math.log(len(log_weights))
-    half, one, two = (float((power * log_weights).logsumexp(0)) - log_num for power in (0.5, 1.0, 2.0))
+    powers = torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64, device=log_weights.device)
+    sums = (powers * log_weights.double()).logsumexp(1) - math.log(len(log_weights))
+    half, one, two = sums.tolist()
     if one == -math.inf:
         return half, math.inf, math.inf
     return half, math.expm1(max(one - 2 * half, 0.0)), math.expm1(max(two - 2 * one, 0.0))
-
-
-def _check_plates(model_trace: Trace, guide_trace: Trace) -> None:
-    frame = subsampled_plate(model_trace, guide_trace)
-    if frame is not None:
-        raise ValueError(
-            f"Expected every plate in full; got {frame.size} of {frame.full_size} in plate "
-            f"{frame.name!r}. The weights of a random part of the data are not those of the "
-            f"posterior: use Trace_ELBO."
-        )
 
 
 def _parameters(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import bimodal
 import pyro
@@ -12,7 +13,7 @@ import pytest
 import torch
 from problems import agreeing_guide, conjugate_normal
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoIAFNormal,
@@ -29,7 +30,8 @@ from pyro_adaann import (
     CESSSchedule,
     ConstantSchedule,
     LinearSchedule,
-    TraceNaturalKL_ELBO,
+    NaturalStep,
+    SequenceSchedule,
     importance_draws,
     natural_svi,
 )
@@ -53,8 +55,10 @@ def guide() -> None:
     pyro.sample("z", dist.Normal(loc, log_scale.exp()))
 
 
-def sgd() -> pyro.optim.PyroOptim:
-    return pyro.optim.SGD({"lr": 1.0})
+def at_one(model: object, guide: object, num_particles: int = 500, **kwargs: float) -> AdaAnnSVI:
+    """Return a fit of natural steps at inverse temperature 1."""
+    step = NaturalStep(num_particles, **kwargs)
+    return AdaAnnSVI(model, guide, step, schedule=ConstantSchedule())
 
 
 def scores_and_weights(z: Tensor, loc: float, scale: float) -> tuple[Tensor, Tensor]:
@@ -82,7 +86,7 @@ def test_the_step_is_the_natural_gradient_of_the_divergence():
     scores, log_weights = scores_and_weights(GUIDE[0] + GUIDE[1] * torch.randn(25_000).double(), *GUIDE)
     # The system has the size of the number of draws: many small ones.
     parts = zip(scores.split(500), log_weights.split(500), strict=True)
-    steps = torch.stack([NaturalDirection(*part).solve(damping=1e-9) for part in parts])
+    steps = torch.stack([NaturalDirection(*part).solve(damping=1e-9)[0] for part in parts])
     error = steps.std(0) / math.sqrt(len(steps))
     # Five standard errors of two numbers fail once in a million seeds; 500 draws and truncation cost .02.
     assert ((steps.mean(0) - exact).abs() < 5 * error + 0.02).all(), (steps.mean(0), exact, error)
@@ -104,7 +108,7 @@ def test_the_system_of_the_draws_is_that_of_the_parameters():
         )
         log_weights = torch.randn(num_draws, dtype=torch.float64)
         units = torch.logspace(1, -1, num_parameters, dtype=torch.float64)
-        got = NaturalDirection(scores, log_weights, units).solve(0.3)
+        got = NaturalDirection(scores, log_weights, units).solve(0.3)[0]
         centered = scores - scores.mean(0)
         fisher = centered.T @ centered / num_draws
         diagonal = fisher.diagonal() + 0.01 * (units**2 * fisher.diagonal()).mean() / units**2
@@ -112,7 +116,7 @@ def test_the_system_of_the_draws_is_that_of_the_parameters():
         expected = torch.linalg.solve(fisher + 0.3 * torch.diag(diagonal), gradient)
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10)
         # Half the quadratic form is the divergence of the step, and stays in its bound.
-        bounded = NaturalDirection(scores, log_weights, units).solve(0.3, max_kl=1e-3)
+        bounded = NaturalDirection(scores, log_weights, units).solve(0.3, max_kl=1e-3)[0]
         assert float(0.5 * bounded @ fisher @ bounded) == pytest.approx(1e-3)
         torch.testing.assert_close(bounded / bounded.norm(), got / got.norm())
 
@@ -131,7 +135,7 @@ def test_the_step_of_a_planar_flow_is_the_same_in_any_unit_of_the_latents():
         grads = stack.point_gradients(points, -stack.score(points, -points / unit**2), -1.0)
         scores = torch.cat([grad.flatten(1) for grad in grads.values()], dim=1)
         units = torch.cat([value.flatten() for value in stack.parameter_units().values()])
-        step = NaturalDirection(scores, log_weights, units).solve(0.1)
+        step = NaturalDirection(scores, log_weights, units).solve(0.1)[0]
         back = torch.cat(
             [
                 torch.full_like(p, factor).flatten()
@@ -229,8 +233,7 @@ def test_no_noise_where_guide_and_tempered_density_agree(path, flow):
     svi = AdaAnnSVI(
         problem.model,
         own,
-        sgd(),
-        TraceNaturalKL_ELBO(50),
+        NaturalStep(50),
         schedule=LinearSchedule(2, initial_inverse_temperature=t),
         path=path,
     )
@@ -245,7 +248,7 @@ def test_a_normal_posterior_in_ten_steps(make):
     problem = conjugate_normal()
     pyro.set_rng_seed(0)
     own = make(problem.model, init_scale=1.0)
-    svi = SVI(problem.model, own, sgd(), TraceNaturalKL_ELBO(1000, max_kl=1.0))
+    svi = at_one(problem.model, own, 1000, max_kl=1.0)
     for _ in range(10):
         svi.step()
     mean, sd = problem.tempered("joint", 1.0, (0.0, 1.0))
@@ -264,7 +267,7 @@ def test_guides_of_pyro_and_of_users_train(make):
             pyro.sample("a", dist.Normal(0.5, 0.7))
         pyro.sample("b", dist.Normal(0.5 * torch.ones(2), 0.7).to_event(1))
 
-    svi = SVI(shifted, own, sgd(), TraceNaturalKL_ELBO(200, max_kl=0.1))
+    svi = at_one(shifted, own, 200, max_kl=0.1)
     losses = [svi.step() for _ in range(40)]
     assert losses[-1] < 0.5 * losses[0]
 
@@ -272,12 +275,21 @@ def test_guides_of_pyro_and_of_users_train(make):
 def test_a_step_that_makes_things_worse_is_not_taken(monkeypatch):
     import pyro_adaann.steps.natural as module
 
+    svi = at_one(model, guide, 100)
     monkeypatch.setattr(module, "is_not_worse", lambda trial, present: False)
-    elbo = TraceNaturalKL_ELBO(100)
-    svi = SVI(model, guide, sgd(), elbo)
     svi.step()
+    stage = svi.history.stages[0]
     assert pyro.param("loc").item() == torch.tensor(GUIDE[0]).item()
-    assert elbo.damping == pytest.approx(0.1 * 4**6)
+    assert (stage.num_trials, stage.num_rejected, stage.num_diverged, stage.kl) == (6, 1, 0, 0.0)
+    assert stage.damping == pytest.approx(0.1 * 4**6)
+    assert stage.is_stalled
+    monkeypatch.setattr(module, "is_not_worse", lambda trial, present: True)
+    svi.step()
+    assert pyro.param("loc").item() != torch.tensor(GUIDE[0]).item()
+    assert (stage.num_trials, stage.num_rejected) == (7, 1)
+    assert stage.damping == pytest.approx(0.1 * 4**6 / 2)
+    assert 0 < stage.kl <= 0.02
+    assert not stage.is_stalled
 
 
 def test_spread_and_a_lost_mode_are_worse_and_noise_is_not():
@@ -313,8 +325,8 @@ def test_broken_draws_weigh_nothing_and_push_away():
         pyro.factor("edge", torch.where(z > 0.0, 0.0, -torch.inf))
 
     pyro.set_rng_seed(0)
-    elbo = TraceNaturalKL_ELBO(1000, max_kl=1.0)
-    svi = AdaAnnSVI(edge, guide, sgd(), elbo, schedule=ConstantSchedule(), num_final_steps=20)
+    step = NaturalStep(1000, max_kl=1.0)
+    svi = AdaAnnSVI(edge, guide, step, schedule=ConstantSchedule(), num_final_steps=20)
     history = svi.run(progress_bar=False)
     assert history.stages[-1].num_broken > 0
     assert all(map(math.isfinite, history.stages[-1].losses))
@@ -325,16 +337,17 @@ def test_broken_draws_weigh_nothing_and_push_away():
 
 
 def test_it_refuses_what_it_cannot_do():
-    for arguments in (
-        {"num_particles": 1},
-        {"max_kl": 0.0},
-        {"damping": -1.0},
-        {"vectorize_particles": False},
-    ):
+    for arguments in ({"num_particles": 1}, {"max_kl": 0.0}, {"damping": -1.0}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
-            TraceNaturalKL_ELBO(**arguments)
-    with pytest.raises(NotImplementedError, match="loss_and_grads"):
-        TraceNaturalKL_ELBO().differentiable_loss(model, guide)
+            NaturalStep(**arguments)
+    adam, own = pyro.optim.Adam({"lr": 0.01}), AutoNormal(model)
+    for arguments in ({"loss": Trace_ELBO()}, {"final_loss": Trace_ELBO()}, {"num_final_particles": 2}):
+        with pytest.raises(ValueError, match="loss"):
+            AdaAnnSVI(model, own, NaturalStep(), schedule=ConstantSchedule(), **arguments)
+    with pytest.raises(ValueError, match="Expected a loss with an optimizer"):
+        AdaAnnSVI(model, own, adam)
+    with pytest.raises(ValueError, match=r"AdaAnnSVI\.step"):
+        at_one(model, own).loss_and_grads(model, own)
 
     def subsampled(data: Tensor) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -342,24 +355,23 @@ def test_it_refuses_what_it_cannot_do():
             pyro.sample("x", dist.Normal(z, 1.0), obs=data[index])
 
     with pytest.raises(ValueError, match="plate 'data'"):
-        SVI(subsampled, AutoNormal(subsampled), sgd(), TraceNaturalKL_ELBO()).step(torch.zeros(10))
+        at_one(subsampled, AutoNormal(subsampled)).step(torch.zeros(10))
 
     def learned() -> None:
         pyro.sample("z", dist.Normal(pyro.param("prior_loc", torch.tensor(0.0)), 1.0))
 
     with pytest.raises(ValueError, match="prior_loc"):
-        SVI(learned, AutoNormal(learned), sgd(), TraceNaturalKL_ELBO()).step()
+        at_one(learned, AutoNormal(learned)).step()
     planar = AutoNormalizingFlow(model, lambda dim: dist.transforms.Planar(dim))
     with pytest.raises(ValueError, match="density at any point"):
-        SVI(model, planar, sgd(), TraceNaturalKL_ELBO()).step()
+        at_one(model, planar).step()
     with pytest.raises(ValueError, match="AutoDelta"):
-        SVI(model, AutoDelta(model), sgd(), TraceNaturalKL_ELBO()).step()
+        at_one(model, AutoDelta(model)).step()
     with pytest.raises(ValueError, match="kl_warmup"):
         AdaAnnSVI(
             model,
             AutoNormal(model),
-            sgd(),
-            TraceNaturalKL_ELBO(),
+            NaturalStep(),
             path="kl_warmup",
             schedule=LinearSchedule(9),
         )
@@ -435,16 +447,111 @@ def test_the_model_runs_without_a_graph():
         z = pyro.sample("z", dist.Normal(*POSTERIOR))
         needs_grad.append((z**2).requires_grad)
 
-    SVI(watched, guide, sgd(), TraceNaturalKL_ELBO(20)).step()
+    at_one(watched, guide, 20).step()
     assert not any(needs_grad)
 
 
-def test_a_guide_of_a_trace_is_left_as_it_was():
+def test_a_rejected_trial_leaves_every_parameter_as_it_was(monkeypatch):
+    import pyro_adaann.steps.natural as module
+
+    monkeypatch.setattr(module, "is_not_worse", lambda trial, present: False)
     own = AutoPlanar(model, 3)
+    svi = at_one(model, own, 50)
     own()
     before = {name: value.detach().clone() for name, value in own.named_parameters()}
-    with poutine.trace(param_only=True):
-        TraceNaturalKL_ELBO(50).loss_and_grads(model, own)
+    svi.step()
     for name, value in own.named_parameters():
         assert torch.equal(value, before[name])
-        assert value.grad is not None
+
+
+def enumerated(data: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    with pyro.plate("data", len(data)):
+        k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(loc + 2.0 * k, 1.0), obs=data)
+
+
+def test_discrete_sites_that_the_model_enumerates_are_summed_out():
+    torch.manual_seed(0)
+    data = 1.0 + 2.0 * (torch.rand(40) < 0.3) + torch.randn(40)
+    grid = torch.linspace(-3.0, 5.0, 4001, dtype=torch.float64)
+    normal = torch.distributions.Normal
+    parts = [
+        math.log(w) + normal(grid + s, 1.0).log_prob(data.unsqueeze(-1)) for w, s in ((0.7, 0.0), (0.3, 2.0))
+    ]
+    log_p = torch.logaddexp(*parts).sum(0) + normal(0.0, 3.0).log_prob(grid)
+    log_evidence = float(log_p.logsumexp(0)) + math.log(float(grid[1] - grid[0]))
+    weights = log_p.softmax(0)
+    mean = float(weights @ grid)
+    sd = math.sqrt(float(weights @ (grid - mean).square()))
+    own = AutoPlanar(poutine.block(enumerated, hide=["k"]), 8, base_loc=0.0, base_scale=3.0)
+    svi = natural_svi(enumerated, own, num_particles=200, num_final_steps=10)
+    svi.run(data, progress_bar=False)
+    # The ELBO is below the evidence by the divergence, and by the noise of 200 nearly equal weights.
+    assert svi.history.losses[-1] == pytest.approx(-log_evidence, abs=0.1)
+    draws = own.sample_posterior(20_000, data)["loc"]
+    assert float(draws.mean()) == pytest.approx(mean, abs=0.1 * sd)
+    assert float(draws.std()) == pytest.approx(sd, rel=0.1)
+
+
+def test_a_natural_step_is_shared_by_two_fits_and_never_changes():
+    step = NaturalStep(50)
+    fits = []
+    for _ in range(2):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        fits.append(AdaAnnSVI(model, AutoPlanar(model, 3), step, schedule=ConstantSchedule()))
+        for _ in range(3):
+            fits[-1].step()
+    assert step == NaturalStep(50)
+    assert fits[0].history.losses == fits[1].history.losses
+    assert fits[0].history.stages[0].damping == fits[1].history.stages[0].damping != 0.1
+
+
+def test_damping_goes_on_through_the_stages_and_into_the_last_one():
+    own = AutoPlanar(model, 3)
+    svi = AdaAnnSVI(
+        model,
+        own,
+        NaturalStep(200),
+        schedule=SequenceSchedule([0.3, 0.6, 1.0]),
+        num_initial_steps=3,
+        num_steps_per_stage=2,
+        num_final_steps=2,
+    )
+    damping, num_trials = 0.1, 0
+    for _ in range(7):
+        svi.step()
+        tried = sum(stage.num_trials for stage in svi.history.stages) - num_trials
+        num_trials += tried
+        # Four times as large after each trial that was not accepted, then half; never from the start.
+        damping = max(damping * 4 ** (tried - 1) / 2, 1e-2)
+        assert not svi.history.stages[-1].num_rejected
+        assert svi.history.stages[-1].damping == pytest.approx(damping)
+    assert svi.inverse_temperature == 1.0
+
+
+def test_restart_from_a_rung_takes_damping_of_then_and_shorter_steps():
+    svi = make_svi()
+    while len(svi.ladder.rungs) < 4:
+        svi.step()
+    rung = svi.ladder.rungs[1]
+    svi.restart(rung, lr_factor=0.25)
+    assert svi._fit.parameters.step_state == {**rung.state["step"], "length": 0.25}
+
+
+def test_user_warnings_are_shown_once(recwarn):
+    warned = []
+
+    def noisy() -> None:
+        pyro.sample("z", dist.Normal(*POSTERIOR))
+        warnings.warn("look here", UserWarning, stacklevel=1)
+        warned.append(1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        svi = at_one(noisy, guide, 20)
+        for _ in range(10):
+            svi.step()
+    assert len(warned) > 10
+    assert sum("look here" in str(w.message) for w in caught) == 1

@@ -1,0 +1,206 @@
+"""What every objective shares: the tempered density of a stage, with a look at every particle."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+from pyro.infer import ELBO, Trace_ELBO
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_adaann.annealing.paths import Path
+from pyro_adaann.annealing.tempering import Tempering
+from pyro_adaann.objectives.memory import LogFactorMemory
+from pyro_adaann.objectives.nonfinite import has_nonfinite_parameter
+from pyro_adaann.objectives.traces import (
+    draw_log_factors,
+    log_factors,
+    log_weights,
+    sites_of,
+    with_num_particles,
+)
+
+__all__ = ["Objective", "sites_in"]
+
+#: Fresh draws behind a variance where training leaves none. With fewer, the sd is itself uncertain by
+#: more than 1 / sqrt(2 * 100) = 7 %.
+_NUM_FRESH_DRAWS = 100
+
+
+class Objective(ABC):
+    """What is minimized at the inverse temperature of the present stage.
+
+    At inverse temperature 1 it sees model and guide themselves. A new objective implements :meth:`loss`, and
+    lets :meth:`_look` see the traces of its training evaluations.
+
+    :param path: the path of tempered densities.
+    :param num_recycled_draws: of how many draws of the latest training steps the log factors are
+        remembered, at least; 0 for none.
+    """
+
+    #: Whether the loss is a number to go by.
+    reports_loss = True
+
+    def __init__(self, path: Path, num_recycled_draws: int) -> None:
+        self.path = path
+        self.inverse_temperature = 1.0
+        self.is_final = False
+        #: Broken and all particles of the training evaluations since `start_stage`.
+        self.num_broken = 0
+        self.num_particles = 0
+        #: The model's sites and their distributions, by which a checkpoint knows its model.
+        self.sites: list[str] | None = None
+        #: The log factors of the latest training draws.
+        self.memory = LogFactorMemory(num_recycled_draws)
+        self._tempering: Tempering | None = None
+        self._validates = True
+        self._variance_loss: ELBO | None = None
+
+    @abstractmethod
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss; call it under `torch.no_grad`."""
+
+    @abstractmethod
+    def _elbos(self) -> list[ELBO]:
+        """Return the ELBOs that run model and guide: that of the stages below 1, and the final one."""
+
+    def start_stage(self, inverse_temperature: float, *, is_final: bool) -> None:
+        """Evaluate at this inverse temperature from now on."""
+        self.inverse_temperature = inverse_temperature
+        self.is_final = is_final
+        self.num_broken = self.num_particles = 0
+
+    def forgives(self, error: ValueError) -> bool:
+        """Whether the error says no more than that a particle is broken; call :meth:`stop_validating` then.
+
+        Torch's validation raises when a distribution gets a parameter that is not finite: one
+        trajectory that overflows would end the run. Without validation its log density is NaN, and
+        the particle is left out and counted like any other.
+        """
+        return self._validates and has_nonfinite_parameter(error)
+
+    def stop_validating(self) -> None:
+        """Evaluate without torch's validation of distributions from now on."""
+        self._validates = False
+
+    def _insist(self, run: Callable[[], Any]) -> Any:
+        try:
+            return run()
+        except ValueError as error:
+            if not self.forgives(error):
+                raise
+            self.stop_validating()
+            return run()
+
+    def _temper(self, model: Any, guide: Any) -> tuple[Any, Any]:
+        """Return model and guide at the present inverse temperature."""
+        self._tempering = None
+        if self.inverse_temperature >= 1:
+            return model, guide
+        self._tempering = Tempering(model, guide, self.path, self.inverse_temperature)
+        return self._tempering.model, self._tempering.guide
+
+    def _validation(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._validates else pyro.validation_enabled(False)
+
+    def _look(self, model_trace: Trace, guide_trace: Trace) -> None:
+        """Note the model's sites, and the log factors of a training step."""
+        if self.sites is None:
+            self.sites = sites_in(model_trace)
+        if self._tempering is None:
+            return
+        if not any(_is_latent(site) for site in guide_trace.nodes.values()):
+            raise ValueError(
+                "Expected a guide with at least one latent site; got none. Without latent "
+                "variables there is no posterior to anneal: use pyro.infer.SVI."
+            )
+        if self.memory.num_draws:
+            factors = log_factors(self._tempering, model_trace, guide_trace)
+            if factors is not None:
+                weights = log_weights(model_trace, guide_trace)
+                self.memory.add(factors, weights, self.inverse_temperature)
+
+    def ess_share(self) -> float:
+        """Return the effective sample size of the remembered draws as a share of their number."""
+        return self.memory.ess_share(self.inverse_temperature)
+
+    def draw_log_factors(
+        self, num_samples: int | None, model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> list[Tensor]:
+        """Return d/dt log p_t of guide draws and their log weights, ``(2, num_draws)`` for every step.
+
+        The weights are against the density at the present inverse temperature.
+
+        :param num_samples: how many fresh draws, as of one step; None for those that training has
+            made, or 100 fresh ones if it has made none.
+        """
+        if num_samples is None and self.memory:
+            return self.memory.steps(self.inverse_temperature)
+        if self._variance_loss is None:
+            # Once, so that Pyro guesses the nesting of plates once.
+            self._variance_loss = self._make_variance_loss(num_samples or _NUM_FRESH_DRAWS)
+        loss, t = self._variance_loss, self.inverse_temperature
+
+        def draw() -> Tensor:
+            with self._validation():
+                return draw_log_factors(loss, Tempering(model, guide, self.path, t), args, kwargs)
+
+        return [self._insist(draw)]
+
+    def _make_variance_loss(self, num_samples: int) -> ELBO:
+        elbo = next(iter(self._elbos()), None) or Trace_ELBO()
+        result = with_num_particles(elbo, num_samples)
+        result.strict_enumeration_warning = False  # sites that the guide would enumerate are drawn
+        return result
+
+    def state(self) -> dict[str, Any]:
+        """Return what the next evaluations depend on, as plain data; :meth:`restore` takes it."""
+        variance = self._variance_loss
+        return {
+            "num_broken": self.num_broken,
+            "num_particles": self.num_particles,
+            "memory": self.memory.state(),
+            "validates": self._validates,
+            "sites": self.sites,
+            # Pyro guesses it at the first evaluation, from a run of the model that uses up draws.
+            "max_plate_nesting": [elbo.max_plate_nesting for elbo in self._elbos()],
+            "variance": variance and [variance.num_particles, variance.max_plate_nesting],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state that :meth:`state` has returned."""
+        self.num_broken, self.num_particles = state["num_broken"], state["num_particles"]
+        self.memory.restore(state["memory"])
+        self._validates = state["validates"]
+        self.sites = state["sites"]
+        for elbo, nesting in zip(self._elbos(), state["max_plate_nesting"], strict=True):
+            elbo.max_plate_nesting = nesting
+        if state["variance"] is not None:
+            num_samples, nesting = state["variance"]
+            self._variance_loss = self._make_variance_loss(num_samples)
+            self._variance_loss.max_plate_nesting = nesting
+
+
+def sites_in(model_trace: Trace) -> list[str]:
+    """Return the names of a model's sites with the kinds of their distributions."""
+    return [
+        f"{site['name']} ({_kind(site['fn'])})"
+        for site in sites_of(model_trace)
+        if not (site["infer"].get("is_auxiliary") or site_is_subsample(site))
+    ]
+
+
+def _kind(fn: Any) -> str:
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
+def _is_latent(site: Any) -> bool:
+    return site["type"] == "sample" and not site["is_observed"]

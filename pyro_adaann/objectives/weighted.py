@@ -1,0 +1,117 @@
+"""Draws of the guide, weighed against the tempered density: an objective without a gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, TraceEnum_ELBO
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_adaann.annealing.paths import Path
+from pyro_adaann.objectives.base import Objective
+from pyro_adaann.objectives.traces import check_full_plates, log_weights
+from pyro_adaann.weights import finite_or_no_weight
+
+__all__ = ["WeighedDraws", "WeightObjective"]
+
+
+@dataclass(frozen=True)
+class WeighedDraws:
+    """Draws of a guide and their log weights against the tempered density.
+
+    :param log_weights: shape ``(n,)``; minus infinity where the log density is not finite.
+    :param model_trace: trace of the model, without a graph.
+    :param guide_trace: trace of the guide, with its graph.
+    """
+
+    log_weights: Tensor
+    model_trace: Trace
+    guide_trace: Trace
+
+
+class WeightObjective(Objective):
+    r"""How far the guide is from the tempered density, by the weights of its own draws.
+
+    .. math:: \log w_i = \log p_t(z_i) - \log q(z_i), \quad z_i \sim q
+
+    Discrete sites that the model enumerates are summed out. The loss is minus the mean of the finite log
+    weights.
+
+    :param path: the path of tempered densities.
+    :param num_particles: n.
+    :param max_plate_nesting: as of Pyro's ELBOs: guessed at the first evaluation if not given.
+    :param num_recycled_draws: as in :class:`Objective`.
+    """
+
+    def __init__(
+        self, path: Path, num_particles: int, max_plate_nesting: float, num_recycled_draws: int
+    ) -> None:
+        super().__init__(path, num_recycled_draws)
+        self._elbo = TraceEnum_ELBO(
+            num_particles=num_particles,
+            max_plate_nesting=max_plate_nesting,
+            vectorize_particles=True,
+            strict_enumeration_warning=False,
+        )
+
+    def _elbos(self) -> list[ELBO]:
+        return [self._elbo]
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Return minus the mean of the finite log weights of fresh draws."""
+        return minus_mean(self.try_out(model, guide, args, kwargs))
+
+    def weigh(self, model: Any, guide: Any, args: Any, kwargs: Any) -> WeighedDraws:
+        """Draw from the guide, with its graph, for a step.
+
+        :raises ValueError: if a plate is subsampled.
+        """
+
+        def run() -> WeighedDraws:
+            self.memory.start_step()
+            with self._validation():
+                return self._weigh(*self._temper(_without_graph(model), guide), args, kwargs)
+
+        drawn: WeighedDraws = self._insist(run)
+        super()._look(drawn.model_trace, drawn.guide_trace)
+        self.memory.end_step()
+        num_broken = int((drawn.log_weights == -torch.inf).sum())
+        self.num_broken += num_broken
+        self.num_particles += len(drawn.log_weights)
+        if num_broken:
+            self.stop_validating()  # Pyro would warn of each of them, at every step
+        return drawn
+
+    def try_out(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Tensor:
+        """Return the log weights of fresh draws of the guide as it is, which count nowhere."""
+        # A broken draw has no weight. Without validation nothing is raised or said of it.
+        with torch.no_grad(), pyro.validation_enabled(False):
+            return self._weigh(*self._temper(model, guide), args, kwargs).log_weights
+
+    def _weigh(self, model: Any, guide: Any, args: Any, kwargs: Any) -> WeighedDraws:
+        # Sites that the guide would enumerate are drawn: one value per particle.
+        guide = poutine.infer_config(guide, lambda site: {"enumerate": None})
+        model_trace, guide_trace = next(iter(self._elbo._get_traces(model, guide, args, kwargs)))
+        check_full_plates("use Trace_ELBO.", model_trace, guide_trace)
+        weights = finite_or_no_weight(log_weights(model_trace, guide_trace))
+        return WeighedDraws(weights.expand(self._elbo.num_particles), model_trace, guide_trace)
+
+
+def minus_mean(weights: Tensor) -> float:
+    """Return minus the mean of the finite log weights, NaN where there is none."""
+    finite = weights[weights > -torch.inf]
+    return float(-finite.mean()) if len(finite) else math.nan
+
+
+def _without_graph(model: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return model(*args, **kwargs)
+
+    return run

@@ -1,0 +1,120 @@
+"""All that changes during a fit, in one place: a step of it, its state, its way back."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from pyro_adaann.annealing.history import AnnealingHistory, Outcome
+from pyro_adaann.objectives.base import Objective
+from pyro_adaann.objectives.nonfinite import nonfinite_sites
+from pyro_adaann.state.parameters import FitParameters
+from pyro_adaann.state.recovery import MAX_REJECTED, NoFiniteStateError, SafetyNet
+from pyro_adaann.state.rungs import Rung, Rungs
+from pyro_adaann.state.settings import FitSettings
+from pyro_adaann.state.stages import StageControl
+from pyro_adaann.steps.base import Call, Step
+from pyro_adaann.steps.gradient import is_finite, to_float
+
+__all__ = ["Fit"]
+
+
+class Fit:
+    """A fit that goes on step by step.
+
+    :param model: a Pyro model.
+    :param guide: its guide.
+    :param step: what moves the parameters.
+    :param settings: how it anneals.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], guide: Callable[..., Any], step: Step, settings: FitSettings
+    ) -> None:
+        self.step = step
+        self.settings = settings
+        self.history = AnnealingHistory()
+        num_recycled_draws = settings.num_recycled_draws(step.num_draws())
+        self.objective: Objective = step.make_objective(settings.path, num_recycled_draws)
+        self.parameters = FitParameters(model, guide, step)
+        self.net = SafetyNet(self.parameters, self.history)
+        self.rungs = None if settings.ladder is None else Rungs(settings.ladder)
+        self.stages = StageControl(
+            settings, self.history, self.objective, self.parameters, self.net, self.rungs
+        )
+        self.stages.start(settings.schedule.initial_inverse_temperature)
+        #: By which a checkpoint knows its fit; not of Python's generators, which the user may have seeded.
+        self.fit_id = uuid.uuid4().hex
+
+    def take_step(self, call: Call, evaluate_loss: Callable[..., Any]) -> Any:
+        """Take one step and return the loss.
+
+        :param call: what to run.
+        :param evaluate_loss: evaluates the loss without a step.
+        :raises ValueError: as `AdaAnnSVI.step` does.
+        """
+        self.stages.advance(call)
+        moved = self.step.take(
+            self.objective, call, self.parameters.step_state, lambda found: self._get_ready(found, call)
+        )
+        self.parameters.step_state = moved.state
+        stage = self.stages.present
+        stage.count(moved.result)
+        stage.num_broken, stage.num_particles = self.objective.num_broken, self.objective.num_particles
+        has_diverged = moved.result.outcome is Outcome.DIVERGED
+        if not has_diverged and self.parameters.is_finite():
+            self.net.accept(self.history.num_steps)
+        else:
+            self._recover(has_diverged, call, evaluate_loss)
+        return moved.result.loss
+
+    def _get_ready(self, found: dict[str, Tensor], call: Call) -> None:
+        """Take note of the parameters before they move; before the first step, keep the fit as it is."""
+        self.parameters.add(found)
+        if self.net.is_set:
+            return
+        self.net.keep()
+        if self.rungs is not None:
+            names = self.parameters.names_of_guide(call.args, call.kwargs)
+            self.rungs.start(self.stages.present.inverse_temperature, self.parameters.state(), names)
+
+    def _recover(self, has_diverged: bool, call: Call, evaluate_loss: Callable[..., Any]) -> None:
+        """Deal with a step after which loss, gradient or parameters are not finite."""
+        num_steps, t = self.history.num_steps, self.stages.present.inverse_temperature
+        try:
+            if not has_diverged:
+                self.net.go_back(num_steps, "a parameter, or the optimizer's memory of it")
+            else:
+                is_hopeless = num_steps == 1 and not any(
+                    is_finite((), to_float(evaluate_loss(*call.args, **call.kwargs)))
+                    for _ in range(MAX_REJECTED - 1)
+                )
+                if not self.net.reject(num_steps, is_hopeless):
+                    return
+        except NoFiniteStateError as error:
+            sites = nonfinite_sites(call.model, call.guide, call.args, call.kwargs)
+            raise ValueError(
+                f"Expected a finite loss and finite parameters; got none in {error} at inverse temperature "
+                f"{t:.3g}, stage {len(self.history.stages)} (sites with a log density or gradient that is "
+                f"not finite: {', '.join(sites) or 'none in the latest draw'}). The parameters are the last "
+                f"good ones. Start the guide where the model has a finite density (init_loc_fn, base_loc, "
+                f"base_scale) or lower the learning rate."
+            ) from None
+        self.stages.go_back(self.net.inverse_temperature)
+
+    def rewind(self, rung: Rung, factor: float) -> None:
+        """Anneal anew from a rung, with steps that are ``factor`` times as long as those of then.
+
+        :raises ValueError: if the rung is not one of this fit.
+        """
+        if self.rungs is None or rung not in self.rungs.rungs:
+            raise ValueError(
+                "Expected a rung of this fit's ladder; got another one. Take one of `svi.ladder.rungs`."
+            )
+        self.parameters.rewind(rung.state, factor)
+        self.rungs.cut(rung)
+        self.stages.begin_pass(rung.inverse_temperature)
+        self.net.keep()

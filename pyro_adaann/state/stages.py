@@ -1,0 +1,181 @@
+"""The stages of a fit: when one ends, which inverse temperature follows, and where a rung is kept."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+
+from pyro_adaann.annealing.history import AnnealingHistory, AnnealingStage
+from pyro_adaann.objectives.base import Objective
+from pyro_adaann.objectives.memory import spread_within_steps
+from pyro_adaann.state.budget import StepPlan, next_within_budget, plan_steps, projected_num_steps
+from pyro_adaann.state.parameters import FitParameters
+from pyro_adaann.state.recovery import SafetyNet
+from pyro_adaann.state.rungs import Rungs
+from pyro_adaann.state.settings import FitSettings
+from pyro_adaann.steps.base import Call
+from pyro_adaann.weights import standard_deviation
+
+__all__ = ["StageControl"]
+
+#: More stages than this are absurd (the paper's longest run has 4,645), and when that can be told.
+_MAX_STAGES = 50_000
+_NUM_STAGES_TO_PROJECT = 20
+
+
+class StageControl:
+    """Starts the stages of a fit, one after the other.
+
+    :param settings: schedule, stage rule and numbers of steps.
+    :param history: the history of the fit, which gets the stages.
+    :param objective: what is told the inverse temperature.
+    :param parameters: what rungs are made of.
+    :param net: the safety net, whose recoveries shorten increments.
+    :param rungs: the rungs of the fit, or None.
+    """
+
+    def __init__(
+        self,
+        settings: FitSettings,
+        history: AnnealingHistory,
+        objective: Objective,
+        parameters: FitParameters,
+        net: SafetyNet,
+        rungs: Rungs | None,
+    ) -> None:
+        self.schedule = settings.schedule
+        self.stage_rule = settings.stage_rule
+        self.num_variance_samples = settings.num_variance_samples
+        self.own_plan = settings.plan
+        #: The plan of a run with a total number of steps, in place of the own one.
+        self.budget: StepPlan | None = None
+        self.history = history
+        self.objective = objective
+        self.parameters = parameters
+        self.net = net
+        self.rungs = rungs
+
+    @property
+    def plan(self) -> StepPlan:
+        """How many steps the stages have."""
+        return self.budget or self.own_plan
+
+    @property
+    def present(self) -> AnnealingStage:
+        """The present stage."""
+        return self.history.stages[-1]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all planned steps are taken."""
+        if self.plan.num_total is not None:
+            return self.history.num_steps >= self.plan.num_total
+        return self.objective.is_final and self.present.num_effective_steps >= self.plan.num_final
+
+    def start(self, inverse_temperature: float) -> None:
+        """Start a stage."""
+        self.history.stages.append(AnnealingStage(inverse_temperature))
+        self.tell_objective()
+
+    def tell_objective(self) -> None:
+        """Let the objective stand at the inverse temperature of the present stage."""
+        t = self.present.inverse_temperature
+        self.objective.start_stage(t, is_final=t >= self.schedule.final_inverse_temperature)
+
+    def go_back(self, inverse_temperature: float) -> None:
+        """Go on at an earlier state of the guide: its draws of the meantime say nothing of it."""
+        self.objective.memory.forget()
+        if inverse_temperature != self.present.inverse_temperature:
+            self.start(inverse_temperature)
+
+    def begin_pass(self, inverse_temperature: float) -> None:
+        """Anneal anew from an inverse temperature, by the own plan."""
+        self.budget = None
+        self.net.begin_pass()
+        self.objective.memory.forget()
+        self.start(inverse_temperature)
+
+    def advance(self, call: Call) -> None:
+        """Start the next stage if the present one is over.
+
+        At the start of a step and not at the end of the one before, so that the inverse temperature is
+        always the one at which the guide has been trained. Steps that diverge are not counted.
+        """
+        stage, plan = self.present, self.plan
+        is_first = stage.inverse_temperature == self.schedule.initial_inverse_temperature
+        length = plan.num_initial if is_first else plan.num_per_stage
+        if self.objective.is_final or stage.num_effective_steps < length:
+            return
+        if self.stage_rule is not None:
+            ess = self.objective.ess_share()
+            if not self.stage_rule.is_over(stage.num_steps, ess):
+                return
+            stage.is_tracked = self.stage_rule.is_met(ess)
+        following = self._following(call)
+        if self.rungs is not None and self.rungs.cover(stage, following):
+            names = self.parameters.names_of_guide(call.args, call.kwargs)
+            self.rungs.climb(stage.inverse_temperature, self.parameters.state(), names)
+        self.start(following)
+        if len(self.history.stages) == _NUM_STAGES_TO_PROJECT:
+            self._warn_if_endless()
+
+    def _following(self, call: Call) -> float:
+        """Ask the schedule for the inverse temperature that follows."""
+        stage, t = self.present, self.present.inverse_temperature
+        draws = weights = None
+        if self.schedule.needs_log_factor:
+            steps = self.objective.draw_log_factors(
+                self.num_variance_samples, call.model, call.guide, call.args, call.kwargs
+            )
+            stage.record(*torch.cat(steps, dim=1))
+            draws = spread_within_steps([factors for factors, _ in steps])
+            weights = torch.cat([weights for _, weights in steps])
+            stage.log_factor_sd = standard_deviation(draws)  # what the schedule sees
+        following = next_within_budget(self.schedule, self.plan, self.history, draws, weights)
+        # A fixed schedule has its grid: half the way to the next point, and half of that, would never arrive.
+        if self.schedule.needs_log_factor and self.plan.num_total is None:
+            factor = self.net.increment_factor
+            following = max(t + factor * (following - t), math.nextafter(t, math.inf))
+        return following
+
+    def _warn_if_endless(self) -> None:
+        projected = projected_num_steps(self.history, self.schedule, self.plan)
+        limit = _MAX_STAGES * self.own_plan.num_per_stage + self.own_plan.num_final
+        if self.plan.num_total is None and projected is not None and projected > limit:
+            warnings.warn(
+                f"At this rate annealing takes about {projected:,} steps; it has come to inverse "
+                f"temperature {self.present.inverse_temperature:.3g} in {self.history.num_steps:,}. Give "
+                f"`run` a number of steps (num_steps) or the schedule a larger tolerance.",
+                stacklevel=4,
+            )
+
+    def set_budget(self, num_steps: int) -> None:
+        """Plan the fit for a total number of steps.
+
+        :raises ValueError: if the schedule or a stage rule does not go with one.
+        """
+        if self.stage_rule is not None:
+            raise ValueError(
+                "Expected `num_steps` to be None with a stage rule, which decides how long a stage "
+                f"is; got {num_steps}. Leave one of them out."
+            )
+        self.budget = plan_steps(self.schedule, self.own_plan, num_steps)
+
+    def warn_if_unfinished(self) -> None:
+        """Warn at the end of a run that has not come to the end of annealing, or was interrupted."""
+        t, num_steps = self.present.inverse_temperature, self.history.num_steps
+        if self.history.interrupted:
+            warnings.warn(
+                f"The run was interrupted at inverse temperature {t:.3g}, after {num_steps} steps. Call "
+                f"`run` again to go on.",
+                stacklevel=3,
+            )
+        elif not self.objective.is_final:
+            warnings.warn(
+                f"The run has used its steps, {self.plan.num_total} with those before it, at inverse "
+                f"temperature {t:.3g}: the guide is one of a tempered posterior. Call `run` with a larger "
+                f"`num_steps`, or without one.",
+                stacklevel=3,
+            )

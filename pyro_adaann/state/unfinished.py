@@ -1,0 +1,61 @@
+"""Warn if training stops before annealing finishes.
+
+A guide that was left below an inverse temperature of 1 looks like any other. `run` goes on to the end;
+a user's own loop around `step` may stop anywhere, and only Python knows when the driver of a
+loop is used no more: hence a finalizer, which sees every kind of guide and loop. It writes to the log
+and raises no warning: it may run while Python shuts down or clears away an exception's frames, where
+a warning that is turned into an error cannot be caught by anybody.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from typing import Any
+
+from pyro_adaann.annealing.history import AnnealingHistory
+
+__all__ = ["announce_short_training", "watch_end"]
+
+_logger = logging.getLogger(__name__)
+
+#: A fit of fewer steps is no training that anybody expects to have ended, and so many lines are enough.
+_MIN_STEPS, _MAX_LINES = 100, 5
+_num_lines = 0
+
+
+def announce_short_training(num_annealing_steps: int | None, num_training_steps: int | None) -> None:
+    """Warn at the start if the training is known to end before annealing does."""
+    if num_annealing_steps is None or num_training_steps is None:
+        return
+    if num_training_steps <= num_annealing_steps:
+        warnings.warn(
+            f"The schedule takes {num_annealing_steps} steps to reach 1, and training ends after "
+            f"{num_training_steps}: the guide will be one of a tempered posterior. Use fewer inverse "
+            f"temperatures or a smaller num_steps_per_stage, or train for longer.",
+            stacklevel=3,
+        )
+
+
+def watch_end(svi: Any, history: AnnealingHistory, final_inverse_temperature: float) -> None:
+    """Log a warning when ``svi`` is used no more and has taken steps, none of the latest at 1.
+
+    The finalizer holds the history alone, no model and no guide.
+    """
+    weakref.finalize(svi, _announce_end, history, final_inverse_temperature)
+
+
+def _announce_end(history: AnnealingHistory, final_inverse_temperature: float) -> None:
+    global _num_lines
+    reached = history.stages[-1].inverse_temperature
+    if history.num_steps < _MIN_STEPS or reached >= final_inverse_temperature or _num_lines >= _MAX_LINES:
+        return
+    _num_lines += 1
+    _logger.warning(
+        "Training ended after %d steps at inverse temperature %.3g, before annealing finished: the guide is "
+        "one of a tempered posterior. Train until AdaAnnSVI.inverse_temperature is 1.%s",
+        history.num_steps,
+        reached,
+        " More fits like this are not reported." if _num_lines == _MAX_LINES else "",
+    )
