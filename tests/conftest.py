@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pyro
@@ -22,6 +23,14 @@ def isolated() -> Iterator[None]:
     after = _settings()
     pyro.clear_param_store()
     assert after == before, f"global settings changed: {before} to {after}"
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handler of SIGINT, which a background job of a shell is started without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def _settings() -> tuple[object, ...]:

@@ -167,6 +167,7 @@ def test_a_gradient_whose_square_overflows_does_not_freeze_the_optimizer():
     assert svi.history.stages[0].num_rejected == 1
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_after_the_step_and_run_goes_on():
     whole = make().run(progress_bar=False).losses
     pyro.set_rng_seed(0)
@@ -186,6 +187,7 @@ def test_ctrl_c_ends_after_the_step_and_run_goes_on():
         history = svi.run(progress_bar=False)
     assert signal.getsignal(signal.SIGINT) is handler
     assert history.num_steps == 34
+    assert history.interrupted
     assert history is svi.history
     svi.run(progress_bar=False)
     pyro.set_rng_seed(0)
@@ -193,6 +195,7 @@ def test_ctrl_c_ends_after_the_step_and_run_goes_on():
     assert len(whole) > 50
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_ends_a_step_that_hangs(tmp_path):
     svi = make()
     plain = svi.loss_and_grads

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -22,7 +23,14 @@ from torch import Tensor
 from pyro_adaann.annealing.tempering import is_delta
 from pyro_adaann.objectives.traces import per_particle, sites_of
 
-__all__ = ["fixed_log_density", "flow_of", "has_density", "log_density_at_fixed_draws", "score_of_flow"]
+__all__ = [
+    "fixed_log_density",
+    "flow_of",
+    "has_density",
+    "log_density_at_fixed_draws",
+    "score_of_flow",
+    "site_log_density",
+]
 
 
 def has_density(site: Any) -> bool:
@@ -40,7 +48,7 @@ def fixed_log_density(guide_trace: Trace) -> Tensor:
     total: Any = 0.0
     for site in filter(has_density, sites_of(guide_trace)):
         try:
-            log_q = log_density_at_fixed_draws(site["fn"], site["value"])
+            log_q = site_log_density(site)
         except (NotImplementedError, KeyError) as error:  # what Pyro's flows without an inverse raise
             raise ValueError(
                 f"Expected a guide with a density at any point; site {site['name']!r} has none ({error}). "
@@ -48,6 +56,12 @@ def fixed_log_density(guide_trace: Trace) -> Tensor:
             ) from error
         total = total + per_particle(site, log_q)
     return torch.as_tensor(total).reshape(-1)
+
+
+def site_log_density(site: Any) -> Tensor:
+    """Return :func:`log_density_at_fixed_draws` of a site, zero where the site is masked."""
+    log_q: Tensor = scale_and_mask(log_density_at_fixed_draws(site["fn"], site["value"]), mask=site["mask"])
+    return log_q
 
 
 def log_density_at_fixed_draws(fn: Any, value: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_adaann.annealing.tempering import is_delta
-from pyro_adaann.objectives.fixed_density import has_density, log_density_at_fixed_draws
+from pyro_adaann.objectives.fixed_density import has_density, site_log_density
 from pyro_adaann.objectives.traces import PARTICLE_PLATE, per_particle, sites_of
 
 __all__ = ["drop_broken", "has_nonfinite_parameter", "limit_gradients", "nonfinite_sites"]
@@ -93,7 +93,7 @@ def _is_lost(log_weight: Tensor, broken: Tensor) -> Tensor:
 
 def _add_score(site: Any, weight: Tensor) -> None:
     """Add ``weight * grad log q`` of every particle's draws, held fixed, to the gradient of the loss."""
-    log_q = per_particle(site, log_density_at_fixed_draws(site["fn"], site["value"]))
+    log_q = per_particle(site, site_log_density(site))
     # A draw out of reach of the flow's inverse says nothing.
     log_q = torch.where(torch.isfinite(log_q), log_q, 0.0)
     parts = site["score_parts"]

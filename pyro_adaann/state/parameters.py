@@ -44,19 +44,25 @@ class FitParameters:
         self.optim: Any = None
         #: What the latest step has left for the next one.
         self.step_state = step.start()
-        #: Parameters and buffers by name.
-        self.tensors: dict[str, Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
         self._guide_names: list[str] | None = None
         self._guide_buffers: list[str] = []
         # A model may hold its data as a buffer: one that no step changes is neither kept nor written back.
         self._model_versions = {name: buffer._version for name, buffer in _buffers(model, "model").items()}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name. A module may put another tensor in a buffer's place at any time."""
+        if self._tensors:
+            self._add_buffers()
+        return self._tensors
 
     def add(self, found: dict[str, Tensor]) -> None:
         """Take note of the parameters of a step, and of the buffers of model and guide.
 
         :raises ValueError: if one belongs to another guide of the same name.
         """
-        new = {name: value for name, value in found.items() if self.tensors.get(name) is not value}
+        new = {name: value for name, value in found.items() if self._tensors.get(name) is not value}
         if not new:
             return
         if isinstance(self.guide, PyroModule):
@@ -65,16 +71,16 @@ class FitParameters:
             for name, value in new.items():
                 if name.startswith(prefix):
                     self._check_owner(name, value, id(value) in own)
-        self.tensors.update(new)
+        self._tensors.update(new)
         self._add_buffers()
 
     def _add_buffers(self) -> None:
         guide_buffers = _buffers(self.guide, "guide")
         self._guide_buffers = list(guide_buffers)
-        self.tensors.update(guide_buffers)
+        self._tensors.update(guide_buffers)
         for name, buffer in _buffers(self.model, "model").items():
-            if name in self.tensors or buffer._version != self._model_versions.get(name):
-                self.tensors[name] = buffer
+            if name in self._tensors or buffer._version != self._model_versions.get(name):
+                self._tensors[name] = buffer
 
     def names_of_guide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """Return the names of the parameters and buffers that the guide alone has, not those of the model."""
@@ -101,7 +107,7 @@ class FitParameters:
 
     def is_finite(self) -> bool:
         """Whether all parameters, buffers and all that optimizers remember are finite."""
-        values = [value.detach() for value in self.tensors.values()]
+        values = [value.detach() for value in self._tensors.values()]
         for optimizer in self._optimizers():
             for memory in optimizer.state.values():
                 values += [v for v in memory.values() if torch.is_tensor(v)]
@@ -114,7 +120,6 @@ class FitParameters:
         :param has_all_buffers: whether to add the model's buffers that no step has changed, for another
             process.
         """
-        self._add_buffers()
         tensors = dict(self.tensors)
         if has_all_buffers:
             tensors |= _buffers(self.model, "model")
@@ -123,7 +128,7 @@ class FitParameters:
             "values": {name: value.detach().clone() for name, value in tensors.items()},
             "optimizers": copy.deepcopy(optimizers),
             # An optimizer passes over a parameter that has never had a gradient.
-            "have_gradient": [name for name, value in self.tensors.items() if value.grad is not None],
+            "have_gradient": [name for name, value in self._tensors.items() if value.grad is not None],
             "step": dict(self.step_state),
         }
 
@@ -165,9 +170,10 @@ class FitParameters:
 
         A learning-rate scheduler keeps its place.
         """
+        here = self.tensors
         with torch.no_grad():
             for name, value in state["values"].items():
-                self.tensors[name].copy_(value)
+                here[name].copy_(value)
         for value, name in self._distinct().items():
             scheduler = self._optim_objects().get(name)
             if scheduler is None:
@@ -176,7 +182,8 @@ class FitParameters:
             rates = [{k: g[k] for k in ("lr", "initial_lr") if k in g} for g in optimizer.param_groups]
             memory = state["optimizers"].get(name)
             if memory is None:  # not stepped yet when the state was taken
-                optimizer.state.clear()
+                fresh = self.optim._get_optim(value)
+                optimizer.state = fresh.optimizer.state if is_scheduler(fresh) else fresh.state
             else:
                 optimizer.load_state_dict(copy.deepcopy(memory.get("optimizer", memory)))
             for group, old in zip(optimizer.param_groups, rates, strict=True):
@@ -201,12 +208,12 @@ class FitParameters:
 
     def _distinct(self) -> dict[Tensor, str]:
         """Return the parameters, each with one of its names: it may have two, and has one optimizer."""
-        return {value: name for name, value in self.tensors.items()}
+        return {value: name for name, value in self._tensors.items()}
 
     def _optim_objects(self) -> dict[str, Any]:
         """Return the optimizer or scheduler of every parameter that has one."""
         objects = {} if self.optim is None else self.optim.optim_objs
-        return {name: objects[value] for name, value in self.tensors.items() if value in objects}
+        return {name: objects[value] for name, value in self._tensors.items() if value in objects}
 
     def _optimizers(self) -> Iterator[Any]:
         for found in self._optim_objects().values():
