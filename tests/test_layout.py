@@ -26,6 +26,7 @@ LAYERS = [
     {"diagnostics"},
     {"sampling"},
     {"export"},
+    {"testing"},
 ]
 #: Heavy libraries that only functions may import.
 LAZY = {"arviz", "arviz_base", "arviz_stats", "matplotlib", "xarray"}
