@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -50,7 +51,7 @@ class ScheduleLaws:
     def test_rises_strictly_on_any_draws(self, schedule: AnnealingSchedule) -> None:
         for draws in self.draws:
             values = self.follow(schedule, draws, 50)
-            assert all(a < b for a, b in zip(values, values[1:], strict=False)), (draws, values)
+            assert all(a < b for a, b in itertools.pairwise(values)), (draws, values)
             assert all(0 < value <= 1 for value in values)
 
     def test_ends_at_exactly_its_end(self, schedule: AnnealingSchedule) -> None:
