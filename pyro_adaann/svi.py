@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, Literal
 
-import pyro
-import pyro.infer.util
 import torch
 from pyro.infer import ELBO, SVI
-from pyro.optim import PyroLRScheduler, PyroOptim
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from pyro.optim import PyroOptim
 
-from pyro_adaann.annealing.history import AnnealingHistory
 from pyro_adaann.annealing.ladder import Ladder
 from pyro_adaann.annealing.paths import Path, get_path
 from pyro_adaann.annealing.schedules import AdaAnnSchedule, AnnealingSchedule
 from pyro_adaann.annealing.stage_rules import StageRule
 from pyro_adaann.checks import check_count
+from pyro_adaann.runs import Runs
 from pyro_adaann.state.arguments import check_parts, make_step
-from pyro_adaann.state.checkpoint import CheckpointKeeper, read_checkpoint, write_checkpoint
 from pyro_adaann.state.fit import Fit
-from pyro_adaann.state.interrupt import InterruptGuard
-from pyro_adaann.state.progress import ProgressBar
-from pyro_adaann.state.resume import check_same_fit, fit_state, restore_fit, settings_of
+from pyro_adaann.state.resume import settings_of
 from pyro_adaann.state.rungs import Rung, Rungs
 from pyro_adaann.state.settings import FitSettings
 from pyro_adaann.state.unfinished import announce_short_training, watch_end
@@ -39,7 +31,7 @@ __all__ = ["AdaAnnSVI"]
 _MAX_GRADIENT_RATIO = 100.0
 
 
-class AdaAnnSVI(SVI):
+class AdaAnnSVI(Runs, SVI):
     r"""Annealed stochastic variational inference, in place of `pyro.infer.SVI`.
 
     .. math:: \mathcal{L}_t(\phi) = E_{q_\phi}[\log q_\phi(z) - \log p_t(z)], \qquad
@@ -177,11 +169,6 @@ class AdaAnnSVI(SVI):
         watch_end(self, self.history, self.schedule.final_inverse_temperature)
 
     @property
-    def history(self) -> AnnealingHistory:
-        """The :class:`~pyro_adaann.AnnealingHistory` of the fit so far."""
-        return self._fit.history
-
-    @property
     def ladder(self) -> Rungs | None:
         """The rungs of the fit, in ``ladder.rungs``; None without a ladder."""
         return self._fit.rungs
@@ -196,11 +183,6 @@ class AdaAnnSVI(SVI):
         """The inverse temperature of the latest step; before the first step, of that one."""
         return self._fit.stages.present.inverse_temperature
 
-    @property
-    def is_done(self) -> bool:
-        """Whether annealing has ended and ``num_final_steps`` steps have followed, or the budget is used."""
-        return self._fit.stages.is_done
-
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one step and return the loss, a float, as `SVI.step` does.
 
@@ -213,58 +195,6 @@ class AdaAnnSVI(SVI):
         call = Call(self.model, self.guide, args, kwargs, self.loss_and_grads, self.optim)
         loss: float = self._fit.take_step(call, self.evaluate_loss)
         return loss
-
-    def run(
-        self,
-        *args: Any,
-        progress_bar: bool = True,
-        num_steps: int | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        checkpoint_every: int | timedelta = timedelta(minutes=5),
-        **kwargs: Any,
-    ) -> AnnealingHistory:
-        """Anneal and refine until :attr:`is_done`; return the :attr:`history`.
-
-        Ctrl-C ends the run after the present step, with a warning and ``history.interrupted`` true; `run`
-        again goes on from there.
-
-        :param args: arguments of model and guide, as ``kwargs``.
-        :param progress_bar: whether to show inverse temperature, stage, loss, rate and the projected
-            end.
-        :param num_steps: total number of steps, those taken already included. An `AdaAnnSchedule`
-            then chooses its tolerance at every stage so that ``num_final_steps`` of them are left at
-            1 (both ends are shortened if less than 50 stages would be left). For another schedule
-            the steps at 1 are what is left.
-        :param checkpoint: a file. If it exists and this fit has taken no step, the fit goes on from
-            it, bit for bit: the same script, started again after a crash, finishes the run.
-        :param checkpoint_every: how often to write it, in steps or as a `timedelta`. It is also
-            written at the end. Where the disk refuses there is a warning and the run goes on.
-        :raises ValueError: if an argument is out of range, if the file cannot be used
-            (:meth:`load_checkpoint`) or is another fit's, and as :meth:`step` does.
-        """
-        if num_steps is not None:
-            self._fit.stages.set_budget(num_steps)
-        keeper = None
-        if checkpoint is not None:
-            keeper = CheckpointKeeper(checkpoint, checkpoint_every, lambda: self._state())
-            self._resume(checkpoint, args, kwargs)
-        bar = ProgressBar(self.history, self.schedule, self._fit.stages.plan, progress_bar)
-        with bar, InterruptGuard() as interrupt:
-            try:
-                while not (self.is_done or interrupt.requested):
-                    loss = self.step(*args, **kwargs)
-                    self._step_lr_scheduler(loss)
-                    bar.update()
-                    if keeper is not None:
-                        keeper.step(self.history.num_steps)
-            except KeyboardInterrupt:
-                pyro.infer.util.zero_grads(self._fit.parameters.tensors.values())
-            finally:
-                if keeper is not None and self.history.num_steps:
-                    keeper.write(self.history.num_steps)
-        self.history.interrupted = not self.is_done
-        self._fit.stages.warn_if_unfinished()
-        return self.history
 
     def restart(self, rung: Rung | None = None, *, lr_factor: float = 0.5) -> None:
         """Anneal once more from the schedule's first inverse temperature, with the guide as it is.
@@ -291,50 +221,6 @@ class AdaAnnSVI(SVI):
         else:
             self._sync_optim()
             self._fit.rewind(rung, lr_factor)
-
-    def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Write all that decides how the fit goes on to one file, whole or not at all.
-
-        :raises OSError: if the disk refuses; what was at ``path`` is still there.
-        """
-        write_checkpoint(path, self._state())
-
-    def load_checkpoint(self, path: str | os.PathLike[str], /, *args: Any, **kwargs: Any) -> None:
-        """Bring the fit to the state in a file of :meth:`save_checkpoint` or :meth:`run`.
-
-        The next steps then give what they would have given in the fit that wrote it, bit for bit
-        with the same versions on the same machine: the random states are part of it. The file is
-        read without running code from it.
-
-        :param args: arguments of model and guide, as ``kwargs``; both run once.
-        :raises ValueError: if the file is damaged, foreign, of another version, or of another model, guide or
-            other settings. The fit is then what it was.
-        """
-        state = read_checkpoint(path)
-        self._sync_optim()
-        restore_fit(self._fit, self._settings, state, args, kwargs)
-
-    def _resume(self, path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if os.path.exists(path) and not self.history.num_steps:
-            self.load_checkpoint(path, *args, **kwargs)
-        elif os.path.exists(path):
-            check_same_fit(path, self._fit.fit_id, self.history.num_steps)
-
-    def _state(self) -> dict[str, Any]:
-        self._sync_optim()
-        return fit_state(self._fit, self._settings)
-
-    def _sync_optim(self) -> None:
-        """Let the parameters know the optimizer that the fit has now: a user may assign another one."""
-        if not isinstance(self.optim, Step):
-            self._fit.parameters.optim = self.optim
-
-    def _step_lr_scheduler(self, loss: float) -> None:
-        if self.lr_schedule == "never" or not isinstance(self.optim, PyroLRScheduler):
-            return
-        if self.lr_schedule == "always" or self._fit.objective.is_final:
-            needs_loss = self.optim.pt_scheduler_constructor is ReduceLROnPlateau
-            self.optim.step(loss) if needs_loss else self.optim.step()
 
 
 def _no_loss(*args: Any, **kwargs: Any) -> Any:

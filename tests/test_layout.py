@@ -22,7 +22,7 @@ LAYERS = [
     {"objectives"},
     {"steps"},
     {"state"},
-    {"svi", "natural"},
+    {"runs", "svi", "natural"},
     {"diagnostics"},
     {"sampling"},
     {"export"},

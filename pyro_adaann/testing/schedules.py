@@ -30,7 +30,7 @@ class ScheduleLaws:
     """
 
     #: Draws of the log factor that say much, little, and nothing.
-    draws = (
+    draws: tuple[list[float], ...] = (
         [-1.0, 0.0, 1.0],
         [0.0, 1e30],
         [math.inf, 0.0],
