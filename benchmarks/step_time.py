@@ -129,7 +129,6 @@ def measure(
     mixed = AdaAnnSVI(model, another_guide("Mixed"), adam(), mixed_loss)
     drivers = [ours, stock, mixed]
     if (flow, num_transforms, width, dim, num_particles) in TARGETS:
-        sgd = pyro.optim.SGD({"lr": 1.0})
         drivers.append(AdaAnnSVI(model, another_guide("Natural"), NaturalStep()))
     our_time, stock_time, mixed_time, *natural_time = median_times(drivers, num_turns)
     return {

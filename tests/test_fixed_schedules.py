@@ -24,6 +24,7 @@ from pyro_adaann import (
     LinearSchedule,
     SequenceSchedule,
 )
+from pyro_adaann.state import unfinished
 
 
 def visited(schedule: AnnealingSchedule) -> list[float]:
@@ -118,15 +119,19 @@ def test_a_training_known_to_be_too_short_is_announced_at_the_start():
 @pytest.mark.parametrize(
     ("num_steps", "is_announced", "kwargs"),
     [
-        (7, True, {}),
-        (8, False, {}),
+        (100, True, {"num_initial_steps": 200}),
+        (99, False, {"num_initial_steps": 200}),  # no training that anybody expects to have ended
+        (110, False, {"num_initial_steps": 98}),
         (0, False, {}),
-        (1, True, {"schedule": AdaAnnSchedule()}),
-        (1, False, {"schedule": ConstantSchedule(0.3)}),
+        (120, True, {"schedule": AdaAnnSchedule()}),
+        (120, False, {"schedule": ConstantSchedule(0.3)}),
     ],
 )
-def test_a_training_that_ends_below_one_is_announced_at_its_end(num_steps, is_announced, kwargs, caplog):
+def test_a_training_that_ends_below_one_is_announced_at_its_end(
+    num_steps, is_announced, kwargs, caplog, monkeypatch
+):
     gc.collect()
+    monkeypatch.setattr(unfinished, "_num_lines", 0)
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="pyro_adaann"):
         svi = make(**kwargs)

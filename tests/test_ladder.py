@@ -213,7 +213,7 @@ def test_restarting_from_a_rung():
     middle = rungs[len(rungs) // 2]
     lr = svi.optim.pt_optim_args["lr"]
     svi.restart(middle)
-    for parameter in svi._fit.parameters.tensors.values():
+    for parameter in guide.parameters():
         assert svi.optim.optim_objs[parameter].param_groups[0]["lr"] == lr / 2
     assert svi.inverse_temperature == middle.inverse_temperature
     assert not svi.is_done
