@@ -206,8 +206,8 @@ def _selected(
         return gradient
     if isinstance(gradient, OuterProducts):
         # Both factors: what is left out may have overflown, and zero times infinity is not zero.
-        factors = [_select(factor, is_selected, other) for factor in (gradient.left, gradient.right)]
-        return OuterProducts(*factors, gradient.mask)
+        left = _select(gradient.left, is_selected, other)
+        return OuterProducts(left, _select(gradient.right, is_selected, other), gradient.mask)
     return _select(gradient, is_selected, other)
 
 
