@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +35,9 @@ def calls_of_linear_maps(batch_shape: torch.Size) -> Iterator[list[Call]]:
     calls: list[Call] = []
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        # The masked linear maps of Pyro and zuko are subclasses with a buffer `mask`.
-        if isinstance(module, nn.Linear) and output.requires_grad and output.shape[:-1] == batch_shape:
-            weight, bias = _leaf(module.weight), module.bias
-            mask = getattr(module, "mask", None)
-            calls.append(
-                Call(weight, None if bias is None else _leaf(bias), mask, inputs[0].detach(), output)
-            )
+        if _is_linear(module) and output.requires_grad and output.shape[:-1] == batch_shape:
+            weight, bias, mask = (getattr(module, name, None) for name in ("weight", "bias", "mask"))
+            calls.append(Call(_leaf(weight), _leaf(bias), _like(mask, weight), inputs[0].detach(), output))
 
     handle = nn.modules.module.register_module_forward_hook(look)
     try:
@@ -107,6 +104,16 @@ def _explained(
     return result
 
 
-def _leaf(parameter: Tensor) -> Tensor:
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module has a matrix as `nn.Linear` has one; masked maps of other libraries do."""
+    weight, *shape = (getattr(module, name, None) for name in ("weight", "out_features", "in_features"))
+    return isinstance(weight, Tensor) and list(weight.shape) == shape
+
+
+def _leaf(parameter: Any) -> Any:
     """Return the parameter itself where Pyro hands out a view of it."""
     return parameter.unconstrained() if hasattr(parameter, "unconstrained") else parameter
+
+
+def _like(mask: Any, weight: Any) -> Tensor | None:
+    return mask if isinstance(mask, Tensor) and mask.shape == weight.shape else None
