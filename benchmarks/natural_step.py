@@ -6,7 +6,7 @@
   Adam and `Trace_ELBO`, the same guide and number of draws. The two take turns; the figures are medians.
 * growth: time of a natural step with 4,000 draws by that with 1,000.
 * memory: how much the peak of a fresh process grows by a natural step with 4,000 draws, once a small one has
-  loaded what a step needs. Without the sizes of the tables: --quick.
+  loaded what a step needs.
 """
 
 from __future__ import annotations
@@ -66,9 +66,8 @@ def seconds(step: Callable[[], Any]) -> float:
 def ratio(make_guide: Callable[[], Any], num_draws: int, num_turns: int) -> dict[str, float]:
     """Return the times of both steps and their ratio."""
     natural, size = make_natural(make_guide, num_draws)
-    guide = make_guide()
     elbo = Trace_ELBO(num_draws, vectorize_particles=True)
-    adam = SVI(model, guide, pyro.optim.Adam({"lr": 1e-4}), elbo)
+    adam = SVI(model, natural.guide, pyro.optim.Adam({"lr": 1e-4}), elbo)
     times: list[tuple[float, float]] = []
     for turn in range(num_turns + 1):
         pair = seconds(natural.step), seconds(adam.step)
@@ -85,11 +84,13 @@ def ratio(make_guide: Callable[[], Any], num_draws: int, num_turns: int) -> dict
 
 def growth(num_turns: int, few: int, many: int) -> dict[str, float]:
     """Return the times of a step with few and with many draws and their ratio."""
-    fits = [make_natural(lambda: AutoRealNVP(model, *MIDDLE, base_scale=1.5), n) for n in (few, many)]
-    times = [[seconds(fit.step) for fit, _ in fits] for _ in range(num_turns + 1)][1:]
-    first, second = (statistics.median(column) for column in zip(*times, strict=True))
+    medians = []
+    for num_draws in (few, many):
+        fit, size = make_natural(lambda: AutoRealNVP(model, *MIDDLE, base_scale=1.5), num_draws)
+        medians.append(statistics.median([seconds(fit.step) for _ in range(num_turns + 1)][1:]))
+    first, second = medians
     return {
-        "parameters": fits[0][1],
+        "parameters": size,
         f"{few} draws, s": first,
         f"{many} draws, s": second,
         "ratio": second / first,
