@@ -27,8 +27,9 @@ from pyro_adaann.transforms.outer import OuterProducts
 
 __all__ = ["DensePart", "OuterPart", "ScorePart", "gram_matrix"]
 
-#: Draws whose products are formed together, rows and columns: two such blocks stay in a cache.
-_BLOCK = 256
+#: Draws whose products are formed together, rows and columns: on a CPU two such blocks stay in its cache;
+#: elsewhere few kernels matter more.
+_BLOCK, _BLOCK_ELSEWHERE = 256, 4096
 #: Rounds of the fit of a scale of rank one under a mask; without a mask the first one is exact.
 _NUM_ROUNDS = 4
 
@@ -215,11 +216,12 @@ def gram_matrix(parts: Sequence[ScorePart], like: Tensor) -> Tensor:
     """
     num_draws = len(like)
     gram = like.new_empty(num_draws, num_draws)
-    starts = range(0, num_draws, _BLOCK)
+    size = _BLOCK if like.device.type == "cpu" else _BLOCK_ELSEWHERE
+    starts = range(0, num_draws, size)
     for i in starts:
-        rows = slice(i, min(i + _BLOCK, num_draws))
-        for j in starts[: i // _BLOCK + 1]:
-            columns = slice(j, min(j + _BLOCK, num_draws))
+        rows = slice(i, min(i + size, num_draws))
+        for j in starts[: i // size + 1]:
+            columns = slice(j, min(j + size, num_draws))
             block = like.new_zeros(rows.stop - i, columns.stop - j)
             for part in parts:
                 part.add_products(block, rows, columns)

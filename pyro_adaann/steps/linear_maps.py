@@ -72,7 +72,7 @@ def gradients_of_calls(
         if call.bias is not None:
             found.setdefault(id(call.bias), []).append(left)
     # Any numbers without a pattern; the random state is not ours.
-    coefficients = torch.arange(1, values.numel() + 1).to(values).square().cos()
+    coefficients = torch.arange(1, values.numel() + 1, device=values.device).to(values).square().cos()
     total = (coefficients * values.reshape(-1)).sum()
     exact = torch.autograd.grad(total, list(parameters), retain_graph=True, allow_unused=True)
     on_graph = {id(p): g for p, g in zip(parameters, exact, strict=True) if g is not None}

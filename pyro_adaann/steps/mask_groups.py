@@ -7,8 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["MaskGroup", "mask_groups"]
+
+#: Groups that are known, with the version of the mask: networks keep the same masks from step to step.
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 #: What one more group costs, counted in rows: passes over the block of products.
 _GROUP_COST = 8
@@ -44,6 +48,15 @@ def mask_groups(mask: Tensor) -> tuple[list[MaskGroup], bool]:
         >>> [(group.rows.tolist(), group.columns.tolist()) for group in groups]
         [([0], [0]), ([1, 2], [1])]
     """
+    version, result = _known.get(mask, (None, None))
+    if version != mask._version:
+        result = _cheaper_groups(mask)
+        _known[mask] = (mask._version, result)
+    found: tuple[list[MaskGroup], bool] = result
+    return found
+
+
+def _cheaper_groups(mask: Tensor) -> tuple[list[MaskGroup], bool]:
     sides = [_row_groups(mask != 0), _row_groups(mask.T != 0)]
     costs = [_cost(groups) for groups in sides]
     is_transposed = costs[1] < costs[0]
