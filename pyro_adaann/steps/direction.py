@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from pyro_adaann.steps.gram import DensePart, OuterPart, ScorePart, gram_matrix
+from pyro_adaann.transforms.outer import OuterProducts
 from pyro_adaann.weights import truncated_weights
 
 __all__ = ["NaturalDirection", "residuals"]
@@ -15,6 +18,8 @@ __all__ = ["NaturalDirection", "residuals"]
 _MIN_RESIDUAL = -8.0
 #: Damping of a parameter on which the density hardly depends, as a share of the mean over all.
 _FLOOR = 0.01
+#: How often damping is raised tenfold until the damped matrix is positive.
+_MAX_RAISES = 20
 
 
 class NaturalDirection:
@@ -29,34 +34,70 @@ class NaturalDirection:
     that is where their bends are. What is solved is the system of the size of the number of draws, and not of
     parameters.
 
-    :param scores: gradients of log q at fixed draws, shape ``(num_draws, num_parameters)``.
+    Of the scores in a linear map the outer products are enough (see :mod:`pyro_adaann.steps.gram`). D is then
+    the matrix of rank one, a factor for every row of the map and one for every column, that has the row and
+    column sums of the D above.
+
+    :param scores: gradients of log q at fixed draws: a matrix of shape ``(num_draws, num_parameters)``; or
+        for every parameter a tensor of shape ``(num_draws, *shape)`` or the outer products whose sum it is.
     :param log_weights: of the draws, shape ``(num_draws,)``.
     :param units: what counts as a large change of a parameter, shape ``(num_parameters,)``; 1 if not given.
+
+    Example::
+
+        >>> import torch
+        >>> left, right, log_weights = torch.randn(50, 3), torch.randn(50, 4), torch.randn(50)
+        >>> direction = NaturalDirection([[OuterProducts(left, right)]], log_weights)
+        >>> step, kl = direction.solve(damping=0.1, max_kl=0.02)
+        >>> step.shape, 0 < kl <= 0.02
+        (torch.Size([12]), True)
     """
 
-    def __init__(self, scores: Tensor, log_weights: Tensor, units: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        scores: Tensor | Sequence[Tensor | Sequence[OuterProducts]],
+        log_weights: Tensor,
+        units: Tensor | None = None,
+    ) -> None:
+        self._parts = _parts([scores] if isinstance(scores, Tensor) else scores, units)
         # A draw whose score has overflown says nothing.
-        scores = torch.where(torch.isfinite(scores).all(1, keepdim=True), scores, 0.0)
-        self._scores = scores.sub_(scores.mean(0))
-        units = torch.ones_like(scores[0]) if units is None else units
-        square = (torch.linalg.vector_norm(scores, dim=0) * units).square() / len(scores)
-        self._scale = units * (square + _FLOOR * square.mean() + torch.finfo(square.dtype).tiny).rsqrt()
-        scores *= self._scale
-        # The product is the cost of a flow with many parameters. Its rounding, in single precision 1e-6 of
-        # the mean of the diagonal, is far below any damping; that of a solution with it might not be.
-        self._gram = (scores @ scores.T).double() / len(scores)
+        square_norms = torch.stack([part.square_norms() for part in self._parts]).sum(0)
+        is_lost = ~torch.isfinite(square_norms)
+        if is_lost.any():
+            for part in self._parts:
+                part.forget(is_lost)
+        variances = [part.variance() for part in self._parts]
+        num_parameters = sum(part.num_parameters for part in self._parts)
+        floor = _FLOOR * torch.stack([variance.sum() for variance in variances]).sum() / num_parameters
+        for part, variance in zip(self._parts, variances, strict=True):
+            part.set_scale(variance + floor)
+        # Single precision rounds by 1e-7 of the mean of the diagonal, far below any damping. The solution of
+        # the system might lose more, and is computed in double precision.
+        self._gram = gram_matrix(self._parts, square_norms) / len(log_weights)
         self._residual = residuals(log_weights.double())
 
     def solve(self, damping: float, max_kl: float = math.inf) -> tuple[Tensor, float]:
         """Return the direction, no longer than ``max_kl`` allows, and its divergence in nats."""
-        num_draws = len(self._gram)
-        damped = self._gram + damping * torch.eye(num_draws, dtype=self._gram.dtype, device=self._gram.device)
-        solution = torch.linalg.solve(damped, self._residual)
-        kl = 0.5 * float((self._gram @ solution).square().mean())
-        direction = self._scale * (solution.to(self._scores.dtype) @ self._scores) / num_draws
+        # A factorization for each damping: the eigenvalues, which would serve all, cost more than six.
+        for _ in range(_MAX_RAISES):
+            damped = self._gram.to(self._residual.dtype, copy=True)
+            damped.diagonal().add_(damping)
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                break
+            damping *= 10  # below the rounding of the matrix
+        solution = torch.cholesky_solve(self._residual.unsqueeze(1), factor).squeeze(1)
+        # By the system itself, F along the direction is what damping leaves of the residual.
+        kl = 0.5 * float((self._residual - damping * solution).square().mean())
+        coefficients = ((solution - solution.mean()) / len(solution)).to(self._gram.dtype)
+        direction = torch.cat([part.combine(coefficients) for part in self._parts])
         if kl <= max_kl:
             return direction, kl
         return direction * math.sqrt(max_kl / kl), max_kl
+
+    def scale(self) -> Tensor:
+        r"""Return :math:`D^{-1/2}`, the factor of every number, shape ``(num_parameters,)``."""
+        return torch.cat([part.scale().reshape(-1) for part in self._parts])
 
 
 def residuals(log_weights: Tensor) -> Tensor:
@@ -67,3 +108,20 @@ def residuals(log_weights: Tensor) -> Tensor:
     """
     weights = len(log_weights) * truncated_weights(log_weights)
     return torch.where(weights < 1, weights.log().clamp(min=_MIN_RESIDUAL), weights - 1)
+
+
+def _parts(scores: Sequence[Tensor | Sequence[OuterProducts]], units: Tensor | None) -> list[ScorePart]:
+    """Return the scores of every parameter with its units."""
+    parts: list[ScorePart] = []
+    position = 0
+    for score in scores:
+        if isinstance(score, Tensor):
+            shape, like = score.shape[1:], score
+        else:
+            like = score[0].left
+            shape = torch.Size([*like.shape[1:], score[0].right.shape[-1]])
+        size = shape.numel()
+        unit = like.new_ones(shape) if units is None else units[position : position + size].reshape(shape)
+        parts.append(DensePart(score, unit) if isinstance(score, Tensor) else OuterPart(score, unit))
+        position += size
+    return parts

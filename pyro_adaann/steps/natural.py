@@ -20,7 +20,7 @@ from pyro_adaann.objectives.traces import captured_parameters
 from pyro_adaann.objectives.weighted import WeightObjective, minus_mean
 from pyro_adaann.steps.base import Call, Moved, Step
 from pyro_adaann.steps.direction import NaturalDirection
-from pyro_adaann.steps.scores import parameter_units, score_matrix
+from pyro_adaann.steps.scores import draw_scores, parameter_units
 from pyro_adaann.steps.uninterrupted import uninterrupted
 
 __all__ = ["NaturalStep", "is_not_worse"]
@@ -137,7 +137,7 @@ class NaturalStep(Step):
         if math.isnan(loss):
             return Moved(StepResult(Outcome.DIVERGED, loss, damping=state["damping"]), state)
         parameters = _parameters(drawn.model_trace, drawn.guide_trace)
-        scores = score_matrix(drawn.guide_trace, parameters, len(drawn.log_weights))
+        scores = draw_scores(drawn.guide_trace, parameters, len(drawn.log_weights))
         units = parameter_units(drawn.guide_trace, parameters)
         direction = NaturalDirection(scores, drawn.log_weights, units)
         ready(parameters)

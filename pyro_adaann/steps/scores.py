@@ -9,51 +9,64 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_adaann.objectives.fixed_density import fixed_log_density, flow_of, has_density, score_of_flow
-from pyro_adaann.objectives.traces import PARTICLE_PLATE, sites_of
+from pyro_adaann.objectives.fixed_density import (
+    flow_of,
+    has_density,
+    log_density_at_fixed_draws,
+    score_of_flow,
+)
+from pyro_adaann.objectives.traces import PARTICLE_PLATE, per_particle, sites_of
+from pyro_adaann.steps.linear_maps import calls_of_linear_maps, gradients_of_calls
+from pyro_adaann.steps.transformed import base_point, fixed_density_at, is_transformed_vector
+from pyro_adaann.transforms.outer import OuterProducts
 
-__all__ = [
-    "parameter_units",
-    "score_matrix",
-]
+__all__ = ["draw_scores", "parameter_units", "score_matrix"]
 
-#: Backward passes that run together for the scores of guides that are no flow of this package.
+#: Backward passes that run together for the scores in parameters that are not those of linear maps.
 _ROWS_AT_ONCE = 100
 
 
-def score_matrix(guide_trace: Trace, parameters: dict[str, Tensor], num_particles: int) -> Tensor:
+def draw_scores(
+    guide_trace: Trace, parameters: dict[str, Tensor], num_particles: int
+) -> list[Tensor | list[OuterProducts]]:
     r"""Return :math:`\nabla_\phi \log q_\phi(z)` of every particle, its draws held fixed.
+
+    In the weights of linear maps these are outer products, which are not multiplied out: of flows of this
+    package that say so, and of linear and masked linear modules in any other transformed distribution of a
+    vector. Entries that a site masks add nothing.
 
     :param guide_trace: trace of the guide, with its graph.
     :param parameters: unconstrained parameters of the guide by name.
-    :return: shape ``(num_particles, number of parameters)``, one column for each number.
-    :raises ValueError: as :func:`fixed_log_density` does; or if the density does not depend on a parameter.
+    :return: for every parameter a tensor of shape ``(num_particles, *shape)``, or the outer products whose
+        sum it is.
+    :raises ValueError: if a site of the guide has no density at a given point, or if the density does not
+        depend on a parameter.
     """
-    columns = {id(p): p.new_zeros(num_particles, p.numel()) for p in parameters.values()}
-    met: set[int] = set()
-    others = Trace()
+    sums = _Sums(parameters, num_particles)
+    rest: Tensor | float = 0.0
     for site in filter(has_density, sites_of(guide_trace)):
-        transform = flow_of(site["fn"])
-        if transform is None or any(id(p) not in columns for p in transform.parameters() if p.requires_grad):
-            others.add_node(site["name"], **site)
-            continue
-        x = _point(transform, site["value"])
-        gradients = transform.point_gradients(x, -score_of_flow(site["fn"], transform, x), -1.0)
-        particle = _particle_of_points(site, x.shape[:-1], num_particles)
-        for parameter, gradient in gradients.items():
-            met.add(id(parameter))
-            columns[id(parameter)].index_add_(0, particle, gradient.reshape(len(gradient), -1))
-    if len(others.nodes):
-        log_q = fixed_log_density(others).expand(num_particles)
-        if log_q.requires_grad:
-            met |= _add_rows(log_q, list(parameters.values()), columns)
-    idle = [name for name, parameter in parameters.items() if id(parameter) not in met]
-    if idle:
-        raise ValueError(
-            f"Expected a guide whose density depends on all its parameters; that of this one does not on "
-            f"{', '.join(idle)}. A point estimate (AutoDelta) has no density: use Trace_ELBO."
-        )
-    return torch.cat(list(columns.values()), dim=1)
+        fn, mask = _unmasked(site)
+        transform = flow_of(fn)
+        if transform is not None and all(p in sums for p in transform.parameters() if p.requires_grad):
+            _add_flow(sums, site, fn, transform, mask)
+        elif transform is None and is_transformed_vector(fn):
+            _add_transformed(sums, site, fn, mask)
+        else:
+            log_q = _density(site, log_density_at_fixed_draws, fn, site["value"])
+            rest = rest + per_particle(site, _masked(log_q, mask))
+    if isinstance(rest, Tensor) and rest.requires_grad:
+        sums.add_rows(rest.reshape(-1).expand(num_particles), list(parameters.values()))
+    return sums.result()
+
+
+def score_matrix(guide_trace: Trace, parameters: dict[str, Tensor], num_particles: int) -> Tensor:
+    """Return :func:`draw_scores` multiplied out, shape ``(num_particles, number of parameters)``."""
+    scores = draw_scores(guide_trace, parameters, num_particles)
+    columns = [
+        score if isinstance(score, Tensor) else torch.stack([term.dense() for term in score]).sum(0)
+        for score in scores
+    ]
+    return torch.cat([column.reshape(num_particles, -1) for column in columns], dim=1)
 
 
 def parameter_units(guide_trace: Trace, parameters: dict[str, Tensor]) -> Tensor:
@@ -63,42 +76,175 @@ def parameter_units(guide_trace: Trace, parameters: dict[str, Tensor]) -> Tensor
     """
     units = {id(p): torch.ones_like(p) for p in parameters.values()}
     for site in filter(has_density, sites_of(guide_trace)):
-        transform = flow_of(site["fn"])
+        transform = flow_of(_unmasked(site)[0])
         found = {} if transform is None else transform.parameter_units()
         units.update((id(p), unit) for p, unit in found.items() if id(p) in units)
     return torch.cat([unit.detach().reshape(-1) for unit in units.values()])
 
 
-def _add_rows(log_q: Tensor, parameters: Sequence[Tensor], columns: dict[int, Tensor]) -> set[int]:
-    """Add the gradients of every entry of ``log_q`` to its row, many backward passes at once.
+class _Sums:
+    """The scores of particles, added up from those of the points of several sites."""
 
-    Return which parameters are on its graph.
-    """
-    met: set[int] = set()
-    num = len(log_q)
-    for start in range(0, num, _ROWS_AT_ONCE):
-        rows = range(start, min(start + _ROWS_AT_ONCE, num))
-        seeds = torch.eye(num, dtype=log_q.dtype, device=log_q.device)[rows.start : rows.stop]
-        found = torch.autograd.grad(
-            log_q, list(parameters), seeds, retain_graph=True, is_grads_batched=True, allow_unused=True
-        )
-        for parameter, gradient in zip(parameters, found, strict=True):
-            if gradient is not None:
-                met.add(id(parameter))
-                columns[id(parameter)][rows.start : rows.stop] += gradient.reshape(len(rows), -1)
-    return met
+    def __init__(self, parameters: dict[str, Tensor], num_particles: int) -> None:
+        self._parameters = parameters
+        self._num_particles = num_particles
+        # Every contribution with the order that sorts its points by particle.
+        self._terms: dict[int, list[tuple[Tensor | OuterProducts, Tensor | None]]] = {
+            id(p): [] for p in parameters.values()
+        }
+
+    def __contains__(self, parameter: Tensor) -> bool:
+        return id(parameter) in self._terms
+
+    def order(self, site: Any, shape: torch.Size) -> Tensor | None:
+        """Return the points of a site with batch shape ``shape``, flat, in the order of particles.
+
+        None if that is the order they are in.
+        """
+        index = torch.arange(self._num_particles, device=site["value"].device)
+        for frame in site["cond_indep_stack"]:
+            if frame.name == PARTICLE_PLATE:
+                if -frame.dim == len(shape):
+                    return None
+                index = index.reshape((-1,) + (1,) * (-1 - frame.dim))
+        return index.expand(shape).reshape(-1).argsort(stable=True)
+
+    def add(self, key: int, gradient: Tensor | OuterProducts, order: Tensor | None) -> None:
+        """Add the gradients of points in the parameter with ``id`` ``key``."""
+        self._terms[key].append((gradient, order))
+
+    def add_rows(self, log_q: Tensor, parameters: Sequence[Tensor]) -> None:
+        """Add the gradients of every entry of ``log_q``, ``(num_particles,)``: many backward passes."""
+        seeds = torch.eye(len(log_q), dtype=log_q.dtype, device=log_q.device)
+        found = [
+            torch.autograd.grad(
+                log_q, parameters, seed, retain_graph=True, is_grads_batched=True, allow_unused=True
+            )
+            for seed in seeds.split(_ROWS_AT_ONCE)
+        ]
+        for parameter, gradients in zip(parameters, zip(*found, strict=True), strict=True):
+            if gradients[0] is not None:
+                self.add(id(parameter), torch.cat(gradients), None)
+
+    def result(self) -> list[Tensor | list[OuterProducts]]:
+        """Return the scores in every parameter."""
+        idle = [name for name, p in self._parameters.items() if not self._terms[id(p)]]
+        if idle:
+            raise ValueError(
+                f"Expected a guide whose density depends on all its parameters; that of this one does not on "
+                f"{', '.join(idle)}. A point estimate (AutoDelta) has no density: use Trace_ELBO."
+            )
+        return [self._sum(parameter) for parameter in self._parameters.values()]
+
+    def _sum(self, parameter: Tensor) -> Tensor | list[OuterProducts]:
+        terms = self._terms[id(parameter)]
+        outer = [(term, order) for term, order in terms if isinstance(term, OuterProducts)]
+        if len(outer) == len(terms):
+            num_terms = sum(len(term.left) for term, _ in outer) // self._num_particles
+            rows, columns = parameter.shape[-2:]
+            # What the products of two draws cost, factor by factor and multiplied out.
+            if num_terms**2 * (rows + columns) < rows * columns:
+                return [part for term, order in outer for part in self._split(term, order)]
+        total = parameter.new_zeros(self._num_particles, *parameter.shape)
+        for term, order in terms:
+            total += self._multiplied_out(term, order)
+        return total
+
+    def _by_particle(self, values: Tensor, order: Tensor | None) -> Tensor:
+        """Return values of points as ``(num_particles, points of each, ...)``."""
+        values = values.detach() if order is None else values.detach()[order]
+        return values.unflatten(0, (self._num_particles, -1))
+
+    def _split(self, term: OuterProducts, order: Tensor | None) -> list[OuterProducts]:
+        left, right = self._by_particle(term.left, order), self._by_particle(term.right, order)
+        pairs = zip(left.unbind(1), right.unbind(1), strict=True)
+        return [OuterProducts(*pair, term.mask) for pair in pairs]
+
+    def _multiplied_out(self, term: Tensor | OuterProducts, order: Tensor | None) -> Tensor:
+        if isinstance(term, Tensor):
+            return self._by_particle(term, order).sum(1)
+        left, right = self._by_particle(term.left, order), self._by_particle(term.right, order)
+        product = left.movedim(1, -1) @ right.movedim(1, -2)
+        return product if term.mask is None else product * term.mask
+
+
+def _add_flow(sums: _Sums, site: Any, fn: Any, transform: Any, mask: Tensor | None) -> None:
+    """Add the scores of a flow of this package."""
+    x = _point(transform, site["value"])
+    gradients = transform.point_gradients(x, -score_of_flow(fn, transform, x), -1.0)
+    order = sums.order(site, x.shape[:-1])
+    is_counted = None if mask is None else mask.expand(x.shape[:-1]).reshape(-1)
+    for parameter, gradient in gradients.items():
+        sums.add(id(parameter), _selected(gradient, is_counted, 0.0), order)
+
+
+def _add_transformed(sums: _Sums, site: Any, fn: Any, mask: Tensor | None) -> None:
+    """Add the scores of a transformed distribution, in its linear maps by one backward pass."""
+    x = _density(site, base_point, fn, site["value"])
+    with torch.enable_grad(), calls_of_linear_maps(x.shape[:-1]) as calls:
+        log_q, is_known = fixed_density_at(fn, x)
+    log_q = _masked(log_q, mask)
+    if not log_q.requires_grad:
+        return
+    parameters = list(sums._parameters.values())
+    found, on_graph = gradients_of_calls(log_q, [c for c in calls if c.weight in sums], parameters)
+    order = sums.order(site, x.shape[:-1])
+    for key, terms in found.items():
+        for term in terms:
+            # A draw without a score is told by it not being a number.
+            sums.add(key, _selected(term, is_known.reshape(-1), torch.nan), order)
+    others = [p for p in parameters if id(p) in on_graph - set(found)]
+    if others:
+        sums.add_rows(per_particle(site, log_q), others)
+
+
+def _selected(
+    gradient: Tensor | OuterProducts, is_selected: Tensor | None, other: float
+) -> Tensor | OuterProducts:
+    """Return the gradients of some points, and ``other`` for the rest."""
+    if is_selected is None:
+        return gradient
+    if isinstance(gradient, OuterProducts):
+        # Both factors: what is left out may have overflown, and zero times infinity is not zero.
+        left = _select(gradient.left, is_selected, other)
+        return OuterProducts(left, _select(gradient.right, is_selected, other), gradient.mask)
+    return _select(gradient, is_selected, other)
+
+
+def _select(values: Tensor, is_selected: Tensor, other: float) -> Tensor:
+    return torch.where(is_selected.reshape((-1,) + (1,) * (values.dim() - 1)), values, other)
+
+
+def _unmasked(site: Any) -> tuple[Any, Tensor | None]:
+    """Return the distribution of a site without its masks, and which entries count, None for all."""
+    fn, masks = site["fn"], [site["mask"]]
+    while hasattr(fn, "_mask"):
+        masks.append(fn._mask)
+        fn = fn.base_dist
+    found = [torch.as_tensor(mask, device=site["value"].device) for mask in masks if mask is not None]
+    result = None
+    for mask in found:
+        result = mask.bool() if result is None else result & mask.bool()
+    return fn, result
+
+
+def _masked(log_q: Tensor, mask: Tensor | None) -> Tensor:
+    return log_q if mask is None else torch.where(mask, log_q, 0.0)
+
+
+def _density(site: Any, evaluate: Any, *args: Any) -> Tensor:
+    """Return ``evaluate(*args)``; say so if the site has no density at a given point."""
+    try:
+        result: Tensor = evaluate(*args)
+    except (NotImplementedError, KeyError) as error:  # what Pyro's flows without an inverse raise
+        raise ValueError(
+            f"Expected a guide with a density at any point; site {site['name']!r} has none ({error}). "
+            f"Use AutoPlanar, AutoRealNVP, AutoIAFNormal or a normal guide."
+        ) from error
+    return result
 
 
 def _point(transform: Any, value: Tensor) -> Tensor:
     """Return the point that a flow has mapped to ``value``."""
     made = transform.recall(value)
     return (transform.inv(value) if made is None else made[0]).detach()
-
-
-def _particle_of_points(site: Any, shape: torch.Size, num_particles: int) -> Tensor:
-    """Return which particle every point of a site with batch shape ``shape`` belongs to."""
-    index = torch.arange(num_particles, device=site["value"].device)
-    for frame in site["cond_indep_stack"]:
-        if frame.name == PARTICLE_PLATE:
-            index = index.reshape((-1,) + (1,) * (-1 - frame.dim))
-    return index.expand(shape).reshape(-1)

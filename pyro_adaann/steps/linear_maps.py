@@ -1,0 +1,119 @@
+"""What the linear maps of a network see and are asked for, draw by draw, from one evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_adaann.transforms.outer import OuterProducts
+
+__all__ = ["Call", "calls_of_linear_maps", "gradients_of_calls"]
+
+#: By how much the sum of what single draws ask for may miss autograd's, as a share of all the lengths.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a linear map: its input, detached, and its output, on the graph."""
+
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    inputs: Tensor
+    output: Tensor
+
+
+@contextmanager
+def calls_of_linear_maps(batch_shape: torch.Size) -> Iterator[list[Call]]:
+    """Yield a list that gains the calls of linear and masked linear modules on points of one batch."""
+    calls: list[Call] = []
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if _is_linear(module) and output.requires_grad and output.shape[:-1] == batch_shape:
+            weight, bias, mask = (getattr(module, name, None) for name in ("weight", "bias", "mask"))
+            calls.append(Call(_leaf(weight), _leaf(bias), _like(mask, weight), inputs[0].detach(), output))
+
+    handle = nn.modules.module.register_module_forward_hook(look)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def gradients_of_calls(
+    values: Tensor, calls: Sequence[Call], parameters: Sequence[Tensor]
+) -> tuple[dict[int, list[Tensor | OuterProducts]], set[int]]:
+    r"""Return the gradient of every entry of ``values`` in the weights and biases of linear maps.
+
+    One backward pass of the sum of ``values`` gives what is asked of every output, draw by draw, if no draw
+    has an influence on another one's value, and if a weight is not used elsewhere. Whether that is so a
+    second pass tells: with coefficients c the draws' gradients must add up to that of :math:`\sum_i c_i v_i`.
+    A parameter of which they do not is left out.
+
+    :param values: one for each point of the batch, with the batch's shape.
+    :return: by ``id`` of the parameter the terms of its gradient, points flat in the first dimension; and the
+        ``id`` of every parameter on the graph.
+    """
+    outputs = [call.output for call in calls]
+    asked = torch.autograd.grad(values.sum(), outputs, retain_graph=True, allow_unused=True) if calls else ()
+    found: dict[int, list[Tensor | OuterProducts]] = {}
+    for call, gradient in zip(calls, asked, strict=True):
+        if gradient is None:
+            continue
+        left = gradient.reshape(-1, gradient.shape[-1])
+        right = call.inputs.reshape(len(left), -1)
+        found.setdefault(id(call.weight), []).append(OuterProducts(left, right, call.mask))
+        if call.bias is not None:
+            found.setdefault(id(call.bias), []).append(left)
+    # Any numbers without a pattern; the random state is not ours.
+    coefficients = torch.arange(1, values.numel() + 1, device=values.device).to(values).square().cos()
+    total = (coefficients * values.reshape(-1)).sum()
+    exact = torch.autograd.grad(total, list(parameters), retain_graph=True, allow_unused=True)
+    on_graph = {id(p): g for p, g in zip(parameters, exact, strict=True) if g is not None}
+    return _explained(found, on_graph, coefficients), set(on_graph)
+
+
+def _explained(
+    found: Mapping[int, list[Tensor | OuterProducts]], exact: Mapping[int, Tensor], coefficients: Tensor
+) -> dict[int, list[Tensor | OuterProducts]]:
+    """Return the parameters whose gradients add up to the exact one."""
+    result = {}
+    for key, terms in found.items():
+        if key not in exact or any(isinstance(t, Tensor) != isinstance(terms[0], Tensor) for t in terms):
+            continue
+        error, size = exact[key].clone(), coefficients.new_zeros(())
+        for term in terms:
+            if isinstance(term, Tensor):
+                part, lengths = coefficients @ term, term.norm(dim=1)
+            else:
+                part = term.left.T @ (coefficients.unsqueeze(1) * term.right)
+                part = part if term.mask is None else part * term.mask
+                lengths = term.left.norm(dim=1) * term.right.norm(dim=1)
+            if part.shape != error.shape:
+                break
+            error, size = error - part, size + lengths.sum()
+        else:
+            if error.norm() <= _TOLERANCE.get(error.dtype, 1e-2) * size:
+                result[key] = terms
+    return result
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module has a matrix as `nn.Linear` has one; masked maps of other libraries do."""
+    weight, *shape = (getattr(module, name, None) for name in ("weight", "out_features", "in_features"))
+    return isinstance(weight, Tensor) and list(weight.shape) == shape
+
+
+def _leaf(parameter: Any) -> Any:
+    """Return the parameter itself where Pyro hands out a view of it."""
+    return parameter.unconstrained() if hasattr(parameter, "unconstrained") else parameter
+
+
+def _like(mask: Any, weight: Any) -> Tensor | None:
+    return mask if isinstance(mask, Tensor) and mask.shape == weight.shape else None
