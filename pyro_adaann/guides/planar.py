@@ -45,5 +45,5 @@ class AutoPlanar(AutoFlow):
 
     def _make_transform(self, latent_dim: int) -> FlowTransform:
         stack = PlanarStack(latent_dim, self.num_transforms)
-        stack.reset_parameters(self._base_loc.cpu(), self._base_scale.cpu())
+        stack.reset_parameters(self._base_loc, self._base_scale)
         return stack

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_adaann.objectives.fixed_density import fixed_log_density, flow_of, has_density, score_of_flow
 from pyro_adaann.objectives.traces import PARTICLE_PLATE, sites_of
+from pyro_adaann.transforms.outer import OuterProducts
 
 __all__ = [
     "parameter_units",
@@ -42,6 +43,7 @@ def score_matrix(guide_trace: Trace, parameters: dict[str, Tensor], num_particle
         particle = _particle_of_points(site, x.shape[:-1], num_particles)
         for parameter, gradient in gradients.items():
             met.add(id(parameter))
+            gradient = gradient.dense() if isinstance(gradient, OuterProducts) else gradient
             columns[id(parameter)].index_add_(0, particle, gradient.reshape(len(gradient), -1))
     if len(others.nodes):
         log_q = fixed_log_density(others).expand(num_particles)

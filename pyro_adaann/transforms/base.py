@@ -11,6 +11,8 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_adaann.transforms.outer import OuterProducts
+
 __all__ = ["FlowTransform"]
 
 
@@ -93,7 +95,9 @@ class FlowTransform(TransformModule):
             total = (base_score * inverse).sum() - log_det.sum()
             return torch.autograd.grad(total, y)[0]
 
-    def point_gradients(self, x: Tensor, grad_y: Tensor, grad_log_det: float) -> dict[Tensor, Tensor]:
+    def point_gradients(
+        self, x: Tensor, grad_y: Tensor, grad_log_det: float
+    ) -> dict[Tensor, Tensor | OuterProducts]:
         r"""Return what every point by itself adds to the gradient in every parameter.
 
         That is :math:`\nabla_\phi (g \cdot y_\phi(x) + c \log|\det J_\phi(x)|)`; autograd gives its sum over
@@ -102,14 +106,17 @@ class FlowTransform(TransformModule):
         :param x: points, shape ``(..., d)``; n of them in all.
         :param grad_y: g of every point, likewise.
         :param grad_log_det: c.
-        :return: for every parameter that is trained a tensor of shape ``(n,) + its shape``.
+        :return: for every parameter that is trained a tensor of shape ``(n,) + its shape``; or, for the
+            matrix of a linear map, the factors of one: :class:`~pyro_adaann.transforms.outer.OuterProducts`.
         """
         flat = x.detach().reshape(-1, self.input_dim)
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         found = self._point_gradients(flat, grad_y.detach().reshape(flat.shape), grad_log_det)
         return {parameter: found[name] for name, parameter in trained.items()}
 
-    def _point_gradients(self, x: Tensor, grad_y: Tensor, grad_log_det: float) -> dict[str, Tensor]:
+    def _point_gradients(
+        self, x: Tensor, grad_y: Tensor, grad_log_det: float
+    ) -> dict[str, Tensor | OuterProducts]:
         """Do :meth:`point_gradients` on a flat batch, by name; by autograd unless a flow knows better."""
         values = {name: p.detach() for name, p in self.named_parameters()}
 
