@@ -22,6 +22,7 @@ from pyro_adaann.export.arviz import to_arviz
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.planar import AutoPlanar
 from pyro_adaann.guides.realnvp import AutoRealNVP
+from pyro_adaann.guides.spline import AutoSpline
 from pyro_adaann.natural import natural_svi
 from pyro_adaann.objectives.mixed_kl import TraceMixedKL_ELBO
 from pyro_adaann.objectives.tempered_elbo import TemperedTrace_ELBO
@@ -44,6 +45,7 @@ __all__ = [
     "AutoFlow",
     "AutoPlanar",
     "AutoRealNVP",
+    "AutoSpline",
     "CESSSchedule",
     "ConstantSchedule",
     "CosineSchedule",

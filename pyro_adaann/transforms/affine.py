@@ -75,7 +75,7 @@ class AffineLayer(FlowTransform):
         y = scaled = self._scaled(x)
         if self._is_triangular:
             y = scaled + scaled @ self.factor.tril(-1).t()
-        return self.loc + self.scale * (y + self.shift), self.log_scale.sum().expand(len(x))
+        return self.loc + self.scale * (y + self.shift), self.log_scale.sum().expand(x.shape[0])
 
     def _backward_map(self, y: Tensor) -> Tensor:
         x = (y - self.loc) / self.scale - self.shift

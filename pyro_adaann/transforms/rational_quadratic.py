@@ -58,14 +58,15 @@ def num_parameters(num_bins: int) -> int:
     return 3 * num_bins + 1
 
 
-def apply_spline(x: Tensor, raw: Tensor, *, plain: bool = False) -> tuple[Tensor, Tensor]:
+def apply_spline(x: Tensor, raw: Tensor, num_bins: int, *, plain: bool = False) -> tuple[Tensor, Tensor]:
     """Return image and log slope of every number, differentiably in both arguments.
 
     :param x: any shape.
     :param raw: the parameters, shape ``x.shape + (3 K + 1,)``.
+    :param num_bins: K.
     :param plain: whether to use ordinary operations alone, which function transforms of torch see through.
     """
-    spline = _locate(x, raw)[0] if plain else Bin(*_Locate.apply(x, raw))
+    spline = _locate(x, raw, num_bins)[0] if plain else Bin(*_Locate.apply(x, raw, num_bins))
     inside = x.clamp(-_REACH, _REACH)
     slope, left, right = _slopes(spline)
     xi = (inside - spline.left) / spline.width
@@ -78,18 +79,21 @@ def apply_spline(x: Tensor, raw: Tensor, *, plain: bool = False) -> tuple[Tensor
     return spline.shift + log_scale.exp() * (y + (x - inside)), log_slope
 
 
-def invert_spline(y: Tensor, raw: Tensor) -> Tensor:
+def invert_spline(y: Tensor, raw: Tensor, num_bins: int) -> Tensor:
     """Return the numbers whose images are ``y``, differentiably in both arguments; shapes as above."""
     split = _affine_part(raw)
     y = (y - split[1]) * torch.exp(-_MAX_LOG_SCALE * torch.tanh(split[0] / _MAX_LOG_SCALE))
-    spline = _locate(y, raw, by_height=True)[0]
+    spline = _locate(y, raw, num_bins, by_height=True)[0]
     inside = y.clamp(-_REACH, _REACH)
     slope, left, right = _slopes(spline)
     above = inside - spline.bottom
     bend = above * (right + left - 2 * slope)
-    a, b, c = spline.height * (slope - left) + bend, spline.height * left - bend, -slope * above
-    root = (b * b - 4 * a * c).clamp(min=torch.finfo(y.dtype).tiny).sqrt()
-    return spline.left + spline.width * (-2 * c / (b + root)) + (y - inside)
+    # The root in [0, 1] of a xi^2 + b xi = c, in the form that does not cancel.
+    a, b, c = spline.height * (slope - left) + bend, spline.height * left - bend, slope * above
+    root = (b * b + 4 * a * c).clamp(min=torch.finfo(y.dtype).tiny).sqrt()
+    is_falling = b < 0  # then a > 0
+    xi = torch.where(is_falling, root - b, 2 * c) / torch.where(is_falling, 2 * a, root + b)
+    return spline.left + spline.width * xi + (y - inside)
 
 
 def _slopes(spline: Bin) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,9 +111,10 @@ def _affine_part(raw: Tensor) -> tuple[Tensor, ...]:
     return raw[..., -2:].unbind(-1)
 
 
-def _locate(x: Tensor, raw: Tensor, *, by_height: bool = False) -> tuple[Bin, tuple[Tensor, ...]]:
+def _locate(
+    x: Tensor, raw: Tensor, num_bins: int, *, by_height: bool = False
+) -> tuple[Bin, tuple[Tensor, ...]]:
     """Return the bin of every number, found among its knots or among their images; and what led there."""
-    num_bins = (raw.shape[-1] - 1) // 3
     shares = raw[..., : 2 * num_bins].unflatten(-1, (2, num_bins)).softmax(-1)
     sizes = 2 * _REACH * (_MIN_SHARE + (1 - num_bins * _MIN_SHARE) * shares)
     # Knots from the second to the last but one; the outermost are -B and B, whatever the rounding.
@@ -134,14 +139,14 @@ class _Locate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, raw: Tensor) -> tuple[Tensor, ...]:
-        spline, (index, shares) = _locate(x, raw)
+    def forward(ctx: Any, x: Tensor, raw: Tensor, num_bins: int) -> tuple[Tensor, ...]:
+        spline, (index, shares) = _locate(x, raw, num_bins)
         ctx.save_for_backward(index, shares)
         return tuple(part.clone() for part in spline)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
         index, shares = ctx.saved_tensors
         num_bins = shares.shape[-1]
         g = Bin(*grads)
@@ -159,4 +164,4 @@ class _Locate(torch.autograd.Function):
         slopes.scatter_(-1, index + 1, g.free_slope_right.unsqueeze(-1))
         grad[..., 2 * num_bins : -2] = slopes[..., 1:-1]
         grad[..., -2], grad[..., -1] = g.free_log_scale, g.shift
-        return None, grad
+        return None, grad, None

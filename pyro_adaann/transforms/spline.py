@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_adaann.transforms.base import FlowTransform
-from pyro_adaann.transforms.masked import MaskedNetwork, activate, slope
+from pyro_adaann.transforms.masked import MaskedNetwork, activate, slope, squash, squash_slope
 from pyro_adaann.transforms.outer import OuterProducts
 from pyro_adaann.transforms.rational_quadratic import apply_spline, invert_spline, num_parameters
 
@@ -67,6 +67,7 @@ class SplineStack(FlowTransform):
     ) -> None:
         super().__init__(input_dim)
         self.num_transforms = num_transforms
+        self.num_bins = num_bins
         num_outputs = num_parameters(num_bins)
         self.networks = nn.ModuleList(
             MaskedNetwork(input_dim, hidden_dims, num_outputs) for _ in range(num_transforms)
@@ -87,9 +88,9 @@ class SplineStack(FlowTransform):
 
     def _run(self, x: Tensor, *, plain: bool) -> tuple[Tensor, Tensor]:
         x = (x - self.loc) / self.scale
-        log_det = x.new_zeros(len(x))
+        log_det = x.new_zeros(x.shape[0])
         for network in self._layers():
-            x, log_slopes = apply_spline(x, network(x)[0], plain=plain)
+            x, log_slopes = apply_spline(x, network(x)[0], self.num_bins, plain=plain)
             x, log_det = x.flip(-1), log_det + log_slopes.sum(-1)
         return self._leave(x), log_det
 
@@ -102,14 +103,14 @@ class SplineStack(FlowTransform):
         y = (y - self.loc) / self.scale
         y = y.flip(-1) if self.num_transforms % 2 else y
         for network in reversed(self._layers()):
-            y = _invert(network, y.flip(-1))
+            y = _invert(network, y.flip(-1), self.num_bins)
         return self.loc + self.scale * y
 
     @torch.no_grad()
     def _score(self, x: Tensor, base_score: Tensor) -> Tensor:
         x, score = (x - self.loc) / self.scale, base_score * self.scale
         for network in self._layers():
-            x, score = (part.flip(-1) for part in _score(network, x, score))
+            x, score = (part.flip(-1) for part in _score(network, x, score, self.num_bins))
         score = score.flip(-1) if self.num_transforms % 2 else score
         return score / self.scale
 
@@ -124,7 +125,7 @@ class SplineStack(FlowTransform):
                 # A leaf per layer for the values: the first coordinate's are not on the tape.
                 tapes.append(tape)
                 tables.append(raw)
-                x, log_slopes = apply_spline(x, raw)
+                x, log_slopes = apply_spline(x, raw, self.num_bins)
                 x, total = x.flip(-1), total + grad_log_det * log_slopes.sum()
             total = total + (grad_y * self._leave(x)).sum()
             hidden = [output for tape in tapes for output in tape.outputs[:-1]]
@@ -150,15 +151,15 @@ def _blocks(network: MaskedNetwork) -> list[list[slice]]:
     return [[slice(s[m], s[m + 1]) for s in starts] for m in range(1, network.input_dim)]
 
 
-def _invert(network: MaskedNetwork, y: Tensor) -> Tensor:
+def _invert(network: MaskedNetwork, y: Tensor, num_bins: int) -> Tensor:
     """Return the points that a layer maps to ``y``, coordinate by coordinate in one pass."""
     weights = network.masked_weights()
-    raw = network.table[0].expand(len(y), network.num_outputs)
-    x = [invert_spline(y[:, 0], raw)]
+    raw = network.table[0].expand(y.shape[0], network.num_outputs)
+    x = [invert_spline(y[:, 0], raw, num_bins)]
     known: list[list[Tensor]] = [[] for _ in weights]
     biases = [*network.biases, network.table[1:].flatten()]
     for m, block in enumerate(_blocks(network), start=1):
-        value = x[-1].unsqueeze(-1)
+        value = squash(x[-1]).unsqueeze(-1)
         for layer, weight in enumerate(weights):
             known[layer].append(value)
             rows, columns = block[layer], block[layer + 1]
@@ -166,26 +167,29 @@ def _invert(network: MaskedNetwork, y: Tensor) -> Tensor:
             value = torch.addmm(biases[layer][columns], inputs, weight[: rows.stop, columns])
             if layer < len(weights) - 1:
                 value = activate(value)
-        x.append(invert_spline(y[:, m], value))
+        x.append(invert_spline(y[:, m], value, num_bins))
     return torch.stack(x, -1)
 
 
-def _score(network: MaskedNetwork, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+def _score(
+    network: MaskedNetwork, x: Tensor, score: Tensor, num_bins: int
+) -> tuple[Tensor, Tensor]:
     """Return the images of ``x`` under a layer, and the score there; see the module's text."""
     values, tape = network(x)
     with torch.enable_grad():
         leaves = (x.detach().requires_grad_(), values.detach().requires_grad_())
-        y, log_slopes = apply_spline(*leaves)
+        y, log_slopes = apply_spline(*leaves, num_bins)
         by_x, by_values = torch.autograd.grad(log_slopes.sum(), leaves, retain_graph=True)
         slopes, direct = torch.autograd.grad(y.sum(), leaves)
     new = (score - by_x) / slopes
     if network.input_dim == 1:
         return y.detach(), new
     weights = network.masked_weights()
+    per_score = squash_slope(x) / slopes
     bends = [slope(output) for output in tape.outputs[:-1]]
     # Gradients in the outputs of every layer, of the coordinates that are done.
     deltas = [torch.zeros_like(output) for output in tape.outputs]
-    outputs = deltas[-1].view(len(x), -1, network.num_outputs)
+    outputs = deltas[-1].view(x.shape[0], network.input_dim - 1, network.num_outputs)
     for m, block in reversed(list(enumerate(_blocks(network)))):
         new_score = new[:, m + 1 : m + 2]
         outputs[:, m] = by_values[:, m + 1] + new_score * direct[:, m + 1]
@@ -195,5 +199,5 @@ def _score(network: MaskedNetwork, x: Tensor, score: Tensor) -> tuple[Tensor, Te
             if layer:
                 deltas[layer - 1][:, rows] = grad * bends[layer - 1][:, rows]
             else:
-                new[:, m] -= grad.squeeze(-1) / slopes[:, m]
+                new[:, m] -= grad.squeeze(-1) * per_score[:, m]
     return y.detach(), new
