@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
 
 import pyro
@@ -23,17 +24,30 @@ from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_adaann import AutoPlanar, AutoRealNVP
-from pyro_adaann.transforms import planar, realnvp
+from pyro_adaann import AutoPlanar, AutoRealNVP, AutoSpline, AutoZuko
+from pyro_adaann.transforms import planar, rational_quadratic, realnvp
+from pyro_adaann.transforms.zuko import import_zuko
 
 DATA = torch.tensor([0.3, -1.2, 2.0, 0.7])
+def zuko_coupling(latent_dim: int) -> torch.nn.Module:
+    flows = import_zuko().flows
+    return flows.NSF(latent_dim, transforms=2, passes=2, bins=4, hidden_features=[8, 8])
+
+
 GUIDES = {
     "planar": lambda model, **kwargs: AutoPlanar(model, 6, **kwargs),
+    "planar, no affine": lambda model, **kwargs: AutoPlanar(model, 6, affine=None, **kwargs),
     "realnvp": lambda model, **kwargs: AutoRealNVP(model, 4, [8, 8], **kwargs),
+    "spline": lambda model, **kwargs: AutoSpline(model, 2, 5, [8, 8], **kwargs),
+    "spline, diagonal": lambda model, **kwargs: AutoSpline(model, 1, 5, [8], affine="diagonal", **kwargs),
+    "zuko": lambda model, **kwargs: AutoZuko(model, zuko_coupling, **kwargs),
 }
 
 
-@pytest.fixture(params=list(GUIDES))
+NEEDS_ZUKO = pytest.mark.skipif(importlib.util.find_spec("zuko") is None, reason="needs zuko")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[NEEDS_ZUKO] if name == "zuko" else []) for name in GUIDES])
 def make_guide(request: pytest.FixtureRequest):
     return GUIDES[request.param]
 
