@@ -26,7 +26,7 @@ def trained(make_flow: Callable[[], FlowTransform], seed: int = 0) -> FlowTransf
         for module in flow.modules():
             if isinstance(module, MaskedNetwork):  # its units would be far out in the linear part
                 for weight in module.weights:
-                    weight.mul_(2 / weight.shape[0] ** 0.5)
+                    weight.mul_(1 / weight.shape[0] ** 0.5)
     return flow
 
 

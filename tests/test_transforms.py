@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -15,17 +17,22 @@ from pyro_adaann.transforms import (
     AffineLayer,
     ComposedFlow,
     FlowTransform,
+    OuterProducts,
     PlanarStack,
     RealNVPStack,
     SplineStack,
     planar,
 )
 from pyro_adaann.transforms.planar import _layer_by_layer, constrain
+from pyro_adaann.transforms.rational_quadratic import apply_spline
 from pyro_adaann.transforms.realnvp import _by_layer, _couple
 from pyro_adaann.transforms.zuko import ZukoFlow, import_zuko
 
+
 def zuko_flow(name: str, dim: int, num_transforms: int, scale: float = 1.0, **kwargs: int) -> FlowTransform:
-    flow = getattr(import_zuko().flows, name)(dim, transforms=num_transforms, hidden_features=[8, 8], **kwargs)
+    flow = getattr(import_zuko().flows, name)(
+        dim, transforms=num_transforms, hidden_features=[8, 8], **kwargs
+    )
     return ZukoFlow(flow, dim, scale=scale)
 
 
@@ -155,3 +162,122 @@ def test_every_output_depends_on_every_input_after_two_coupling_layers():
 def test_realnvp_of_one_coordinate_names_the_way_out():
     with pytest.raises(ValueError, match="AutoPlanar"):
         RealNVPStack(1, 2, [4])
+
+
+@pytest.mark.parametrize(
+    "make_flow",
+    [
+        lambda: ComposedFlow([PlanarStack(2, 12), AffineLayer(2)]),
+        lambda: ComposedFlow([RealNVPStack(2, 2, [8]), AffineLayer(2)]),
+        lambda: AffineLayer(2, "diagonal"),
+        lambda: SplineStack(2, 2, 8, [8, 8]),
+    ],
+)
+def test_contracts_to_a_hundredth_of_the_base(make_flow):
+    torch.manual_seed(0)
+    flow = make_flow()
+    # A short memory: the first gradients are ten thousand times as large as the last.
+    optim = torch.optim.Adam(flow.parameters(), lr=0.05, betas=(0.9, 0.9))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optim, 0.993)
+    for _ in range(1000):
+        y, log_det = flow.forward_and_log_det(torch.randn(100, 2))
+        loss = (0.5 * ((y - 0.5) / 0.01).square().sum(-1) - log_det).mean()
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        scheduler.step()
+    with torch.no_grad():
+        y = flow.forward_and_log_det(torch.randn(10_000, 2))[0]
+    # The error of an sd of 10,000 draws is .7 %.
+    assert y.std(0).tolist() == pytest.approx([0.01] * 2, rel=0.1)
+    assert y.mean(0).tolist() == pytest.approx([0.5] * 2, abs=0.002)
+
+
+def test_spline_is_the_identity_at_zero_and_linear_beyond_its_ends():
+    flow = SplineStack(2, 2, 8, [8], loc=1.0, scale=2.0).double()
+    x = 10 * torch.randn(100, 2).double()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.zero_()
+        y, log_det = flow.forward_and_log_det(x)
+        torch.testing.assert_close(y, x)
+        torch.testing.assert_close(log_det, torch.zeros(100).double(), atol=1e-6, rtol=0)
+    raw = torch.randn(4, 25).double()
+    far = torch.tensor([-6.0, -7.0, 6.0, 7.0]).double()
+    y, log_slope = apply_spline(far, raw[:1].expand(4, -1), 8)
+    torch.testing.assert_close(y[1] - y[0], (far[1] - far[0]) * log_slope[0].exp())
+    torch.testing.assert_close(y[3] - y[2], (far[3] - far[2]) * log_slope[2].exp())
+
+
+def test_a_coordinate_of_a_spline_layer_depends_on_those_before_it():
+    flow = trained_flow(lambda: SplineStack(5, 1, 5, [16, 16]))
+    jacobian = torch.autograd.functional.jacobian(lambda z: flow(z.clone()), points(flow, 1)[0])
+    # One layer, so the outputs are in the order of the inputs.
+    assert (jacobian.triu(1) == 0).all()
+    assert (jacobian[torch.ones(5, 5).tril().bool()] != 0).all()
+
+
+def test_inverse_of_a_layer_is_one_pass_through_its_network(monkeypatch):
+    flow, count = SplineStack(8, 1, 4, [16, 16]), 0
+    addmm = torch.addmm
+
+    def counted(bias: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+        nonlocal count
+        count += weight.numel()
+        return addmm(bias, inputs, weight)
+
+    monkeypatch.setattr(torch, "addmm", counted)
+    flow._backward_map(torch.randn(3, 8))
+    assert count <= sum(p.numel() for p in flow.parameters())
+
+
+@pytest.mark.parametrize("kind", ["triangular", "diagonal"])
+def test_affine_layer_is_its_formula(kind):
+    layer = trained_flow(lambda: AffineLayer(3, kind, loc=1.0, scale=2.0))
+    x = points(layer)
+    matrix = torch.eye(3).double()
+    if kind == "triangular":
+        matrix = matrix + layer.factor.tril(-1)
+    expected = 1 + 2 * (layer.shift + ((x - 1) / 2 * layer.log_scale.exp()) @ matrix.T)
+    torch.testing.assert_close(layer._forward(x)[0], expected)
+
+
+def test_units_of_an_affine_layer_make_its_fisher_information_even():
+    layer = trained_flow(lambda: AffineLayer(3))
+    with torch.no_grad():
+        layer.factor.mul_(20)  # strong correlations
+    x = torch.randn(100_000, 3, dtype=torch.float64)
+    gradients = layer.point_gradients(x, -layer.score(x, -x), -1.0)
+    for parameter, unit in layer.parameter_units().items():
+        gradient = gradients[parameter]
+        gradient = gradient.dense() if isinstance(gradient, OuterProducts) else gradient
+        fisher = gradient.square().mean(0) * unit.square()
+        # Of a standard normal base: 1, and 2 for log scales. A mean of 100,000 draws is uncertain by 1 %.
+        expected = 2.0 if parameter is layer.log_scale else 1.0
+        used = fisher[fisher > 0]
+        torch.testing.assert_close(used, torch.full_like(used, expected), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AffineLayer(2, "full"), 'Expected `kind` to be "triangular" or "diagonal"; got'),
+        (lambda: ComposedFlow([]), "Expected flows of one dimension; got no flow"),
+        (lambda: ComposedFlow([AffineLayer(2), AffineLayer(3)]), "got \\[2, 3\\]"),
+    ],
+)
+def test_what_cannot_be_made_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("zuko") is None, reason="needs zuko")
+def test_importing_zuko_leaves_validation_on():
+    code = (
+        "from torch.distributions import Distribution\n"
+        "from pyro_adaann.transforms.zuko import import_zuko\n"
+        "before = Distribution._validate_args\n"
+        "import_zuko()\n"
+        "assert before and Distribution._validate_args\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -122,7 +122,9 @@ class AutoFlow(AutoContinuous):
         return ComposedFlow([flow, layer])
 
     def _base_tensor(self, arg: float | Tensor | None, init_loc: Tensor) -> Tensor:
-        value = init_loc if arg is None else torch.as_tensor(arg).to(init_loc)
+        value = (
+            init_loc if arg is None else torch.as_tensor(arg, dtype=init_loc.dtype, device=init_loc.device)
+        )
         if value.shape not in ((), (1,), init_loc.shape):
             raise ValueError(
                 f"Expected `base_loc` and `base_scale` to be numbers or tensors of shape "
@@ -163,7 +165,7 @@ class AutoFlow(AutoContinuous):
         :raises ValueError: if a quantile is outside [0, 1].
         """
         self.initialize(*args, **kwargs)
-        levels = torch.as_tensor(quantiles).to(self._base_loc)
+        levels = torch.as_tensor(quantiles, dtype=self._base_loc.dtype, device=self._base_loc.device)
         if not ((levels >= 0) & (levels <= 1)).all():
             raise ValueError(f"Expected quantiles in [0, 1]; got {quantiles}.")
         latents = self.transform(self._base_net(_NUM_QUANTILE_POINTS))

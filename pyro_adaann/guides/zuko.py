@@ -53,8 +53,8 @@ class AutoZuko(AutoFlow):
         **kwargs: Any,
     ) -> None:
         flows = import_zuko().flows
-        if isinstance(make_flow, str) and make_flow not in flows.__all__:
-            raise ValueError(f"Expected one of {', '.join(flows.__all__)}; got {make_flow!r}.")
+        if isinstance(make_flow, str) and not isinstance(getattr(flows, make_flow, None), type):
+            raise ValueError(f"Expected the name of a class in `zuko.flows`, such as NSF; got {make_flow!r}.")
         super().__init__(model, **kwargs)
         self.make_flow = make_flow
         self.flow_args = dict(flow_args or {})

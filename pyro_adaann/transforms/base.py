@@ -35,6 +35,8 @@ class FlowTransform(TransformModule):
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
+    #: Sign of the Jacobian determinant, which a flow that starts near the identity keeps.
+    sign = 1
 
     _cached_log_det: Tensor | None
     _cached_image: Tensor | None

@@ -85,7 +85,9 @@ class ComposedFlow(FlowTransform):
 
     def parameter_units(self) -> dict[Tensor, Tensor]:
         """Return what the parts say."""
-        return {parameter: unit for part in self._flows() for parameter, unit in part.parameter_units().items()}
+        return {
+            parameter: unit for part in self._flows() for parameter, unit in part.parameter_units().items()
+        }
 
 
 def _pull_back(flow: FlowTransform, x: Tensor, grad_y: Tensor, grad_log_det: float) -> Tensor:

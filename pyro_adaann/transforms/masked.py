@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MaskedNetwork", "Tape", "activate", "slope", "squash", "squash_slope"]
+__all__ = ["MaskedNetwork", "Tape", "activate", "slope"]
 
 
 class Tape(NamedTuple):
@@ -78,7 +78,7 @@ class MaskedNetwork(nn.Module):
         first = self.table[:1].expand(x.shape[0], 1, self.num_outputs)
         if self.input_dim == 1:
             return first, tape
-        hidden = squash(x[:, :-1])
+        hidden = x[:, :-1]
         for i, weight in enumerate(self.masked_weights()):
             bias = self.biases[i] if i < len(self.biases) else self.table[1:].flatten()
             tape.inputs.append(hidden)
@@ -86,19 +86,6 @@ class MaskedNetwork(nn.Module):
             hidden = activate(tape.outputs[-1])
         rest = tape.outputs[-1].view(x.shape[0], self.input_dim - 1, self.num_outputs)
         return torch.cat([first, rest], 1), tape
-
-
-def squash(x: Tensor) -> Tensor:
-    """Return what a network sees of a coordinate: itself near zero, its logarithm far out.
-
-    What enters the second layer of a flow may have scales from 1e-3 to 1e3, as in a funnel.
-    """
-    return torch.asinh(x)
-
-
-def squash_slope(x: Tensor) -> Tensor:
-    """Return the derivative of :func:`squash`."""
-    return (1 + x * x).rsqrt()
 
 
 def activate(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_adaann.transforms.base import FlowTransform
-from pyro_adaann.transforms.masked import MaskedNetwork, activate, slope, squash, squash_slope
+from pyro_adaann.transforms.masked import MaskedNetwork, activate, slope
 from pyro_adaann.transforms.outer import OuterProducts
 from pyro_adaann.transforms.rational_quadratic import apply_spline, invert_spline, num_parameters
 
@@ -159,7 +159,7 @@ def _invert(network: MaskedNetwork, y: Tensor, num_bins: int) -> Tensor:
     known: list[list[Tensor]] = [[] for _ in weights]
     biases = [*network.biases, network.table[1:].flatten()]
     for m, block in enumerate(_blocks(network), start=1):
-        value = squash(x[-1]).unsqueeze(-1)
+        value = x[-1].unsqueeze(-1)
         for layer, weight in enumerate(weights):
             known[layer].append(value)
             rows, columns = block[layer], block[layer + 1]
@@ -171,9 +171,7 @@ def _invert(network: MaskedNetwork, y: Tensor, num_bins: int) -> Tensor:
     return torch.stack(x, -1)
 
 
-def _score(
-    network: MaskedNetwork, x: Tensor, score: Tensor, num_bins: int
-) -> tuple[Tensor, Tensor]:
+def _score(network: MaskedNetwork, x: Tensor, score: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
     """Return the images of ``x`` under a layer, and the score there; see the module's text."""
     values, tape = network(x)
     with torch.enable_grad():
@@ -185,7 +183,6 @@ def _score(
     if network.input_dim == 1:
         return y.detach(), new
     weights = network.masked_weights()
-    per_score = squash_slope(x) / slopes
     bends = [slope(output) for output in tape.outputs[:-1]]
     # Gradients in the outputs of every layer, of the coordinates that are done.
     deltas = [torch.zeros_like(output) for output in tape.outputs]
@@ -199,5 +196,5 @@ def _score(
             if layer:
                 deltas[layer - 1][:, rows] = grad * bends[layer - 1][:, rows]
             else:
-                new[:, m] -= grad.squeeze(-1) * per_score[:, m]
+                new[:, m] -= grad.squeeze(-1) / slopes[:, m]
     return y.detach(), new
