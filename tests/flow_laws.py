@@ -50,8 +50,8 @@ class FlowLaws:
                 return lambda: MyFlow(3)
     """
 
-    #: Share of the numbers of a parameter that have a gradient, at least: a ReLU unit may be dead at all points,
-    #: and half of a triangular or masked matrix is zero. A coordinate left out would take more.
+    #: Share of the numbers of a parameter that have a gradient, at least: a ReLU unit may be dead at all
+    #: points, and half of a triangular or masked matrix is zero. A coordinate left out would take more.
     min_share = 0.3
 
     @pytest.fixture

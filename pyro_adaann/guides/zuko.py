@@ -18,8 +18,8 @@ class AutoZuko(AutoFlow):
     r"""A guide made of any flow of zuko, such as a coupling flow or a neural spline flow.
 
     Its price: zuko computes from latents to base, and a guide draws. A draw from an autoregressive flow costs
-    as many passes as there are latents, from a coupling flow (``passes=2``) two, and its gradient runs through
-    all of them. :class:`AutoSpline` is made for this direction, and draws in one pass.
+    as many passes as there are latents, from a coupling flow (``passes=2``) two, and its gradient runs
+    through all of them. :class:`AutoSpline` is made for this direction, and draws in one pass.
 
     zuko is not installed with this package: ``pip install zuko``. On import it switches torch's validation of
     distributions off for the whole process; this guide imports it first if you have not, and switches it on

@@ -31,8 +31,8 @@ class AffineLayer(FlowTransform):
     :param scale: scale s > 0 of the base, likewise: the unit of length.
     :raises ValueError: if ``kind`` is another word.
 
-    Parameters: ``shift`` (c) and ``log_scale`` (a) of shape ``(d,)``, ``factor`` of shape ``(d, d)``, of which
-    the part below the diagonal counts.
+    Parameters: ``shift`` (c) and ``log_scale`` (a) of shape ``(d,)``, ``factor`` of shape ``(d, d)``, whose
+    part below the diagonal counts.
 
     Example::
 

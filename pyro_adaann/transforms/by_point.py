@@ -1,7 +1,7 @@
 r"""What every point adds to a gradient, for modules made of linear maps, from one backward pass.
 
-A linear map with input :math:`a_i` and output gradient :math:`g_i` at point i adds :math:`g_i a_i^\top` to the
-gradient in its matrix. Hooks on the maps collect both.
+A linear map with input :math:`a_i` and output gradient :math:`g_i` at point i adds :math:`g_i a_i^\top` to
+the gradient in its matrix. Hooks on the maps collect both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def gradients_by_point(module: nn.Module, run: Callable[[], Tensor]) -> dict[str
     Of a matrix of an `nn.Linear`, masked or not, through which every point passes once, the factors; of any
     other parameter n backward passes, many at once.
 
-    :param run: passes n points through the module in ordinary operations; returns a number for each, ``(n,)``.
+    :param run: passes n points through the module in ordinary operations; returns a number for each.
     :return: by the parameter's name.
     """
     names = {parameter: name for name, parameter in module.named_parameters()}

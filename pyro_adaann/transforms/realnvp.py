@@ -104,9 +104,9 @@ def _couple(copied: Tensor, mapped: Tensor, layers: Sequence[Layer]) -> tuple[Te
 
 
 def _layer_gradients(
-    layers: Sequence[Layer], x: tuple[Tensor, Tensor], grad_y: tuple[Tensor, Tensor], grad_log_det: float
+    layers: Sequence[Layer], x: Sequence[Tensor], grad_y: Sequence[Tensor], grad_log_det: float
 ) -> list[list[tuple[Tensor, Tensor]]]:
-    """Return for every matrix of every layer its inputs and the gradients of its outputs, ``(2, n, width)``."""
+    """Return for every matrix of every layer its inputs and its outputs' gradients, ``(2, n, width)``."""
     copied, mapped = x
     saved = []
     for layer in layers:
@@ -253,9 +253,9 @@ class RealNVPStack(FlowTransform):
     def _point_gradients(
         self, x: Tensor, grad_y: Tensor, grad_log_det: float
     ) -> dict[str, Tensor | OuterProducts]:
-        halves = (part.split(self.split_sizes, dim=-1) for part in (x, grad_y))
         layers = _by_layer(self._matrices(), len(self.networks))
-        found = _layer_gradients(layers, *halves, grad_log_det)
+        halves = x.split(self.split_sizes, dim=-1)
+        found = _layer_gradients(layers, halves, grad_y.split(self.split_sizes, dim=-1), grad_log_det)
         gradients: dict[str, Tensor | OuterProducts] = {}
         for kind in range(len(self.networks)):
             # Of every layer of a kind the (inputs, output gradients) of its matrices, from first to last.

@@ -9,6 +9,7 @@ gradient through them all.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def import_zuko() -> Any:
     """
     validates = Distribution._validate_args
     try:
-        import zuko
+        zuko = importlib.import_module("zuko")
     except ImportError as error:
         raise ImportError("Expected zuko to be installed; it is not. Do `pip install zuko`.") from error
     finally:
