@@ -22,6 +22,8 @@ from pyro_adaann.export.arviz import to_arviz
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.planar import AutoPlanar
 from pyro_adaann.guides.realnvp import AutoRealNVP
+from pyro_adaann.guides.spline import AutoSpline
+from pyro_adaann.guides.zuko import AutoZuko
 from pyro_adaann.natural import natural_svi
 from pyro_adaann.objectives.mixed_kl import TraceMixedKL_ELBO
 from pyro_adaann.objectives.tempered_elbo import TemperedTrace_ELBO
@@ -44,6 +46,8 @@ __all__ = [
     "AutoFlow",
     "AutoPlanar",
     "AutoRealNVP",
+    "AutoSpline",
+    "AutoZuko",
     "CESSSchedule",
     "ConstantSchedule",
     "CosineSchedule",

@@ -117,6 +117,6 @@ def agreeing_guide(problem: ConjugateNormal, path: str, t: float, flow: str) -> 
     guide.initialize()
     with torch.no_grad():
         for name, parameter in guide.named_parameters():
-            if name == "transform.u" or "weights.2" in name or "biases.2" in name:
+            if name.endswith(".u") or "weights.2" in name or "biases.2" in name:
                 parameter.zero_()
     return guide

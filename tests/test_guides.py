@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -23,17 +25,32 @@ from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_adaann import AutoPlanar, AutoRealNVP
+from pyro_adaann import AutoPlanar, AutoRealNVP, AutoSpline, AutoZuko
 from pyro_adaann.transforms import planar, realnvp
+from pyro_adaann.transforms.zuko import import_zuko
 
 DATA = torch.tensor([0.3, -1.2, 2.0, 0.7])
+
+
+def zuko_coupling(latent_dim: int) -> torch.nn.Module:
+    flows = import_zuko().flows
+    return flows.NSF(latent_dim, transforms=2, passes=2, bins=4, hidden_features=[8, 8])
+
+
 GUIDES = {
     "planar": lambda model, **kwargs: AutoPlanar(model, 6, **kwargs),
+    "planar, no affine": lambda model, **kwargs: AutoPlanar(model, 6, affine=None, **kwargs),
     "realnvp": lambda model, **kwargs: AutoRealNVP(model, 4, [8, 8], **kwargs),
+    "spline": lambda model, **kwargs: AutoSpline(model, 2, 5, [8, 8], **kwargs),
+    "spline, diagonal": lambda model, **kwargs: AutoSpline(model, 1, 5, [8], affine="diagonal", **kwargs),
+    "zuko": lambda model, **kwargs: AutoZuko(model, zuko_coupling, **kwargs),
 }
 
 
-@pytest.fixture(params=list(GUIDES))
+NEEDS_ZUKO = pytest.mark.skipif(importlib.util.find_spec("zuko") is None, reason="needs zuko")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[NEEDS_ZUKO] if name == "zuko" else []) for name in GUIDES])
 def make_guide(request: pytest.FixtureRequest):
     return GUIDES[request.param]
 
@@ -54,6 +71,59 @@ def all_supports() -> None:
     pyro.sample("cholesky", dist.LKJCholesky(3, 1.0))
     with pyro.plate("outer", 2, dim=-2), pyro.plate("inner", 3, dim=-1):
         pyro.sample("local", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")  # what is tested is torch's own
+def test_traced_as_a_module(make_guide):
+    problem = conjugate_normal()
+    guide = make_guide(problem.model).initialize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of Pyro, and of zuko
+        traced = torch.jit.trace_module(guide, {"call": ()}, check_trace=False)
+    assert traced.call()[0].shape == (2,)
+
+
+def test_tensors_on_the_models_device_whatever_the_default_device(make_guide):
+    def model() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(3, device="cpu"), 1.0).to_event(1))
+
+    if make_guide is GUIDES["zuko"]:
+        return  # zuko makes some tensors that no device has been chosen for
+    with torch.device("meta"):
+        guide = make_guide(model, base_scale=2.0).initialize()
+        assert {p.device.type for p in guide.parameters()} == {"cpu"}
+        assert guide.median()["z"].device.type == "cpu"
+        assert guide.sample_posterior(3)["z"].device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("affine", "names"),
+    [
+        ("auto", {"parts.1.shift", "parts.1.log_scale", "parts.1.factor"}),
+        ("diagonal", {"parts.1.shift", "parts.1.log_scale"}),
+        (None, set()),
+    ],
+)
+def test_affine_layer_behind_the_flow(affine, names):
+    guide = AutoPlanar(conjugate_normal().model, 3, affine=affine).initialize()
+    found = {name.removeprefix("transform.") for name, _ in guide.named_parameters()}
+    assert {name for name in found if name.startswith("parts.1")} == names
+
+
+def test_affine_layer_takes_correlation_and_scale():
+    scale_tril = torch.tensor([[100.0, 0.0], [-3.3, 0.05]])  # correlation -.9999
+
+    def model() -> None:
+        pyro.sample("z", dist.MultivariateNormal(torch.tensor([30.0, 1.0]), scale_tril=scale_tril))
+
+    guide = AutoPlanar(model, 2, base_loc=0.0, base_scale=torch.tensor([100.0, 3.0])).initialize()
+    elbo = Trace_ELBO(num_particles=50, vectorize_particles=True)
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.995}), elbo)
+    for _ in range(1000):
+        svi.step()
+    covariance = guide.sample_posterior(20_000)["z"].T.cov()
+    correlation = covariance[0, 1] / covariance.diagonal().prod().sqrt()
+    assert correlation.item() < -0.999
 
 
 @pytest.mark.parametrize("vectorize", [False, True])
@@ -368,6 +438,10 @@ def improper() -> None:
         (lambda: AutoRealNVP(half_cauchy_scale, 2)(DATA), ValueError, "got 1. Use AutoPlanar"),
         (lambda: AutoPlanar(plated, 2, base_scale=-1.0)(DATA), ValueError, "`base_scale` > 0"),
         (lambda: AutoPlanar(plated, 2, base_loc=torch.zeros(3))(DATA), ValueError, "\\(5,\\)"),
+        (lambda: AutoPlanar(plated, 2, affine="full"), ValueError, 'Expected `affine` to be "auto"'),
+        (lambda: AutoSpline(plated, 0), ValueError, "Expected `num_transforms`.*got 0"),
+        (lambda: AutoSpline(plated, num_bins=0), ValueError, "Expected `num_bins`.*got 0"),
+        (lambda: AutoSpline(plated, hidden_dims=[]), ValueError, "hidden_dims"),
         (lambda: AutoPlanar(improper, 2)(), NotImplementedError, "mask\\(False\\)"),
         (lambda: AutoPlanar(lambda: None, 2)(), RuntimeError, "no latent variables"),
     ],

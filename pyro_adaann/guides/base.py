@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -15,12 +15,16 @@ from torch.distributions import biject_to
 from torch.quasirandom import SobolEngine
 
 from pyro_adaann.checks import check_count
+from pyro_adaann.transforms.affine import AffineLayer
 from pyro_adaann.transforms.base import FlowTransform
+from pyro_adaann.transforms.compose import ComposedFlow
 
 __all__ = ["AutoFlow"]
 
 #: Points of the quasi-random net that `median` and `quantiles` push through the flow.
 _NUM_QUANTILE_POINTS = 8192
+#: Latents up to which an affine layer has correlations unless told otherwise.
+_MAX_TRIANGULAR = 64
 
 
 class AutoFlow(AutoContinuous):
@@ -29,7 +33,9 @@ class AutoFlow(AutoContinuous):
     .. math:: z = T_\phi(\varepsilon), \quad \varepsilon \sim N(m, \mathrm{diag}(s^2)), \quad
               \log q(z) = \log N(\varepsilon; m, s) - \log|\det J_T(\varepsilon)|
 
-    A new flow guide implements :meth:`_make_transform` alone.
+    The bijection is a flow and, after it, an affine layer (:class:`~pyro_adaann.transforms.AffineLayer`),
+    so that scales and correlations of the posterior are not the flow's work. A new flow guide implements
+    :meth:`_make_transform` alone.
 
     :param model: a Pyro model whose latent variables are continuous.
     :param init_loc_fn: Pyro's per-site initialization, the base location unless ``base_loc`` is given.
@@ -37,6 +43,8 @@ class AutoFlow(AutoContinuous):
         shape ``(latent_dim,)``.
     :param base_scale: scale s > 0 of the base, likewise. Annealing wants a base that covers the
         region where the posterior may have its modes.
+    :param affine: ``"triangular"`` for an affine layer with correlations, ``"diagonal"`` for one without,
+        None for none; by default triangular up to 64 latents.
     :raises ValueError: at set-up, if the base does not fit the latent dimension or s <= 0.
     :raises NotImplementedError: at set-up, if the model cannot be sampled (see the message).
 
@@ -51,9 +59,15 @@ class AutoFlow(AutoContinuous):
         init_loc_fn: Callable[..., Any] = init_to_median,
         base_loc: float | Tensor | None = None,
         base_scale: float | Tensor = 1.0,
+        affine: Literal["auto", "triangular", "diagonal"] | None = "auto",
     ) -> None:
+        if affine not in ("auto", "triangular", "diagonal", None):
+            raise ValueError(
+                f'Expected `affine` to be "auto", "triangular", "diagonal" or None; got {affine!r}.'
+            )
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._base_args = (base_loc, base_scale)
+        self.affine = affine
 
     @abstractmethod
     def _make_transform(self, latent_dim: int) -> FlowTransform:
@@ -94,10 +108,23 @@ class AutoFlow(AutoContinuous):
             raise ValueError(f"Expected `base_scale` > 0; got {self._base_args[1]}.")
         self.register_buffer("_base_loc", loc)
         self.register_buffer("_base_scale", scale)
-        self.transform = self._make_transform(self.latent_dim).to(init_loc)
+        # On the model's device from the start, whatever torch's default is.
+        with init_loc.device:
+            self.transform = self._with_affine(self._make_transform(self.latent_dim)).to(init_loc)
+
+    def _with_affine(self, flow: FlowTransform) -> FlowTransform:
+        kind = self.affine
+        if kind is None:
+            return flow
+        if kind == "auto":
+            kind = "triangular" if self.latent_dim <= _MAX_TRIANGULAR else "diagonal"
+        layer = AffineLayer(self.latent_dim, kind, loc=self._base_loc, scale=self._base_scale)
+        return ComposedFlow([flow, layer])
 
     def _base_tensor(self, arg: float | Tensor | None, init_loc: Tensor) -> Tensor:
-        value = init_loc if arg is None else torch.as_tensor(arg).to(init_loc)
+        value = (
+            init_loc if arg is None else torch.as_tensor(arg, dtype=init_loc.dtype, device=init_loc.device)
+        )
         if value.shape not in ((), (1,), init_loc.shape):
             raise ValueError(
                 f"Expected `base_loc` and `base_scale` to be numbers or tensors of shape "
@@ -138,7 +165,7 @@ class AutoFlow(AutoContinuous):
         :raises ValueError: if a quantile is outside [0, 1].
         """
         self.initialize(*args, **kwargs)
-        levels = torch.as_tensor(quantiles).to(self._base_loc)
+        levels = torch.as_tensor(quantiles, dtype=self._base_loc.dtype, device=self._base_loc.device)
         if not ((levels >= 0) & (levels <= 1)).all():
             raise ValueError(f"Expected quantiles in [0, 1]; got {quantiles}.")
         latents = self.transform(self._base_net(_NUM_QUANTILE_POINTS))
@@ -200,11 +227,12 @@ class AutoFlow(AutoContinuous):
     def _base_net(self, num_points: int) -> Tensor:
         """Return a low-discrepancy sample of the base, the same in every call."""
         dim = min(self.latent_dim, SobolEngine.MAXDIM)
-        uniform = SobolEngine(dim, scramble=True, seed=0).draw(num_points, dtype=torch.float64)
-        if dim < self.latent_dim:
-            generator = torch.Generator().manual_seed(0)
-            rest = torch.rand(num_points, self.latent_dim - dim, generator=generator)
-            uniform = torch.cat([uniform, rest.double()], dim=-1)
+        with torch.device("cpu"):  # the same points on every device
+            uniform = SobolEngine(dim, scramble=True, seed=0).draw(num_points, dtype=torch.float64)
+            if dim < self.latent_dim:
+                generator = torch.Generator().manual_seed(0)
+                rest = torch.rand(num_points, self.latent_dim - dim, generator=generator)
+                uniform = torch.cat([uniform, rest.double()], dim=-1)
         normal = torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12)).to(self._base_loc)
         return self._base_loc + self._base_scale * normal
 

@@ -21,7 +21,7 @@ class AutoPlanar(AutoFlow):
 
     :param model: a Pyro model whose latent variables are continuous.
     :param num_transforms: number of layers; the paper uses 50 in one dimension and 250 in three.
-    :param kwargs: ``init_loc_fn``, ``base_loc`` and ``base_scale`` of :class:`AutoFlow`.
+    :param kwargs: ``init_loc_fn``, ``base_loc``, ``base_scale`` and ``affine`` of :class:`AutoFlow`.
     :raises ValueError: if ``num_transforms`` < 1.
 
     Source: Cobian et al., *AdaAnn*, arXiv 2202.00792, Eqs. 4-7.
@@ -31,9 +31,7 @@ class AutoPlanar(AutoFlow):
         >>> import pyro, pyro.distributions as dist
         >>> def model():
         ...     pyro.sample("z", dist.Normal(0, 1).expand([3]).to_event(1))
-        >>> guide = AutoPlanar(model, num_transforms=50, base_scale=2.0).initialize()
-        >>> sorted(name for name, _ in guide.named_parameters())
-        ['transform.b', 'transform.u', 'transform.w']
+        >>> guide = AutoPlanar(model, num_transforms=50, base_scale=2.0)
         >>> guide()["z"].shape
         torch.Size([3])
     """
@@ -45,5 +43,5 @@ class AutoPlanar(AutoFlow):
 
     def _make_transform(self, latent_dim: int) -> FlowTransform:
         stack = PlanarStack(latent_dim, self.num_transforms)
-        stack.reset_parameters(self._base_loc.cpu(), self._base_scale.cpu())
+        stack.reset_parameters(self._base_loc, self._base_scale)
         return stack

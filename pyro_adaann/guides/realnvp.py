@@ -23,7 +23,7 @@ class AutoRealNVP(AutoFlow):
     :param num_transforms: number of coupling layers; the paper uses 6 and 12.
     :param hidden_dims: widths of the hidden layers of the networks s and t; the paper uses two of
         10, 25 or 100 units.
-    :param kwargs: ``init_loc_fn``, ``base_loc`` and ``base_scale`` of :class:`AutoFlow`.
+    :param kwargs: ``init_loc_fn``, ``base_loc``, ``base_scale`` and ``affine`` of :class:`AutoFlow`.
     :raises ValueError: if a count is below 1; at set-up, if the model has one latent dimension.
 
     Source: Dinh et al., *Density estimation using Real NVP*, ICLR 2017; Cobian et al., *AdaAnn*,

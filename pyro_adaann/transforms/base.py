@@ -11,22 +11,10 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_adaann.transforms.by_point import gradients_by_point
+from pyro_adaann.transforms.outer import OuterProducts
+
 __all__ = ["FlowTransform"]
-
-
-class _Definition(torch.nn.Module):
-    """A flow as a module whose `forward` is its definition; a `TransformModule` has another one."""
-
-    def __init__(self, flow: FlowTransform) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.flow._define(x)
-
-
-def _prefixed(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"flow.{name}": value for name, value in values.items()}
 
 
 class FlowTransform(TransformModule):
@@ -47,6 +35,8 @@ class FlowTransform(TransformModule):
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
+    #: Sign of the Jacobian determinant, which a flow that starts near the identity keeps.
+    sign = 1
 
     _cached_log_det: Tensor | None
     _cached_image: Tensor | None
@@ -93,7 +83,9 @@ class FlowTransform(TransformModule):
             total = (base_score * inverse).sum() - log_det.sum()
             return torch.autograd.grad(total, y)[0]
 
-    def point_gradients(self, x: Tensor, grad_y: Tensor, grad_log_det: float) -> dict[Tensor, Tensor]:
+    def point_gradients(
+        self, x: Tensor, grad_y: Tensor, grad_log_det: float
+    ) -> dict[Tensor, Tensor | OuterProducts]:
         r"""Return what every point by itself adds to the gradient in every parameter.
 
         That is :math:`\nabla_\phi (g \cdot y_\phi(x) + c \log|\det J_\phi(x)|)`; autograd gives its sum over
@@ -102,24 +94,24 @@ class FlowTransform(TransformModule):
         :param x: points, shape ``(..., d)``; n of them in all.
         :param grad_y: g of every point, likewise.
         :param grad_log_det: c.
-        :return: for every parameter that is trained a tensor of shape ``(n,) + its shape``.
+        :return: for every parameter that is trained a tensor of shape ``(n,) + its shape``; or, for the
+            matrix of a linear map, the factors of one: :class:`~pyro_adaann.transforms.outer.OuterProducts`.
         """
         flat = x.detach().reshape(-1, self.input_dim)
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         found = self._point_gradients(flat, grad_y.detach().reshape(flat.shape), grad_log_det)
         return {parameter: found[name] for name, parameter in trained.items()}
 
-    def _point_gradients(self, x: Tensor, grad_y: Tensor, grad_log_det: float) -> dict[str, Tensor]:
-        """Do :meth:`point_gradients` on a flat batch, by name; by autograd unless a flow knows better."""
-        values = {name: p.detach() for name, p in self.named_parameters()}
+    def _point_gradients(
+        self, x: Tensor, grad_y: Tensor, grad_log_det: float
+    ) -> dict[str, Tensor | OuterProducts]:
+        """Do :meth:`point_gradients` on a flat batch, by name; with hooks unless a flow knows better."""
 
-        def total(values: dict[str, Tensor], point: Tensor, grad: Tensor) -> Tensor:
-            call = (point.unsqueeze(0),)
-            y, log_det = torch.func.functional_call(_Definition(self), _prefixed(values), call)
-            return (grad * y[0]).sum() + grad_log_det * log_det[0]
+        def run() -> Tensor:
+            y, log_det = self._define(x)
+            return (grad_y * y).sum(-1) + grad_log_det * log_det
 
-        gradients = torch.func.vmap(torch.func.grad(total), in_dims=(None, 0, 0))(values, x, grad_y)
-        return dict(gradients)
+        return gradients_by_point(self, run)
 
     def parameter_units(self) -> dict[Tensor, Tensor]:
         """Return for every parameter what counts as a large change of it, in its shape; here 1."""

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pyro_adaann.transforms.base import FlowTransform
+from pyro_adaann.transforms.outer import OuterProducts
 
 __all__ = ["PlanarStack"]
 
@@ -108,6 +109,7 @@ class PlanarStack(FlowTransform):
         A layer acts where ``|w . z + b|`` is of order one. Away from there its tanh is flat, and so
         is its gradient: on a base far from the origin, b = 0 would be a stack that cannot learn.
         """
+        loc, scale = (torch.as_tensor(value).to(self.w) for value in (loc, scale))
         with torch.no_grad():
             self.u.normal_(0, 0.01)
             self.w.normal_(0, 1 / math.sqrt(self.input_dim)).div_(scale)
@@ -123,7 +125,9 @@ class PlanarStack(FlowTransform):
         return _layer_by_layer(x, self.u, self.w, self.b)
 
     @torch.no_grad()
-    def _point_gradients(self, x: Tensor, grad_y: Tensor, grad_log_det: float) -> dict[str, Tensor]:
+    def _point_gradients(
+        self, x: Tensor, grad_y: Tensor, grad_log_det: float
+    ) -> dict[str, Tensor | OuterProducts]:
         return _point_gradients(x, self.u, self.w, self.b, grad_y, grad_log_det)
 
     @torch.no_grad()
@@ -288,7 +292,7 @@ def _score(x: Tensor, base_score: Tensor, u: Tensor, w: Tensor, b: Tensor) -> Te
 
 def _point_gradients(
     x: Tensor, free_u: Tensor, w: Tensor, b: Tensor, grad_y: Tensor, grad_log_det: float
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor | OuterProducts]:
     """Return what `_Stack.backward` sums over points, for every point by itself, points first.
 
     With d_l the derivative in the pre-activation of layer l, those in u_l, w_l and b_l are h_l times that in

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pyro_adaann.transforms.base import FlowTransform
+from pyro_adaann.transforms.outer import OuterProducts
 
 __all__ = ["RealNVPStack"]
 
@@ -100,6 +101,39 @@ def _couple(copied: Tensor, mapped: Tensor, layers: Sequence[Layer]) -> tuple[Te
         log_det = log_det + log_scale.sum(-1)
         copied, mapped = mapped, copied
     return copied, mapped, log_det
+
+
+def _layer_gradients(
+    layers: Sequence[Layer], x: Sequence[Tensor], grad_y: Sequence[Tensor], grad_log_det: float
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """Return for every matrix of every layer its inputs and its outputs' gradients, ``(2, n, width)``."""
+    copied, mapped = x
+    saved = []
+    for layer in layers:
+        inputs = [copied.expand(2, *copied.shape)]
+        for weight, bias in layer[:-1]:
+            inputs.append(torch.baddbmm(bias, inputs[-1], weight).relu_())
+        log_scale, shift = torch.baddbmm(layer[-1][1], inputs[-1], layer[-1][0]).unbind(0)
+        log_scale = torch.tanh(log_scale)
+        saved.append((inputs, mapped, log_scale))
+        copied, mapped = torch.addcmul(shift, mapped, log_scale.exp()), copied
+    # As the last layer leaves the halves: what it has mapped comes first.
+    grad_copied, grad_mapped = grad_y if len(layers) % 2 == 0 else grad_y[::-1]
+    found = []
+    for layer, (inputs, mapped, log_scale) in zip(reversed(layers), reversed(saved), strict=True):
+        grad_mapped, grad_copied = grad_copied, grad_mapped
+        scale = log_scale.exp()
+        by_log_scale = grad_log_det + grad_mapped * scale * mapped
+        grad = torch.stack([by_log_scale * (1 - log_scale * log_scale), grad_mapped])
+        pairs = []
+        for k in range(len(inputs) - 1, -1, -1):
+            pairs.append((inputs[k], grad))
+            grad = torch.bmm(grad, layer[k][0].transpose(1, 2))
+            if k:
+                grad = torch.ops.aten.threshold_backward(grad, inputs[k], 0)
+        grad_copied, grad_mapped = grad_copied + grad.sum(0), grad_mapped * scale
+        found.append(pairs[::-1])
+    return found[::-1]
 
 
 def _split(tensors: Sequence[Tensor], index: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -214,6 +248,23 @@ class RealNVPStack(FlowTransform):
         first, second = x.split(self.split_sizes, dim=-1)
         *halves, log_det = _couple(first, second, _by_layer(self._matrices(), len(self.networks)))
         return torch.cat(halves if self.num_transforms % 2 == 0 else halves[::-1], dim=-1), log_det
+
+    @torch.no_grad()
+    def _point_gradients(
+        self, x: Tensor, grad_y: Tensor, grad_log_det: float
+    ) -> dict[str, Tensor | OuterProducts]:
+        layers = _by_layer(self._matrices(), len(self.networks))
+        halves = x.split(self.split_sizes, dim=-1)
+        found = _layer_gradients(layers, halves, grad_y.split(self.split_sizes, dim=-1), grad_log_det)
+        gradients: dict[str, Tensor | OuterProducts] = {}
+        for kind in range(len(self.networks)):
+            # Of every layer of a kind the (inputs, output gradients) of its matrices, from first to last.
+            for k, pairs in enumerate(zip(*found[kind :: len(self.networks)], strict=True)):
+                # From (2, n, width) of every layer to (n, num_layers, 2, width).
+                left, right = (torch.stack(parts).permute(2, 0, 1, 3) for parts in zip(*pairs, strict=True))
+                gradients[f"networks.{kind}.weights.{k}"] = OuterProducts(left, right)
+                gradients[f"networks.{kind}.biases.{k}"] = right.unsqueeze(-2)
+        return gradients
 
     @torch.no_grad()
     def _score(self, x: Tensor, base_score: Tensor) -> Tensor:

@@ -1,0 +1,98 @@
+"""Flows one after the other, as one flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pyro_adaann.transforms.base import FlowTransform
+from pyro_adaann.transforms.outer import OuterProducts
+
+__all__ = ["ComposedFlow"]
+
+
+class ComposedFlow(FlowTransform):
+    r"""The composition :math:`T_k \circ \dots \circ T_1` of flows, itself a flow.
+
+    Scores, inverses and gradients by points pass through the parts, each of which does what it does best.
+
+    :param parts: the flows, the first to act first, all of one dimension.
+    :raises ValueError: if there are none or their dimensions differ.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_adaann.transforms import AffineLayer, PlanarStack
+        >>> flow = ComposedFlow([PlanarStack(2, 8), AffineLayer(2)]).double()
+        >>> x = torch.randn(5, 2).double()
+        >>> torch.allclose(flow.inv(flow(x).clone()), x)
+        True
+    """
+
+    def __init__(self, parts: Sequence[FlowTransform]) -> None:
+        dims = {part.input_dim for part in parts}
+        if len(dims) != 1:
+            raise ValueError(f"Expected flows of one dimension; got {sorted(dims) or 'no flow'}.")
+        super().__init__(dims.pop())
+        self.parts = nn.ModuleList(parts)
+
+    def _flows(self) -> list[FlowTransform]:
+        return [cast(FlowTransform, part) for part in self.parts]
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_dets = []
+        for part in self._flows():
+            x, log_det = part._forward(x)
+            log_dets.append(log_det)
+        return x, torch.stack(log_dets).sum(0)
+
+    def _define(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_dets = []
+        for part in self._flows():
+            x, log_det = part._define(x)
+            log_dets.append(log_det)
+        return x, torch.stack(log_dets).sum(0)
+
+    def _backward_map(self, y: Tensor) -> Tensor:
+        for part in reversed(self._flows()):
+            y = part._backward_map(y)
+        return y
+
+    def _score(self, x: Tensor, base_score: Tensor) -> Tensor:
+        for part in self._flows():
+            base_score = part._score(x, base_score)
+            with torch.no_grad():
+                x = part._forward(x)[0]
+        return base_score
+
+    def _point_gradients(
+        self, x: Tensor, grad_y: Tensor, grad_log_det: float
+    ) -> dict[str, Tensor | OuterProducts]:
+        points = [x]
+        with torch.no_grad():
+            for part in self._flows()[:-1]:
+                points.append(part._forward(points[-1])[0])
+        found: dict[str, Tensor | OuterProducts] = {}
+        for number, (part, point) in reversed(list(enumerate(zip(self._flows(), points, strict=True)))):
+            gradients = part._point_gradients(point, grad_y, grad_log_det)
+            found.update((f"parts.{number}.{name}", gradient) for name, gradient in gradients.items())
+            if number:
+                grad_y = _pull_back(part, point, grad_y, grad_log_det)
+        return found
+
+    def parameter_units(self) -> dict[Tensor, Tensor]:
+        """Return what the parts say."""
+        return {
+            parameter: unit for part in self._flows() for parameter, unit in part.parameter_units().items()
+        }
+
+
+def _pull_back(flow: FlowTransform, x: Tensor, grad_y: Tensor, grad_log_det: float) -> Tensor:
+    """Return the gradient of ``grad_y . y + grad_log_det * log_det`` in the points."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y, log_det = flow._forward(x)
+        return torch.autograd.grad((grad_y * y).sum() + grad_log_det * log_det.sum(), x)[0]

@@ -1,0 +1,204 @@
+"""The laws of a flow, as a class that the tests of any flow inherit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_adaann.transforms import FlowTransform, OuterProducts
+from pyro_adaann.transforms.masked import MaskedNetwork
+
+__all__ = ["FlowLaws", "points", "trained"]
+
+
+def trained(make_flow: Callable[[], FlowTransform], seed: int = 0) -> FlowTransform:
+    """A flow in double precision with parameters far from the identity."""
+    torch.manual_seed(seed)
+    flow = make_flow().double()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.4)
+        for module in flow.modules():
+            if isinstance(module, MaskedNetwork):  # its units would be far out in the linear part
+                for weight in module.weights:
+                    weight.mul_(1 / weight.shape[0] ** 0.5)
+    return flow
+
+
+def points(flow: FlowTransform, n: int = 20) -> Tensor:
+    return 2 * torch.randn(n, flow.input_dim, dtype=torch.float64)
+
+
+def dense(gradient: Tensor | OuterProducts) -> Tensor:
+    return gradient.dense() if isinstance(gradient, OuterProducts) else gradient
+
+
+class FlowLaws:
+    """What holds for every :class:`~pyro_adaann.transforms.FlowTransform`.
+
+    A class of tests that inherits from this one has a fixture ``make_flow``, which returns a function without
+    arguments that makes a new flow::
+
+        class TestMyFlow(FlowLaws):
+            @pytest.fixture
+            def make_flow(self):
+                return lambda: MyFlow(3)
+    """
+
+    #: Share of the numbers of a parameter that have a gradient, at least: a ReLU unit may be dead at all
+    #: points, and half of a triangular or masked matrix is zero. A coordinate left out would take more.
+    min_share = 0.3
+
+    @pytest.fixture
+    def make_flow(self) -> Callable[[], FlowTransform]:
+        raise NotImplementedError("Expected a fixture `make_flow` in the class that inherits the laws.")
+
+    @pytest.fixture
+    def flow(self, make_flow: Callable[[], FlowTransform]) -> FlowTransform:
+        return trained(make_flow)
+
+    def test_log_det_is_that_of_the_autograd_jacobian(self, flow):
+        for x in points(flow, 5):
+            jacobian = torch.autograd.functional.jacobian(lambda z: flow(z.clone()), x)
+            expected = torch.linalg.slogdet(jacobian).logabsdet
+            actual = flow.log_abs_det_jacobian(x, flow(x))
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+    def test_definition_is_the_kernel(self, flow):
+        x = points(flow)
+        torch.testing.assert_close(flow._define(x), flow._forward(x), rtol=1e-9, atol=1e-9)
+
+    def test_round_trip_at_ten_thousand_points(self, flow):
+        x = points(flow, 10_000)
+        with torch.no_grad():
+            y = flow(x).clone()
+            assert (flow.inv(y) - x).abs().max() < 1e-6
+
+    def test_gradients_of_image_and_log_det(self, flow):
+        x = points(flow, 3).requires_grad_()
+
+        def run(x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+            return flow.forward_and_log_det(x)
+
+        assert torch.autograd.gradcheck(run, (x, *flow.parameters()), fast_mode=True)
+
+    def test_gradients_of_the_inverse(self, flow):
+        y = flow(points(flow, 3)).detach().requires_grad_()
+
+        def run(y: Tensor, *_: Tensor) -> Tensor:
+            return flow._inverse(y)
+
+        assert torch.autograd.gradcheck(run, (y, *flow.parameters()), fast_mode=True, atol=1e-4)
+
+    def test_score_is_the_gradient_of_the_log_density(self, flow):
+        x = points(flow)
+        y = flow._forward(x)[0].detach().requires_grad_()
+        inverse = flow._backward_map(y)
+        log_q = -0.5 * inverse.square().sum() - flow._forward(inverse)[1].sum()
+        (expected,) = torch.autograd.grad(log_q, y)
+        torch.testing.assert_close(flow.score(x, -x), expected, rtol=1e-5, atol=1e-5)
+
+    def test_point_gradients_are_those_of_autograd_point_by_point(self, flow):
+        x, grad_y = points(flow, 4), points(flow, 4)
+        found = {parameter: dense(g) for parameter, g in flow.point_gradients(x, grad_y, -0.7).items()}
+        parameters = list(flow.parameters())
+        assert set(found) == set(parameters)
+        for i in range(len(x)):
+            y, log_det = flow._forward(x[i : i + 1])
+            total = (grad_y[i] * y).sum() - 0.7 * log_det.sum()
+            expected = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+            actual = tuple(found[parameter][i] for parameter in parameters)
+            torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-7)
+
+    def test_gradient_reaches_every_parameter(self, flow):
+        for name, parameter in flow.named_parameters():
+            if "biases" in name:
+                parameter.data.add_(1.0)  # few dead ReLU units
+        y, log_det = flow.forward_and_log_det(points(flow, 200))
+        (y.pow(2).sum() - log_det.sum()).backward()
+        for name, parameter in flow.named_parameters():
+            share = (parameter.grad != 0).double().mean()
+            assert share > self.min_share, (name, share)
+
+    def test_starts_near_the_identity(self, make_flow):
+        torch.manual_seed(0)
+        flow = make_flow().double()
+        x = points(flow, 500)
+        y, log_det = flow.forward_and_log_det(x)
+        assert (y - x).abs().mean() < 0.2
+        assert log_det.abs().mean() < 0.3
+
+    def test_any_batch_shape(self, flow):
+        x = points(flow, 12).reshape(2, 3, 2, flow.input_dim)
+        y = flow(x)
+        assert y.shape == x.shape
+        assert flow.log_abs_det_jacobian(x, y).shape == (2, 3, 2)
+        torch.testing.assert_close(y[1, 2, 0], flow(x[1, 2, 0]))
+        empty = flow(x[:0])
+        assert empty.shape == (0, 3, 2, flow.input_dim)
+
+    def test_single_precision_agrees_with_double(self, flow):
+        x = points(flow, 100)
+        y, log_det = flow.forward_and_log_det(x)
+        y32, log_det32 = copy.deepcopy(flow).float().forward_and_log_det(x.float())
+        assert y32.dtype == torch.float32
+        torch.testing.assert_close(y32.double(), y, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(log_det32.double(), log_det, rtol=1e-3, atol=1e-3)
+
+    def test_density_integrates_to_one(self, flow):
+        if flow.input_dim > 2:
+            return  # a grid is for one and two dimensions
+        n = 8001 if flow.input_dim == 1 else 601
+        axis = torch.linspace(-25, 25, n, dtype=torch.float64)
+        grid = torch.cartesian_prod(*[axis] * flow.input_dim).reshape(-1, flow.input_dim)
+        base = torch.distributions.Normal(torch.zeros(flow.input_dim).double(), 1.0)
+        base = torch.distributions.Independent(base, 1)
+        density = torch.distributions.TransformedDistribution(base, [flow], validate_args=False)
+        with torch.no_grad():
+            total = density.log_prob(grid).exp().sum() * (axis[1] - axis[0]) ** flow.input_dim
+        assert total.item() == pytest.approx(1.0, abs=5e-3)
+
+    def test_memory_of_the_last_draw_does_not_survive_an_update(self, flow):
+        x = points(flow, 4)
+        before = flow(x)
+        assert flow(x) is before
+        with torch.no_grad():
+            for parameter in flow.parameters():
+                parameter.add_(0.1)
+        assert not torch.equal(flow(x), before)
+
+    def test_copies_after_use(self, flow):
+        x = points(flow, 4)
+        y = flow(x)
+        for other in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+            assert torch.equal(other(x), y)
+            with torch.no_grad():
+                for parameter in other.parameters():
+                    parameter.add_(1.0)
+            assert torch.equal(flow(x), y)
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")  # Pyro's JIT uses it
+    def test_jit_trace_records_the_flow(self, flow):
+        flow.requires_grad_(False)
+        x = points(flow, 6)
+        traced = torch.jit.trace(lambda z: flow.forward_and_log_det(z), (x,), check_trace=False)
+        other = points(flow, 6)
+        torch.testing.assert_close(traced(other), flow.forward_and_log_det(other))
+
+    def test_units_of_all_parameters(self, flow):
+        units = flow.parameter_units()
+        assert set(units) == set(flow.parameters())
+        for parameter, unit in units.items():
+            assert unit.shape == parameter.shape
+            assert (unit > 0).all()
+            assert torch.isfinite(unit).all()
+
+    def test_made_on_another_device_than_the_default_one(self, make_flow):
+        with torch.device("meta"):
+            flow = make_flow()
+        assert {p.device.type for p in flow.parameters()} == {"meta"}
