@@ -34,9 +34,12 @@ class NaturalDirection:
     that is where their bends are. What is solved is the system of the size of the number of draws, and not of
     parameters.
 
-    Of the scores in a linear map the outer products are enough (see :mod:`pyro_adaann.steps.gram`). D is then
-    the matrix of rank one, a factor for every row of the map and one for every column, that has the row and
-    column sums of the D above.
+    Of the scores in a linear map the outer products are enough (see :mod:`pyro_adaann.steps.gram`). D then
+    has rank one, a factor for every row of the map and one for every column. With
+    :math:`\hat F = \mu \rho_j \gamma_k` the matrix of rank one that has the row and column sums of F's
+    diagonal, both factors of mean one, and f the second term of D, it is
+    :math:`(\sqrt\mu \rho_j + \sqrt f)(\sqrt\mu \gamma_k + \sqrt f)`: never below f, and nearly
+    :math:`\hat F` where that is much larger.
 
     :param scores: gradients of log q at fixed draws: a matrix of shape ``(num_draws, num_parameters)``; or
         for every parameter a tensor of shape ``(num_draws, *shape)`` or the outer products whose sum it is.
@@ -70,7 +73,7 @@ class NaturalDirection:
         num_parameters = sum(part.num_parameters for part in self._parts)
         floor = _FLOOR * torch.stack([variance.sum() for variance in variances]).sum() / num_parameters
         for part, variance in zip(self._parts, variances, strict=True):
-            part.set_scale(variance + floor)
+            part.set_scale(variance, floor)
         # Single precision rounds by 1e-7 of the mean of the diagonal, far below any damping. The solution of
         # the system might lose more, and is computed in double precision.
         self._gram = gram_matrix(self._parts, square_norms) / len(log_weights)

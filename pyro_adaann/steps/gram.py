@@ -60,8 +60,8 @@ class ScorePart(ABC):
         """Return the variance of the scores in units of the parameter, in its shape."""
 
     @abstractmethod
-    def set_scale(self, variance: Tensor) -> None:
-        """Scale by the root of a variance, in units of the parameter."""
+    def set_scale(self, variance: Tensor, floor: Tensor) -> None:
+        """Scale by the root of variance and floor, in units of the parameter."""
 
     @abstractmethod
     def scale(self) -> Tensor:
@@ -98,9 +98,9 @@ class DensePart(ScorePart):
         variance = square.sub_(mean.square_()).clamp_(min=0.0).reshape(self._units.shape)
         return variance * self._units.square()
 
-    def set_scale(self, variance: Tensor) -> None:
+    def set_scale(self, variance: Tensor, floor: Tensor) -> None:
         tiny = torch.finfo(variance.dtype).tiny
-        self._square = (self._units.square() / (variance + tiny)).reshape(-1)
+        self._square = (self._units.square() / (variance + floor + tiny)).reshape(-1)
 
     def scale(self) -> Tensor:
         return self._square.sqrt().reshape(self._units.shape)
@@ -153,14 +153,14 @@ class OuterPart(ScorePart):
         variance = variance.clamp_(min=0.0) if self._mask is None else variance.clamp_(min=0.0) * self._mask
         return variance.reshape(self._units.shape).mul_(self._units.square())
 
-    def set_scale(self, variance: Tensor) -> None:
-        variance = self._stacked(variance)
-        row, column = _rank_one(variance if self._mask is None else variance * self._mask, self._mask)
+    def set_scale(self, variance: Tensor, floor: Tensor) -> None:
+        row, column = _rank_one(self._stacked(variance), self._mask)
+        # The root of the floor to each factor, so that no product is below it.
+        root = floor.sqrt() + torch.finfo(floor.dtype).tiny ** 0.25
         units = self._stacked(self._units)
         mean = units.mean((1, 2)).unsqueeze(1)
-        # A row without a one in the mask stays where it is.
-        self._row_square = torch.where(row > 0, units.mean(2).square() / row, 0.0)
-        self._column_square = torch.where(column > 0, (units.mean(1) / mean).square() / column, 0.0)
+        self._row_square = units.mean(2).square() / (row + root)
+        self._column_square = (units.mean(1) / mean).square() / (column + root)
 
     def scale(self) -> Tensor:
         return self._square().sqrt().reshape(self._units.shape)
