@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 
@@ -38,7 +37,7 @@ from pyro_adaann.objectives.fixed_density import fixed_log_density
 from pyro_adaann.steps.direction import NaturalDirection, residuals
 from pyro_adaann.steps.natural import is_not_worse
 from pyro_adaann.steps.scores import score_matrix
-from pyro_adaann.transforms import PlanarStack, RealNVPStack
+from pyro_adaann.transforms import PlanarStack
 
 POSTERIOR = 0.5, 0.8  # mean and sd
 GUIDE = 0.2, 0.7
@@ -143,24 +142,6 @@ def test_the_step_of_a_planar_flow_is_the_same_in_any_unit_of_the_latents():
         )
         steps.append(step * back)
     torch.testing.assert_close(*steps)
-
-
-@pytest.mark.parametrize("stack", [PlanarStack(3, 70), RealNVPStack(3, 5, [7, 6]), RealNVPStack(2, 1, [4])])
-def test_gradients_of_single_points_are_those_of_autograd(stack):
-    torch.manual_seed(0)
-    stack = copy.deepcopy(stack).double()
-    with torch.no_grad():
-        for parameter in stack.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    dim = stack.input_dim
-    x, grad_y = torch.randn(2, 5, dim, dtype=torch.float64), torch.randn(2, 5, dim, dtype=torch.float64)
-    got = stack.point_gradients(x, grad_y, -1.5)
-    assert [id(p) for p in got] == [id(p) for p in stack.parameters()]
-    for i, (point, grad) in enumerate(zip(x.reshape(-1, dim), grad_y.reshape(-1, dim), strict=True)):
-        y, log_det = stack.forward_and_log_det(point)
-        expected = torch.autograd.grad((y * grad).sum() - 1.5 * log_det, list(stack.parameters()))
-        for value, one in zip(got.values(), expected, strict=True):
-            torch.testing.assert_close(value[i], one)
 
 
 def two_sites() -> None:
@@ -551,3 +532,18 @@ def test_user_warnings_are_shown_once(recwarn):
             svi.step()
     assert len(warned) > 10
     assert sum("look here" in str(w.message) for w in caught) == 1
+
+
+def test_a_guide_whose_parameters_have_two_names_keeps_rungs():
+    own = AutoIAFNormal(model_2d, hidden_dim=[6])
+    svi = natural_svi(
+        model_2d, own, num_particles=100, path="joint", schedule=CESSSchedule(0.5), num_final_steps=2
+    )
+    svi.run(progress_bar=False)
+    assert len(svi.ladder.rungs) > 1
+    svi.restart(svi.ladder.rungs[1])
+    svi.step()
+
+
+def model_2d() -> None:
+    pyro.sample("z", dist.Normal(0.5 * torch.ones(2), 0.7).to_event(1))

@@ -140,7 +140,7 @@ class NaturalStep(Step):
         scores = draw_scores(drawn.guide_trace, parameters, len(drawn.log_weights))
         units = parameter_units(drawn.guide_trace, parameters)
         direction = NaturalDirection(scores, drawn.log_weights, units)
-        ready(parameters)
+        ready(captured_parameters(drawn.guide_trace))
 
         def is_accepted() -> bool:
             try:
