@@ -23,7 +23,7 @@ from pyro_adaann import (
     LinearSchedule,
     WeightedDraws,
     diagnose,
-    find_lost_modes,
+    find_lost_parts,
     mixture_draws,
     to_arviz,
 )
@@ -87,7 +87,7 @@ def narrowed(mode: int, schedule: LinearSchedule | None = None, distance: float 
 @pytest.mark.parametrize("mode", [0, 1])
 def test_a_mode_that_is_gone_is_reported_with_its_share_and_comes_back(mode):
     svi = narrowed(mode)
-    report = find_lost_modes(svi, num_samples=20_000)
+    report = find_lost_parts(svi, num_samples=20_000)
     assert len(report.lost) == 1
     loss = report.lost[0]
     assert (loss.lower, loss.upper) == (svi.ladder.rungs[-1].inverse_temperature, 1.0)
@@ -109,7 +109,7 @@ def test_a_loss_is_found_where_it_was(gone):
     # Rungs at 0.1 (twice: before and after training), 0.4 and 0.7: the upper ones have lost the mode.
     for rung in svi.ladder.rungs[gone:]:
         rung.values.update(narrow)
-    report = find_lost_modes(svi)
+    report = find_lost_parts(svi)
     times = [rung.inverse_temperature for rung in svi.ladder.rungs]
     assert times == pytest.approx([0.1, 0.1, 0.4, 0.7])
     assert len(report.lost) == 1
@@ -152,19 +152,19 @@ def test_draws_are_as_many_as_asked_for_at_most():
     assert [looks.look(r, 700).num_samples for r in range(2)] == [700, 700]
     assert looks.look(0, 20_000).num_samples == 5000  # a loss so plain that the first draws say it all
     with pytest.raises(ValueError, match="num_samples"):
-        find_lost_modes(svi, num_samples=0)
+        find_lost_parts(svi, num_samples=0)
 
 
 def test_the_verdict_and_the_export_say_so():
     svi = narrowed(0)
     diagnosis = diagnose(svi)
-    assert diagnosis.has_lost_mode
+    assert diagnosis.has_lost_part
     assert not diagnosis.is_good
-    assert diagnosis.verdict.startswith("LOST MODE")
-    assert "2 rungs, lost modes: 1" in str(diagnosis)
+    assert diagnosis.verdict.startswith("LOST PART")
+    assert "2 rungs, lost parts: 1" in str(diagnosis)
     with pytest.warns(UserWarning, match="lost between inverse temperatures"):
         data = to_arviz(svi, num_samples=500, log_likelihood=False)
-    assert data.attrs["num_lost_modes"] == 1
+    assert data.attrs["num_lost_parts"] == 1
     assert data.attrs["lost_share"] == pytest.approx(0.3, abs=0.1)
 
 
@@ -184,7 +184,7 @@ def test_no_false_alarm_for_a_guide_that_has_it_all(make):
     )
     svi.run(progress_bar=False)
     before = [parameter.clone() for parameter in guide.parameters()]
-    report = find_lost_modes(svi)
+    report = find_lost_parts(svi)
     assert report.lost == []
     assert report.lost_share == 0
     assert "No mode lost" in str(report)
@@ -297,7 +297,7 @@ def test_what_it_cannot_do():
     svi = make_svi(0.5, ladder=None)
     svi.step()
     with pytest.raises(ValueError, match="ladder=Ladder"):
-        find_lost_modes(svi)
+        find_lost_parts(svi)
     with pytest.raises(ValueError, match="rung of this fit"):
         svi.restart(narrowed(0).ladder.rungs[0])
 
@@ -340,7 +340,7 @@ def test_alarms_are_right_and_the_mixture_repairs(kind, tolerance, base):
         kept = min(share / 0.7, (1 - share) / 0.3)
         if 0.05 < kept < 0.2:
             continue
-        is_lost, is_noticed = kept < 0.05, bool(find_lost_modes(svi).lost)
+        is_lost, is_noticed = kept < 0.05, bool(find_lost_parts(svi).lost)
         counted += 1
         right += is_lost == is_noticed
         if is_lost and is_noticed:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
-from pyro_adaann.diagnostics.lost_parts import find_lost_modes
+from pyro_adaann.diagnostics.lost_parts import find_lost_parts
 from pyro_adaann.diagnostics.model_and_guide import Fit
 from pyro_adaann.diagnostics.thermodynamic import (
     ThermodynamicEstimate,
@@ -124,7 +124,7 @@ def _annealing(svi: Fit, args: tuple[Any, ...], kwargs: dict[str, Any], vectoriz
         "num_stages": sum(stage.inverse_temperature < 1 for stage in stages),
     }
     if svi.ladder is not None and svi.ladder.rungs:
-        found["ladder"] = find_lost_modes(svi, *args, vectorize=vectorize, **kwargs)
+        found["ladder"] = find_lost_parts(svi, *args, vectorize=vectorize, **kwargs)
     return found
 
 

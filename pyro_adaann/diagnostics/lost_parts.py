@@ -30,7 +30,7 @@ from pyro_adaann.state.rungs import Rung, guide_at, rungs_and_guide
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.weights import effective_sample_size, pareto_smooth
 
-__all__ = ["LadderReport", "LostMode", "find_lost_modes"]
+__all__ = ["LadderReport", "LostPart", "find_lost_parts"]
 
 #: A guide has next to nothing of a density where it has less than this share of it, or of what it had.
 _MIN_COVER = 1 / 20
@@ -53,7 +53,7 @@ _MAX_SHAPE_IN_REACH = 2.0
 
 
 @dataclass(frozen=True)
-class LostMode:
+class LostPart:
     """A part of the posterior that the guide lost between two rungs.
 
     :param rung: the last rung that has it.
@@ -65,7 +65,7 @@ class LostMode:
     Example::
 
         >>> from pyro_adaann import Rung
-        >>> lost = LostMode(Rung(0.1, {}, {}), lower=0.1, upper=0.2, share=0.3, share_se=0.02)
+        >>> lost = LostPart(Rung(0.1, {}, {}), lower=0.1, upper=0.2, share=0.3, share_se=0.02)
         >>> print(LadderReport(num_rungs=5, lost=[lost], min_ess=0.3))
         30% +- 2% of the tempered posterior lost between inverse temperatures 0.1 and 0.2.
     """
@@ -89,11 +89,11 @@ class LadderReport:
     Example::
 
         >>> print(LadderReport(num_rungs=5, lost=[], min_ess=0.3))
-        No mode lost between 5 rungs and the guide (least overlap 30%).
+        No part lost between 5 rungs and the guide (least overlap 30%).
     """
 
     num_rungs: int
-    lost: list[LostMode]
+    lost: list[LostPart]
     min_ess: float
 
     @property
@@ -104,7 +104,7 @@ class LadderReport:
     def __str__(self) -> str:
         if not self.lost:
             overlap = f"least overlap {self.min_ess:.0%}"
-            return f"No mode lost between {self.num_rungs} rungs and the guide ({overlap})."
+            return f"No part lost between {self.num_rungs} rungs and the guide ({overlap})."
         return " ".join(
             f"{loss.share:.0%} +- {loss.share_se:.0%} of the tempered posterior lost between inverse "
             f"temperatures {loss.lower:.3g} and {loss.upper:.3g}."
@@ -112,7 +112,7 @@ class LadderReport:
         )
 
 
-def find_lost_modes(
+def find_lost_parts(
     svi: AdaAnnSVI, *args: Any, num_samples: int = 20_000, vectorize: bool = True, **kwargs: Any
 ) -> LadderReport:
     """Compare every rung of the ladder of a fit with the next two and with the guide.
@@ -140,7 +140,7 @@ def find_lost_modes(
         ...                 Trace_ELBO(num_particles=20, vectorize_particles=True), ladder=Ladder(),
         ...                 schedule=AdaAnnSchedule(0.5), num_initial_steps=20, num_final_steps=20)
         >>> history = svi.run(progress_bar=False)
-        >>> find_lost_modes(svi).lost
+        >>> find_lost_parts(svi).lost
         []
     """
     if num_samples < 1:
@@ -149,11 +149,11 @@ def find_lost_modes(
     last = len(looks.rungs) - 1
     found = [looks.look(r, num_samples) for r in range(last)]
 
-    def loss(r: int, upper: int, share: _Comparison) -> LostMode:
+    def loss(r: int, upper: int, share: _Comparison) -> LostPart:
         lower, higher = looks.inverse_temperatures[r], looks.inverse_temperatures[upper]
         rung = looks.rungs[r]
         assert rung is not None  # the guide, which is above all of them
-        return LostMode(rung, lower, higher, share.share, share.se)
+        return LostPart(rung, lower, higher, share.share, share.se)
 
     lost = {r: loss(r, r + 1, look.above[0]) for r, look in enumerate(found) if _are_lost(look.above)}
     # What several rungs see from afar has gone above the highest of them; the surest knows its share.

@@ -35,7 +35,7 @@ def mixture_draws(
     :param vectorize: whether model and guide run for all draws of a rung at once.
     :raises ValueError: if the fit has no ladder or has taken no step, and as :func:`diagnose` does.
 
-    Warns if k-hat is too large. Anneal again then from the rung that :func:`find_lost_modes` names, more
+    Warns if k-hat is too large. Anneal again then from the rung that :func:`find_lost_parts` names, more
     slowly (``svi.restart(rung)``), or fit again with more particles.
 
     Source: Veach and Guibas, *Optimally combining sampling techniques*, SIGGRAPH 1995 (the balance

@@ -134,7 +134,7 @@ class Diagnosis:
         return -math.expm1(-excess) if excess > max(3 * error, _NOTICEABLE_DIFFERENCE) else None
 
     @property
-    def has_lost_mode(self) -> bool:
+    def has_lost_part(self) -> bool:
         """Whether a rung of the ladder, or else thermodynamic integration, sees what the draws do not."""
         if self.ladder is not None:
             return bool(self.ladder.lost)
@@ -150,7 +150,7 @@ class Diagnosis:
             self.is_annealed
             and self.is_done is not False
             and self.has_reliable_weights
-            and not self.has_lost_mode
+            and not self.has_lost_part
             and self.gap <= _NOTICEABLE_GAP
         )
 
@@ -176,7 +176,7 @@ def _table(d: Diagnosis) -> str:
         ("ELBO", f"{d.elbo:.3f} +- {d.elbo_se:.3f}, {d.gap:.3f} nats below"),
     ]
     if d.ladder is not None:
-        rows.append(("ladder", f"{d.ladder.num_rungs} rungs, lost modes: {len(d.ladder.lost)}"))
+        rows.append(("ladder", f"{d.ladder.num_rungs} rungs, lost parts: {len(d.ladder.lost)}"))
     if d.num_untracked:
         rows.append(("stages not tracked", f"{d.num_untracked} of {d.num_stages}"))
     if d.thermodynamic is not None:
@@ -203,7 +203,7 @@ def _sentences(d: Diagnosis) -> Iterator[str]:
         return
     if d.ladder is not None and d.ladder.lost:
         yield (
-            f"LOST MODE. {d.ladder} The guide's draws, and weights of them, do not stand for the posterior. "
+            f"LOST PART. {d.ladder} The guide's draws, and weights of them, do not stand for the posterior. "
             f"Draws of all rungs together may (mixture_draws); or anneal again from the rung below the loss "
             f"(svi.restart), with smaller steps."
         )
@@ -242,7 +242,7 @@ def _sentences(d: Diagnosis) -> Iterator[str]:
             f"mean by up to {math.sqrt(2 * d.gap):.1f} posterior standard deviations, and its weights are "
             f"reliable: use weighted means or resampled draws (importance_draws)."
         )
-    elif not d.has_lost_mode and d.is_done is not False:
+    elif not d.has_lost_part and d.is_done is not False:
         yield "GOOD. The guide's draws can be used as they are, as far as they reach."
     if d.num_untracked > 0.1 * d.num_stages:
         yield (

@@ -14,7 +14,7 @@ import torch
 from pyro_adaann.annealing.history import AnnealingHistory
 from pyro_adaann.diagnostics.diagnose import get_inverse_temperature
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
-from pyro_adaann.diagnostics.lost_parts import find_lost_modes
+from pyro_adaann.diagnostics.lost_parts import find_lost_parts
 from pyro_adaann.diagnostics.model_and_guide import Fit
 from pyro_adaann.export.arviz_groups import (
     Groups,
@@ -99,8 +99,8 @@ def to_arviz(
             stacklevel=2,
         )
     if isinstance(svi, AdaAnnSVI) and svi.ladder is not None and svi.ladder.rungs:
-        report = find_lost_modes(svi, *args, vectorize=vectorize, **kwargs)
-        attrs["num_lost_modes"], attrs["lost_share"] = len(report.lost), report.lost_share
+        report = find_lost_parts(svi, *args, vectorize=vectorize, **kwargs)
+        attrs["num_lost_parts"], attrs["lost_share"] = len(report.lost), report.lost_share
         if report.lost:
             warnings.warn(f"{report} The draws lack it.", stacklevel=2)
     draws = GuideDraws(svi, args, kwargs, vectorize=vectorize)

@@ -57,6 +57,8 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float]:
     if shape is not None:
         return log_weights, shape
     normalized, k_hat = _psislw(positive.cpu().numpy())
+    if not math.isfinite(k_hat):  # too many of the tail are equal for the fit of ArviZ 1.x
+        return log_weights, math.inf
     # ArviZ shifts all weights so that they add up to 1; those below the tail are moved by that alone.
     lowest = int(positive.argmin())
     shift = float(positive[lowest]) - float(normalized[lowest])
