@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pyro_adaann.checks import check_count
+from pyro_adaann.diagnostics.numbers import percent, rounded
 from pyro_adaann.diagnostics.rung_draws import Comparison, RungDraws, Rungs
 from pyro_adaann.state.rungs import Rung
 from pyro_adaann.svi import AdaAnnSVI
@@ -67,7 +68,7 @@ class LostPart:
         >>> from pyro_adaann import Rung
         >>> lost = LostPart(Rung(0.1, {}, {}), lower=0.1, upper=0.2, share=0.3, share_se=0.02)
         >>> print(LadderReport(num_rungs=5, lost=[lost], min_ess=0.3))
-        30% +- 2% of the tempered posterior lost between inverse temperatures 0.1 and 0.2.
+        30% +- 2.0% of the tempered posterior lost between inverse temperatures 0.1 and 0.2.
     """
 
     rung: Rung
@@ -103,11 +104,11 @@ class LadderReport:
 
     def __str__(self) -> str:
         if not self.lost:
-            overlap = f"least overlap {self.min_ess:.0%}"
+            overlap = f"least overlap {percent(self.min_ess)}"
             return f"No part lost between {self.num_rungs} rungs and the guide ({overlap})."
         return " ".join(
-            f"{loss.share:.0%} +- {loss.share_se:.0%} of the tempered posterior lost between inverse "
-            f"temperatures {loss.lower:.3g} and {loss.upper:.3g}."
+            f"{percent(loss.share)} +- {percent(loss.share_se)} of the tempered posterior lost between "
+            f"inverse temperatures {rounded(loss.lower)} and {rounded(loss.upper)}."
             for loss in self.lost
         )
 
