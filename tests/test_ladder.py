@@ -118,7 +118,9 @@ def test_a_loss_is_found_where_it_was(gone):
     assert report.lost_share == pytest.approx(float(WEIGHTS[1]), abs=4 * report.lost[0].share_se + 0.02)
 
 
-@pytest.mark.parametrize(("log_evidence", "share"), [(-40.0, 0.0), (-20.0, 0.0), (-1.0, 1 / (1 + math.e)), (0.0, 0.5)])
+@pytest.mark.parametrize(
+    ("log_evidence", "share"), [(-40.0, 0.0), (-20.0, 0.0), (-1.0, 1 / (1 + math.e)), (0.0, 0.5)]
+)
 def test_what_rungs_hold_is_measured_against_all_that_is_known(log_evidence, share):
     """The posterior is 60 widths of the base away from it; beside the base there is more or less of it."""
 

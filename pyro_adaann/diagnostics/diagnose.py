@@ -67,6 +67,7 @@ def diagnose(
         >>> def model(x):
         ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> pyro.clear_param_store()  # a new fit
         >>> diagnosis = diagnose((model, AutoNormal(model, init_scale=0.9)), torch.tensor(0.0))
         >>> round(diagnosis.log_evidence, 1)  # exactly log N(0; 0, 2) = -1.27
         -1.3

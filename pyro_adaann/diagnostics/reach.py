@@ -48,7 +48,8 @@ _WIDTHS = (1.0, 1.5, 2.0, 3.0)
 #: Rounds of a quarter of the draws of each width: one, or more where they see something that is not sure.
 _MAX_ROUNDS, _ROUND = 8, 0.25
 #: A smaller share out of reach does not matter. Standard errors that it has to be above that and above zero.
-_MIN_SHARE, _NUM_ERRORS_ABOVE, _NUM_ERRORS = 0.005, 2.0, 3.0
+#: The latter holds for a share of six effective draws and more.
+_MIN_SHARE, _NUM_ERRORS_ABOVE, _NUM_ERRORS = 0.005, 2.0, 2.5
 #: Fewest effective draws behind a share, and the heaviest tail of weights that have a mean.
 _MIN_ESS, _MAX_SHAPE = 10.0, 1.0
 #: A site is named if this part of what is out of reach lies outside all that the guide draws of it.
@@ -89,14 +90,14 @@ class Reach:
 
     @property
     def is_known(self) -> bool:
-        """Whether enough of the draws count for the share to mean something."""
+        """Whether enough of the draws count for silence to mean something."""
         return self.ess >= _MIN_ESS and self.k_hat <= _MAX_SHAPE
 
     @property
     def is_short(self) -> bool:
         """Whether a noticeable share is surely out of reach."""
         least = max(_NUM_ERRORS * self.share_se, _MIN_SHARE + _NUM_ERRORS_ABOVE * self.share_se)
-        return self.is_known and self.share > least
+        return self.share > least
 
     def __str__(self) -> str:
         names = f", in {', '.join(self.sites)}" if self.sites else ""

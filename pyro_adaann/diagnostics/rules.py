@@ -17,8 +17,8 @@ _NOTICEABLE_GAP = 0.05
 #: From this one on, in nats, or where it is not surely above half of this, it says nothing of the bulk of the
 #: draws: a few of them make it.
 _FAR_GAP = 5.0
-#: Below this share of effective draws the guide is somewhere else.
-_ELSEWHERE = 0.01
+#: With fewer effective draws the guide is somewhere else.
+_ELSEWHERE = 25.0
 
 
 class Level(IntEnum):
@@ -100,11 +100,12 @@ def _reach(m: Measurements) -> Finding | None:
     if m.reach is None or not m.reach.is_short:
         return None
     return Finding(
-        Level.OUT_OF_REACH,
+        # Weights that are not reliable say so first.
+        Level.OUT_OF_REACH if m.has_reliable_weights else Level.UNRELIABLE,
         f"{m.reach}: the same guide from a wider base finds it, and no draw of the guide itself comes there, "
         f"so that no weights make up for it. Fit again from a base at least "
-        f"{rounded(max(m.reach.factor, 1.25), 2)} times as wide there (base_scale), or one that lies nearer "
-        f"(base_loc), or on another path.",
+        f"{rounded(max(m.reach.factor, 1.25), 2)} times as wide there (base_scale), from one that lies "
+        f"nearer (base_loc), on another path, or with a more flexible guide.",
     )
 
 
@@ -125,7 +126,7 @@ def _tail(m: Measurements) -> Finding | None:
         f"With k-hat {m.k_hat:.2f} the guide misses part of what the draws show of the posterior, and "
         f"importance weights cannot make up for it: do not use its intervals or the log evidence."
     )
-    if m.ess < _ELSEWHERE * m.num_samples:
+    if m.ess < _ELSEWHERE:
         return Finding(
             Level.UNRELIABLE,
             f"{text} Hardly any draw counts, so the posterior lies where the guide hardly draws. Give it a "
@@ -202,6 +203,6 @@ def _scaled(m: Measurements) -> Finding | None:
     )
 
 
-_ALARMS: tuple[Rule, ...] = (_ladder, _thermodynamic, _reach, _broken, _tail, _unfinished)
+_ALARMS: tuple[Rule, ...] = (_ladder, _broken, _tail, _reach, _thermodynamic, _unfinished)
 #: These change no level.
 _NOTES: tuple[Rule, ...] = (_harmless, _untracked, _scaled)
