@@ -22,7 +22,7 @@ from pyro_adaann.weights import (
     weighted_mean,
     weighted_mean_and_sd,
     winsorize,
-    zero_unless_finite,
+    finite_or_no_weight,
 )
 
 
@@ -45,7 +45,7 @@ def test_a_log_weight_that_is_not_finite_is_a_weight_of_zero_everywhere():
     assert pareto_smooth(more)[1] == pareto_smooth(log_weights)[1]
     assert not set(resample(more, 500).tolist()) & {7, 8, 9}
     assert (truncated_weights(more)[7:10] == 0).all()
-    assert (zero_unless_finite(more) > -torch.inf).sum() == 200
+    assert (finite_or_no_weight(more) > -torch.inf).sum() == 200
 
 
 def test_without_a_weight_there_are_no_effective_draws():

@@ -17,7 +17,6 @@ from pyro_adaann.diagnostics.thermodynamic import (
     final_node,
     history_nodes,
     integrate,
-    present_stages,
 )
 from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.objectives.tempered_elbo import TemperedTrace_ELBO
@@ -142,10 +141,11 @@ def _annealing(
 ) -> dict[str, Any]:
     if not isinstance(svi, AdaAnnSVI):
         return {}
-    stages = [stage for stage in present_stages(svi.history) if stage.inverse_temperature < 1]
+    history = svi.history
     found: dict[str, Any] = {
-        "num_untracked": sum(stage.is_tracked is False for stage in stages),
-        "num_stages": len(stages),
+        "num_untracked": len(history.untracked),
+        "num_stalled": len(history.stalled),
+        "num_stages": sum(stage.inverse_temperature < 1 for stage in history.present_pass),
     }
     if svi.ladder is not None and svi.ladder.rungs:
         found["ladder"] = find_lost_parts(svi, *args, batch_size=batch_size, vectorize=vectorize, **kwargs)

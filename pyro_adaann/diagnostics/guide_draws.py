@@ -38,7 +38,7 @@ from pyro_adaann.objectives.traces import (
     sites_of,
     with_num_particles,
 )
-from pyro_adaann.weights import zero_unless_finite
+from pyro_adaann.weights import finite_or_no_weight
 
 __all__ = ["DrawBatch", "GuideDraws"]
 
@@ -65,7 +65,7 @@ class DrawBatch:
     @property
     def log_weights(self) -> Tensor:
         """Log importance weights; minus infinity for draws whose log density is not finite."""
-        return zero_unless_finite(self.log_p - self.log_q)
+        return finite_or_no_weight(self.log_p - self.log_q)
 
 
 class GuideDraws:

@@ -43,6 +43,7 @@ class Measurements:
     :param ladder: what the rungs say.
     :param reach: what wider bases see.
     :param num_untracked: stages whose stage rule was not met.
+    :param num_stalled: stages in which no step was accepted.
     :param num_stages: stages below 1.
     :param is_scaled: whether the model scales its log density.
     """
@@ -61,6 +62,7 @@ class Measurements:
     ladder: LadderReport | None = None
     reach: Reach | None = None
     num_untracked: int = 0
+    num_stalled: int = 0
     num_stages: int = 0
     is_scaled: bool = False
 
@@ -95,8 +97,11 @@ class Measurements:
 
     @property
     def was_untracked(self) -> bool:
-        """Whether the guide was behind the tempered posterior in more than a tenth of the stages."""
-        return self.num_untracked > _MAX_UNTRACKED_SHARE * self.num_stages
+        """Whether the guide was behind the tempered posterior in more than a tenth of the stages.
+
+        A stage that stalled, all its steps rejected, was not tracked either.
+        """
+        return max(self.num_untracked, self.num_stalled) > _MAX_UNTRACKED_SHARE * self.num_stages
 
     @property
     def has_many_broken(self) -> bool:

@@ -39,7 +39,7 @@ from pyro_adaann.weights import (
     log_mean_weight,
     pareto_smooth,
     weighted_mean,
-    zero_unless_finite,
+    finite_or_no_weight,
 )
 
 __all__ = ["Reach", "measure_reach"]
@@ -163,7 +163,7 @@ def _draw(draws: GuideDraws, batch: DrawBatch, index: int) -> _Draws:
         name: draws.values(batch.guide_trace, name, num).reshape(num, -1) for name in draws.latent_names
     }
     width = torch.full_like(square, index)
-    return _Draws(width, zero_unless_finite(batch.log_p - log_mixture), square, dim, values)
+    return _Draws(width, finite_or_no_weight(batch.log_p - log_mixture), square, dim, values)
 
 
 def _concatenate(parts: list[_Draws]) -> _Draws:

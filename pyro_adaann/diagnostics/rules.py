@@ -187,7 +187,7 @@ def _untracked(m: Measurements) -> Finding | None:
         return None
     return Finding(
         Level.GOOD,
-        f"In {m.num_untracked} of {m.num_stages} stages the guide did not keep up with the tempered "
+        f"In {max(m.num_untracked, m.num_stalled)} of {m.num_stages} stages the guide did not keep up with the tempered "
         f"posterior, which is where parts get lost: more steps for a stage (max_num_steps), more transforms, "
         f"or smaller steps of the schedule may help. A second seed should find the same log evidence.",
     )

@@ -16,7 +16,7 @@ from pyro_adaann.diagnostics.guide_draws import GuideDraws
 from pyro_adaann.objectives.traces import log_factors
 from pyro_adaann.state.rungs import guide_at, rungs_and_guide
 from pyro_adaann.svi import AdaAnnSVI
-from pyro_adaann.weights import effective_sample_size, log_mean_weight, pareto_smooth, zero_unless_finite
+from pyro_adaann.weights import effective_sample_size, log_mean_weight, pareto_smooth, finite_or_no_weight
 
 __all__ = ["Comparison", "RungDraws", "Rungs"]
 
@@ -63,7 +63,7 @@ class RungDraws:
 
     def log_weights(self, s: int) -> Tensor:
         """Log weights to the density of rung s."""
-        return zero_unless_finite(self.offset + self.inverse_temperatures[s] * self.factor)
+        return finite_or_no_weight(self.offset + self.inverse_temperatures[s] * self.factor)
 
     def log_normalizer(self, s: int) -> float:
         """Log normalizer of that density."""

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from pyro_adaann.annealing.history import AnnealingHistory, AnnealingStage
+from pyro_adaann.annealing.history import AnnealingHistory
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.annealing.tempering import Tempering
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
@@ -36,7 +36,7 @@ from pyro_adaann.weights import (
     log_mean_error,
     log_mean_weight,
     weighted_mean_and_sd,
-    zero_unless_finite,
+    finite_or_no_weight,
 )
 
 __all__ = [
@@ -45,7 +45,6 @@ __all__ = [
     "final_node",
     "history_nodes",
     "integrate",
-    "present_stages",
 ]
 
 _STAGE_FIELDS = (
@@ -121,32 +120,13 @@ def integrate(nodes: Sequence[TemperatureNode]) -> ThermodynamicEstimate:
     return ThermodynamicEstimate(total, math.sqrt(variance), quadrature_error)
 
 
-def present_stages(history: AnnealingHistory) -> list[AnnealingStage]:
-    """Return the stages that led to where the fit is.
-
-    After a recovery or a restart, the later stages at the same inverse temperatures count.
-
-    Example::
-
-        >>> history = AnnealingHistory([AnnealingStage(t) for t in (0.1, 0.4, 0.2, 0.5, 1.0)])
-        >>> [stage.inverse_temperature for stage in present_stages(history)]
-        [0.1, 0.2, 0.5, 1.0]
-    """
-    stages: list[AnnealingStage] = []
-    for stage in history.stages:
-        while stages and stages[-1].inverse_temperature >= stage.inverse_temperature:
-            stages.pop()
-        stages.append(stage)
-    return stages
-
-
 def history_nodes(history: AnnealingHistory) -> list[TemperatureNode]:
     """Return the nodes of the stages below 1.
 
     None if the schedule asked for no draws in one of them, or if a plate was sub-sampled: weights of the
     draws against a random part of the data overfit to it, and the integral is too large.
     """
-    stages = [stage for stage in present_stages(history) if stage.inverse_temperature < 1]
+    stages = [stage for stage in history.present_pass if stage.inverse_temperature < 1]
     nodes = []
     for stage in stages:
         values: list[Any] = [getattr(stage, name) for name in _STAGE_FIELDS]
@@ -180,7 +160,7 @@ def final_node(
         if factors is not None:
             pairs.append(torch.stack([factors.double(), batch.log_weights]))
     factors, log_weights = torch.cat(pairs, dim=1)
-    log_weights = zero_unless_finite(log_weights + (1 - t) * factors)
+    log_weights = finite_or_no_weight(log_weights + (1 - t) * factors)
     mean, sd = weighted_mean_and_sd(factors, log_weights)
     ess = effective_sample_size(log_weights)
     se = log_mean_error(ess, num_samples)

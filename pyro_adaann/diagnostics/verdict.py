@@ -36,6 +36,7 @@ class Diagnosis(Measurements):
     :param ladder: what the rungs of the fit's ladder say of lost parts; None without a ladder.
     :param reach: what draws from wider bases see beyond the guide's; None where the guide has no normal base.
     :param num_untracked: stages of the present pass that ran out of steps before their stage rule was met.
+    :param num_stalled: stages of the present pass below 1 in which no step was accepted.
     :param num_stages: stages of the present pass below 1.
     :param is_scaled: whether the model scales its log density, so that the verdict is about these arguments.
 
@@ -109,6 +110,8 @@ def _rows(d: Diagnosis) -> list[tuple[str, str]]:
         rows.append(("out of reach", _out_of_reach(d)))
     if d.num_untracked:
         rows.append(("stages not tracked", f"{d.num_untracked} of {d.num_stages}"))
+    if d.num_stalled:
+        rows.append(("stages stalled", f"{d.num_stalled} of {d.num_stages}"))
     if d.thermodynamic is not None:
         rows.append(("log evidence, 2nd way", _second_way(d, d.thermodynamic)))
     return rows

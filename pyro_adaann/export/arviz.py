@@ -17,7 +17,6 @@ from pyro_adaann.diagnostics.guide_draws import GuideDraws
 from pyro_adaann.diagnostics.model_and_guide import Fit
 from pyro_adaann.diagnostics.numbers import rounded
 from pyro_adaann.diagnostics.rules import Level
-from pyro_adaann.diagnostics.thermodynamic import present_stages
 from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.export.arviz_groups import (
     Groups,
@@ -198,8 +197,7 @@ def _attributes(svi: Fit) -> dict[str, Any]:
         attrs["schedule"] = repr(svi.schedule)
         if svi.stage_rule is not None:
             attrs["stage_rule"] = repr(svi.stage_rule)
-            stages = present_stages(svi.history)
-            attrs["num_untracked_stages"] = sum(stage.is_tracked is False for stage in stages)
+            attrs["num_untracked_stages"] = len(svi.history.untracked)
         for name in ("num_initial_steps", "num_steps_per_stage", "num_final_steps"):
             attrs[name] = getattr(svi, name)
     return attrs
