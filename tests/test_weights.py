@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_adaann import diagnose
 from pyro_adaann.weights import (
     effective_sample_size,
+    finite_or_no_weight,
     log_mean_error,
     log_mean_weight,
     median_and_reach,
@@ -22,7 +23,6 @@ from pyro_adaann.weights import (
     weighted_mean,
     weighted_mean_and_sd,
     winsorize,
-    finite_or_no_weight,
 )
 
 

@@ -35,11 +35,11 @@ from pyro_adaann.diagnostics.numbers import percent
 from pyro_adaann.objectives.traces import sites_of
 from pyro_adaann.weights import (
     effective_sample_size,
+    finite_or_no_weight,
     log_mean_error,
     log_mean_weight,
     pareto_smooth,
     weighted_mean,
-    finite_or_no_weight,
 )
 
 __all__ = ["Reach", "measure_reach"]

@@ -185,11 +185,12 @@ def _harmless(m: Measurements) -> Finding | None:
 def _untracked(m: Measurements) -> Finding | None:
     if not m.was_untracked:
         return None
+    num_behind = max(m.num_untracked, m.num_stalled)
     return Finding(
         Level.GOOD,
-        f"In {max(m.num_untracked, m.num_stalled)} of {m.num_stages} stages the guide did not keep up with the tempered "
-        f"posterior, which is where parts get lost: more steps for a stage (max_num_steps), more transforms, "
-        f"or smaller steps of the schedule may help. A second seed should find the same log evidence.",
+        f"In {num_behind} of {m.num_stages} stages the guide did not keep up with the tempered posterior, which "
+        f"is where parts get lost: more steps for a stage (max_num_steps), more transforms, or "
+        f"smaller steps of the schedule may help. A second seed should find the same log evidence.",
     )
 
 

@@ -16,7 +16,7 @@ from pyro_adaann.diagnostics.guide_draws import GuideDraws
 from pyro_adaann.objectives.traces import log_factors
 from pyro_adaann.state.rungs import guide_at, rungs_and_guide
 from pyro_adaann.svi import AdaAnnSVI
-from pyro_adaann.weights import effective_sample_size, log_mean_weight, pareto_smooth, finite_or_no_weight
+from pyro_adaann.weights import effective_sample_size, finite_or_no_weight, log_mean_weight, pareto_smooth
 
 __all__ = ["Comparison", "RungDraws", "Rungs"]
 

@@ -33,10 +33,10 @@ from pyro_adaann.diagnostics.guide_draws import GuideDraws
 from pyro_adaann.objectives.traces import log_factors
 from pyro_adaann.weights import (
     effective_sample_size,
+    finite_or_no_weight,
     log_mean_error,
     log_mean_weight,
     weighted_mean_and_sd,
-    finite_or_no_weight,
 )
 
 __all__ = [

@@ -18,13 +18,13 @@ from torch import Tensor
 
 __all__ = [
     "effective_sample_size",
+    "finite_or_no_weight",
     "log_mean_error",
     "log_mean_weight",
     "resample",
     "truncated_weights",
     "weighted_mean",
     "weighted_mean_and_sd",
-    "finite_or_no_weight",
 ]
 
 
