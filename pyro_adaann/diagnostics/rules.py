@@ -188,9 +188,9 @@ def _untracked(m: Measurements) -> Finding | None:
     num_behind = max(m.num_untracked, m.num_stalled)
     return Finding(
         Level.GOOD,
-        f"In {num_behind} of {m.num_stages} stages the guide did not keep up with the tempered posterior, which "
-        f"is where parts get lost: more steps for a stage (max_num_steps), more transforms, or "
-        f"smaller steps of the schedule may help. A second seed should find the same log evidence.",
+        f"In {num_behind} of {m.num_stages} stages the guide did not keep up with the tempered posterior, "
+        f"which is where parts get lost: more steps for a stage (max_num_steps), more transforms, or smaller "
+        f"steps of the schedule may help. A second seed should find the same log evidence.",
     )
 
 
