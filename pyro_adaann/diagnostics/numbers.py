@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["percent", "rounded"]
+__all__ = ["nats", "percent", "rounded"]
+
+
+def nats(value: float) -> str:
+    """Return a log density with three digits after the point, an absurd one with six digits in all.
+
+    Example::
+
+        >>> nats(-176543.21849), nats(-4.7988e32)
+        ('-176543.218', '-4.7988e+32')
+    """
+    return f"{value:.3f}" if abs(value) < 1e7 else f"{value:.6g}"
 
 
 def rounded(value: float, digits: int = 3) -> str:

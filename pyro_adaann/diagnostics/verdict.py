@@ -8,7 +8,7 @@ import textwrap
 from dataclasses import dataclass
 
 from pyro_adaann.diagnostics.measurements import Measurements
-from pyro_adaann.diagnostics.numbers import percent, rounded
+from pyro_adaann.diagnostics.numbers import nats, percent, rounded
 from pyro_adaann.diagnostics.rules import Level, findings
 from pyro_adaann.diagnostics.thermodynamic import ThermodynamicEstimate
 
@@ -101,8 +101,8 @@ def _rows(d: Diagnosis) -> list[tuple[str, str]]:
         ("Pareto k-hat", _shape(d)),
         ("effective sample size", f"{d.ess:.0f} ({percent(d.ess / d.num_samples)} of {d.num_samples} draws)"),
         ("broken draws", f"{d.num_broken} ({percent(d.broken_share)})"),
-        ("log evidence", f"{d.log_evidence:.3f} +- {d.log_evidence_se:.3f}"),
-        ("ELBO", f"{d.elbo:.3f} +- {d.elbo_se:.3f}, {d.gap:.3f} nats below"),
+        ("log evidence", f"{nats(d.log_evidence)} +- {nats(d.log_evidence_se)}"),
+        ("ELBO", f"{nats(d.elbo)} +- {nats(d.elbo_se)}, {nats(d.gap)} nats below"),
     ]
     if d.ladder is not None:
         rows.append(("ladder", f"{d.ladder.num_rungs} rungs, lost parts: {len(d.ladder.lost)}"))
@@ -136,8 +136,8 @@ def _second_way(d: Diagnosis, estimate: ThermodynamicEstimate) -> str:
     error = math.hypot(estimate.error, d.log_evidence_se)
     if d.has_reliable_weights and estimate.log_evidence < d.log_evidence - 3 * error:
         # The error does not know the bias of weights with few effective draws.
-        return f"{estimate.log_evidence:.3f} (thermodynamic integration, too low: the guide was behind)"
-    value = f"{estimate.log_evidence:.3f} +- {estimate.error:.3f}"
+        return f"{nats(estimate.log_evidence)} (thermodynamic integration, too low: the guide was behind)"
+    value = f"{nats(estimate.log_evidence)} +- {nats(estimate.error)}"
     return f"{value} (thermodynamic integration, rather too low)"
 
 

@@ -81,7 +81,7 @@ def to_arviz(
     :param weighted: whether to resample the draws by their importance weights. By default it is done where
         the verdict on the fit is "usable with weights", and the attribute ``weighted`` says so. Then there
         are no weights in ``sample_stats``: each is the same.
-    :param diagnosis: what :func:`diagnose` has returned for this fit. Without it the fit is diagnosed here.
+    :param diagnosis: what :func:`diagnose` has returned for this fit, so that nothing is measured twice.
     :param sample_dims: dimensions of the draws: ``["chain", "draw"]``, one chain, or with ArviZ 1.x
         ``["sample"]``, which says that they are independent.
     :return: ``arviz.InferenceData`` if ArviZ before version 1 is installed, else ``xarray.DataTree``.
@@ -92,7 +92,8 @@ def to_arviz(
         each.
     :raises ImportError: if there is no ArviZ.
 
-    Warns if the draws do not stand for the posterior, with weights or without, and why. Several fits become
+    Warns if the draws do not stand for the posterior, with weights or without, unless the diagnosis that
+    says so is given. Several fits become
     chains of one data set by ``arviz.concat(first, second, dim="chain", reset_dim=True)`` with ArviZ 0.x,
     and with 1.x by ``xarray.concat([first, second], "chain", data_vars="minimal", coords="minimal",
     compat="override", join="outer")``.
@@ -123,13 +124,12 @@ def to_arviz(
     log_weights = groups["sample_stats"]["log_weight"]
     if diagnosis is None:
         diagnosis = assess(svi, draws, log_weights, args, kwargs, batch_size, vectorize)
+        if (warning := _warning(diagnosis)) is not None:
+            warnings.warn(warning, stacklevel=2)
     if weighted is None:
         weighted = diagnosis.asks_for_weights
     smoothed, k_hat = pareto_smooth(log_weights)
     attrs = {**_attributes(svi), **_verdict(diagnosis), "pareto_k_hat": k_hat, "weighted": int(weighted)}
-    warning = _warning(diagnosis)
-    if warning is not None:
-        warnings.warn(warning, stacklevel=2)
     if weighted:
         index = resample(smoothed, num_samples)
         del groups["sample_stats"]
