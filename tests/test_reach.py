@@ -17,7 +17,7 @@ from pyro.infer.autoguide import (
 )
 from torch import Tensor
 
-from pyro_adaann import AutoPlanar, AutoRealNVP, diagnose, natural_svi
+from pyro_adaann import AutoPlanar, AutoRealNVP, AutoSpline, diagnose, natural_svi
 from pyro_adaann.diagnostics.reach import Reach, measure_reach
 
 NUM_SAMPLES = 10_000
@@ -102,7 +102,16 @@ def normal_sites() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoIAFNormal, AutoPlanar, AutoRealNVP]
+    "make",
+    [
+        AutoNormal,
+        AutoDiagonalNormal,
+        AutoMultivariateNormal,
+        AutoIAFNormal,
+        AutoPlanar,
+        AutoRealNVP,
+        AutoSpline,
+    ],
 )
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_every_guide_with_a_normal_base_has_a_wider_copy(make, vectorize):
