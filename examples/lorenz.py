@@ -177,14 +177,15 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(history.stages)} stages (paper: {140 if args.noise_variance == 0.2 else 778})")
     print(f"effective sample size: {weighted.ess:.0f} of {len(weighted.log_p)} draws")
 
-    print(diagnose(svi, data, args.noise_variance))
+    diagnosis = diagnose(svi, data, args.noise_variance)
+    print(diagnosis)
 
     # What is kept and drawn are posterior draws, resampled by their weights.
     posterior = weighted.resample(len(weighted.log_p))
     args.out.mkdir(parents=True, exist_ok=True)
-    to_arviz(svi, data, args.noise_variance, log_likelihood=False, weighted=True).to_netcdf(
-        str(args.out / "posterior.nc")
-    )
+    to_arviz(
+        svi, data, args.noise_variance, diagnosis=diagnosis, log_likelihood=False, weighted=True
+    ).to_netcdf(str(args.out / "posterior.nc"))
     plot_data(data, posterior, args.out / "data.png")
     plot_schedule(history, args.out / "schedule.png")
     plot_pairs(posterior, args.out / "posterior.png", TRUTH)

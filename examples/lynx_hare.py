@@ -180,10 +180,10 @@ def main(arguments: list[str] | None = None) -> None:
     # The counts are one event: one log likelihood for all of them, so none per observation.
     coords = {"species": ["hare", "lynx"], "year": YEARS.tolist()}
     dims = {"initial": ["species"], "sigma": ["species"], "pelts": ["year", "species"]}
-    data = to_arviz(svi, PELTS, coords=coords, dims=dims, log_likelihood=False)
-    options: dict[str, Any] = {} if hasattr(az, "InferenceData") else {"sample_dims": ["sample"]}
-    print(az.summary(data, kind="stats", round_to=3, **options))
-    print(diagnose(svi, PELTS))
+    diagnosis = diagnose(svi, PELTS)
+    data = to_arviz(svi, PELTS, diagnosis=diagnosis, coords=coords, dims=dims, log_likelihood=False)
+    print(az.summary(data, kind="stats", round_to=3))
+    print(diagnosis)
 
     args.out.mkdir(parents=True, exist_ok=True)
     data.to_netcdf(str(args.out / "posterior.nc"))

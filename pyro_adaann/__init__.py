@@ -14,7 +14,7 @@ from pyro_adaann.annealing.schedules import AdaAnnSchedule, AnnealingSchedule
 from pyro_adaann.annealing.stage_rules import ESSStageRule, StageRule
 from pyro_adaann.diagnostics.diagnose import diagnose
 from pyro_adaann.diagnostics.importance import WeightedDraws, importance_draws
-from pyro_adaann.diagnostics.lost_parts import LadderReport, LostMode, find_lost_modes
+from pyro_adaann.diagnostics.lost_parts import LadderReport, LostPart, find_lost_parts
 from pyro_adaann.diagnostics.mixture import mixture_draws
 from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.export import plots
@@ -56,7 +56,7 @@ __all__ = [
     "Ladder",
     "LadderReport",
     "LinearSchedule",
-    "LostMode",
+    "LostPart",
     "NaturalStep",
     "Path",
     "Recovery",
@@ -69,7 +69,7 @@ __all__ = [
     "__version__",
     "diagnose",
     "effective_sample_size",
-    "find_lost_modes",
+    "find_lost_parts",
     "importance_draws",
     "mixture_draws",
     "natural_svi",

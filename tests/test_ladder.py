@@ -23,11 +23,12 @@ from pyro_adaann import (
     LinearSchedule,
     WeightedDraws,
     diagnose,
-    find_lost_modes,
+    find_lost_parts,
     mixture_draws,
     to_arviz,
 )
-from pyro_adaann.diagnostics.lost_parts import _Comparison, _is_lost, _Look, _Looks
+from pyro_adaann.diagnostics.lost_parts import _is_lost, _Look, _Looks
+from pyro_adaann.diagnostics.rung_draws import Comparison, Rungs
 
 MEANS = torch.tensor([[-2.0, -2.0], [2.0, 2.0]])
 WEIGHTS = torch.tensor([0.7, 0.3])
@@ -87,7 +88,7 @@ def narrowed(mode: int, schedule: LinearSchedule | None = None, distance: float 
 @pytest.mark.parametrize("mode", [0, 1])
 def test_a_mode_that_is_gone_is_reported_with_its_share_and_comes_back(mode):
     svi = narrowed(mode)
-    report = find_lost_modes(svi, num_samples=20_000)
+    report = find_lost_parts(svi, num_samples=20_000)
     assert len(report.lost) == 1
     loss = report.lost[0]
     assert (loss.lower, loss.upper) == (svi.ladder.rungs[-1].inverse_temperature, 1.0)
@@ -109,12 +110,46 @@ def test_a_loss_is_found_where_it_was(gone):
     # Rungs at 0.1 (twice: before and after training), 0.4 and 0.7: the upper ones have lost the mode.
     for rung in svi.ladder.rungs[gone:]:
         rung.values.update(narrow)
-    report = find_lost_modes(svi)
+    report = find_lost_parts(svi)
     times = [rung.inverse_temperature for rung in svi.ladder.rungs]
     assert times == pytest.approx([0.1, 0.1, 0.4, 0.7])
     assert len(report.lost) == 1
     assert (report.lost[0].lower, report.lost[0].upper) == (times[gone - 1], times[gone])
     assert report.lost_share == pytest.approx(float(WEIGHTS[1]), abs=4 * report.lost[0].share_se + 0.02)
+
+
+@pytest.mark.parametrize(
+    ("log_evidence", "share"), [(-40.0, 0.0), (-20.0, 0.0), (-1.0, 1 / (1 + math.e)), (0.0, 0.5)]
+)
+def test_what_rungs_hold_is_measured_against_all_that_is_known(log_evidence, share):
+    """The posterior is 60 widths of the base away from it; beside the base there is more or less of it."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
+        near, far = dist.Normal(0.0, 1.0).log_prob(z), dist.Normal(30.0, 0.5).log_prob(z)
+        pyro.factor("density", torch.logaddexp(near + log_evidence, far))
+
+    guide = AutoNormal(model, init_scale=1.0)
+    svi = AdaAnnSVI(
+        model,
+        guide,
+        pyro.optim.SGD({"lr": 0.0}),
+        Trace_ELBO(num_particles=10, vectorize_particles=True),
+        schedule=LinearSchedule(3, initial_inverse_temperature=0.1),
+        num_initial_steps=1,
+        num_final_steps=1,
+        ladder=Ladder(0.01),
+    )
+    svi.run(progress_bar=False)
+    with torch.no_grad():
+        guide.locs.z.fill_(30.0)
+        guide.scales.z = torch.tensor(0.5)
+    report = find_lost_parts(svi)
+    # The draws of the rungs are exact, so the error is that of the share itself; 4 of them, once in 16,000.
+    assert report.lost_share == pytest.approx(
+        share, abs=4 * sum(loss.share_se for loss in report.lost) + 1e-6
+    )
+    assert bool(report.lost) == (share > 0)
 
 
 def test_a_mixture_of_rungs_too_far_away_says_so():
@@ -129,7 +164,7 @@ def test_a_mixture_of_rungs_too_far_away_says_so():
 
 
 def test_more_draws_where_a_loss_is_seen_and_not_sure():
-    nothing = _Comparison(share=0.01, se=0.01, ess=500.0, k_hat=0.3)
+    nothing = Comparison(share=0.01, se=0.01, ess=500.0, k_hat=0.3)
     unsure = nothing._replace(share=0.3, se=0.15)
     sure = nothing._replace(share=0.3, se=0.03)
     out_of_reach = nothing._replace(share=1.0, se=0.0, ess=1.0, k_hat=50.0)
@@ -148,23 +183,25 @@ def test_more_draws_where_a_loss_is_seen_and_not_sure():
 
 def test_draws_are_as_many_as_asked_for_at_most():
     svi = narrowed(0)
-    looks = _Looks(svi, (), {}, vectorize=True)
-    assert [looks.look(r, 700).num_samples for r in range(2)] == [700, 700]
-    assert looks.look(0, 20_000).num_samples == 5000  # a loss so plain that the first draws say it all
+    rungs = Rungs(svi, (), {}, batch_size=300, vectorize=True)
+    looks = _Looks(rungs, 700)
+    assert [looks.look(r).num_samples for r in range(2)] == [700, 700]
+    # A loss so plain that the first draws say it all.
+    assert _Looks(rungs, 20_000).look(0).num_samples == 5000
     with pytest.raises(ValueError, match="num_samples"):
-        find_lost_modes(svi, num_samples=0)
+        find_lost_parts(svi, num_samples=0)
 
 
 def test_the_verdict_and_the_export_say_so():
     svi = narrowed(0)
     diagnosis = diagnose(svi)
-    assert diagnosis.has_lost_mode
+    assert diagnosis.has_lost_part
     assert not diagnosis.is_good
-    assert diagnosis.verdict.startswith("LOST MODE")
-    assert "2 rungs, lost modes: 1" in str(diagnosis)
+    assert diagnosis.verdict.startswith("LOST PART")
+    assert "2 rungs, lost parts: 1" in str(diagnosis)
     with pytest.warns(UserWarning, match="lost between inverse temperatures"):
         data = to_arviz(svi, num_samples=500, log_likelihood=False)
-    assert data.attrs["num_lost_modes"] == 1
+    assert data.attrs["num_lost_parts"] == 1
     assert data.attrs["lost_share"] == pytest.approx(0.3, abs=0.1)
 
 
@@ -184,10 +221,10 @@ def test_no_false_alarm_for_a_guide_that_has_it_all(make):
     )
     svi.run(progress_bar=False)
     before = [parameter.clone() for parameter in guide.parameters()]
-    report = find_lost_modes(svi)
+    report = find_lost_parts(svi)
     assert report.lost == []
     assert report.lost_share == 0
-    assert "No mode lost" in str(report)
+    assert "No part lost" in str(report)
     # Looking has changed nothing.
     assert all(map(torch.equal, before, guide.parameters()))
     times = [rung.inverse_temperature for rung in svi.ladder.rungs]
@@ -297,13 +334,13 @@ def test_what_it_cannot_do():
     svi = make_svi(0.5, ladder=None)
     svi.step()
     with pytest.raises(ValueError, match="ladder=Ladder"):
-        find_lost_modes(svi)
+        find_lost_parts(svi)
     with pytest.raises(ValueError, match="rung of this fit"):
         svi.restart(narrowed(0).ladder.rungs[0])
 
 
 def test_a_share_counts_if_its_weights_have_a_mean_and_draws_behind_them():
-    sure = _Comparison(share=0.5, se=0.05, ess=50.0, k_hat=0.6)
+    sure = Comparison(share=0.5, se=0.05, ess=50.0, k_hat=0.6)
     assert _is_lost(sure, 0.05)
     for doubt in (
         {"k_hat": 1.2},
@@ -340,7 +377,7 @@ def test_alarms_are_right_and_the_mixture_repairs(kind, tolerance, base):
         kept = min(share / 0.7, (1 - share) / 0.3)
         if 0.05 < kept < 0.2:
             continue
-        is_lost, is_noticed = kept < 0.05, bool(find_lost_modes(svi).lost)
+        is_lost, is_noticed = kept < 0.05, bool(find_lost_parts(svi).lost)
         counted += 1
         right += is_lost == is_noticed
         if is_lost and is_noticed:

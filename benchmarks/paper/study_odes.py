@@ -31,7 +31,7 @@ import hiv
 import lorenz
 from posterior import moments, weighted_moments
 
-from pyro_adaann import AdaAnnSVI, find_lost_modes, importance_draws
+from pyro_adaann import AdaAnnSVI, find_lost_parts, importance_draws
 
 EXAMPLES = ("lorenz_0.2", "lorenz_0.001", "hiv")
 NUM_DRAWS = 10_000  # as in the paper's tables
@@ -64,7 +64,7 @@ def run(cell: Mapping[str, Any], trials: list[int]) -> list[Record]:
         start = time.process_time()
         history = svi.run(*args, progress_bar=False)
         seconds = time.process_time() - start
-        lost = find_lost_modes(svi, *args).lost if svi.ladder is not None else None
+        lost = find_lost_parts(svi, *args).lost if svi.ladder is not None else None
         record = {
             "num_stages": len(history.stages),
             "num_steps": history.num_steps,

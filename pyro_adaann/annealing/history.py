@@ -107,6 +107,8 @@ class AnnealingStage:
     #: Draws that they are of, and those among them left out as not finite.
     num_draws: int = 0
     num_nonfinite_draws: int = 0
+    #: Whether a plate was sub-sampled: the draws of a step then are weighted against a part of the data.
+    is_subsampled: bool = False
 
     def count(self, result: StepResult) -> None:
         """Add one step.

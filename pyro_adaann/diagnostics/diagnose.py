@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
-from pyro_adaann.diagnostics.lost_parts import find_lost_modes
-from pyro_adaann.diagnostics.model_and_guide import Fit
+from pyro_adaann.diagnostics.lost_parts import find_lost_parts
+from pyro_adaann.diagnostics.model_and_guide import Fit, get_model_and_guide, has_scale
+from pyro_adaann.diagnostics.reach import measure_reach
 from pyro_adaann.diagnostics.thermodynamic import (
     ThermodynamicEstimate,
     final_node,
@@ -20,9 +21,9 @@ from pyro_adaann.diagnostics.thermodynamic import (
 from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.objectives.tempered_elbo import TemperedTrace_ELBO
 from pyro_adaann.svi import AdaAnnSVI
-from pyro_adaann.weights import effective_sample_size, pareto_smooth
+from pyro_adaann.weights import effective_sample_size, log_mean_error, log_mean_weight, pareto_smooth
 
-__all__ = ["Diagnosis", "diagnose", "get_inverse_temperature"]
+__all__ = ["Diagnosis", "assess", "diagnose", "get_inverse_temperature"]
 
 #: Draws behind the mean log factor at t = 1. It counts for one of many stages.
 _NUM_FINAL_DRAWS = 1000
@@ -42,8 +43,9 @@ def diagnose(
               p(x) \approx \frac{1}{n} \sum_i w_i, \qquad
               \mathrm{ELBO} \approx \frac{1}{n} \sum_i \log w_i
 
-    Print the result for a verdict. Memory does not grow with the number of draws but for two numbers
-    each.
+    Print the result for a verdict. The same guide from wider bases tells whether posterior is out of reach,
+    and the rungs of a ladder whether a part was lost. Memory does not grow with the number of draws but for
+    a few numbers each.
 
     :param svi: an `AdaAnnSVI`, a `pyro.infer.SVI`, or a pair ``(model, guide)``. Of the first two the
         inverse temperature is known, and a tempered posterior is not taken for the posterior.
@@ -64,6 +66,7 @@ def diagnose(
         >>> def model(x):
         ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> pyro.clear_param_store()  # a new fit
         >>> diagnosis = diagnose((model, AutoNormal(model, init_scale=0.9)), torch.tensor(0.0))
         >>> round(diagnosis.log_evidence, 1)  # exactly log N(0; 0, 2) = -1.27
         -1.3
@@ -73,12 +76,31 @@ def diagnose(
     _check_counts(num_samples, batch_size)
     draws = GuideDraws(svi, args, kwargs, vectorize=vectorize)
     log_weights = torch.cat([batch.log_weights for batch in draws.batches(num_samples, batch_size)])
+    return assess(svi, draws, log_weights, args, kwargs, batch_size, vectorize)
+
+
+def assess(
+    svi: Fit,
+    draws: GuideDraws,
+    log_weights: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch_size: int,
+    vectorize: bool,
+) -> Diagnosis:
+    """Return the diagnosis of a fit whose draws have been weighted already."""
+    is_scaled = has_scale(draws.prototype)
+    model, guide = get_model_and_guide(svi)
+    num_samples = len(log_weights)
     return Diagnosis(
         **_statistics(log_weights),
         inverse_temperature=get_inverse_temperature(svi),
         is_done=svi.is_done if isinstance(svi, AdaAnnSVI) else None,
-        thermodynamic=_thermodynamic(svi, args, kwargs, vectorize),
-        **_annealing(svi, args, kwargs, vectorize),
+        reach=measure_reach(model, guide, args, kwargs, num_samples, batch_size, vectorize),
+        is_scaled=is_scaled,
+        # Of a part of the data scaled up there is no second opinion.
+        thermodynamic=None if is_scaled else _thermodynamic(svi, args, kwargs, batch_size, vectorize),
+        **_annealing(svi, args, kwargs, batch_size, vectorize),
     )
 
 
@@ -107,34 +129,36 @@ def _statistics(log_weights: Tensor) -> dict[str, Any]:
         "num_broken": num_samples - finite.numel(),
         "k_hat": k_hat,
         "ess": ess,
-        "log_evidence": float(smoothed.logsumexp(0)) - math.log(num_samples),
-        # The delta method: the relative variance of the weights is n / ess - 1.
-        "log_evidence_se": math.sqrt(max(num_samples / ess - 1, 0.0) / num_samples),
+        "log_evidence": log_mean_weight(smoothed),
+        "log_evidence_se": log_mean_error(ess, num_samples),
         "elbo": float(finite.mean()),
         "elbo_se": float(finite.std()) / math.sqrt(finite.numel()),
     }
 
 
-def _annealing(svi: Fit, args: tuple[Any, ...], kwargs: dict[str, Any], vectorize: bool) -> dict[str, Any]:
+def _annealing(
+    svi: Fit, args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int, vectorize: bool
+) -> dict[str, Any]:
     if not isinstance(svi, AdaAnnSVI):
         return {}
-    stages = svi.history.stages
+    history = svi.history
     found: dict[str, Any] = {
-        "num_untracked": len(svi.history.untracked),
-        "num_stages": sum(stage.inverse_temperature < 1 for stage in stages),
+        "num_untracked": len(history.untracked),
+        "num_stalled": len(history.stalled),
+        "num_stages": sum(stage.inverse_temperature < 1 for stage in history.present_pass),
     }
     if svi.ladder is not None and svi.ladder.rungs:
-        found["ladder"] = find_lost_modes(svi, *args, vectorize=vectorize, **kwargs)
+        found["ladder"] = find_lost_parts(svi, *args, batch_size=batch_size, vectorize=vectorize, **kwargs)
     return found
 
 
 def _thermodynamic(
-    svi: Fit, args: tuple[Any, ...], kwargs: dict[str, Any], vectorize: bool
+    svi: Fit, args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int, vectorize: bool
 ) -> ThermodynamicEstimate | None:
     if not isinstance(svi, AdaAnnSVI) or svi.inverse_temperature < 1:
         return None
     nodes = history_nodes(svi.history)
     if not nodes:
         return None
-    last = final_node(svi, svi.path, args, kwargs, _NUM_FINAL_DRAWS, vectorize)
+    last = final_node(svi, svi.path, args, kwargs, _NUM_FINAL_DRAWS, batch_size, vectorize)
     return integrate([*nodes, last])

@@ -38,6 +38,7 @@ from pyro_adaann.objectives.traces import (
     sites_of,
     with_num_particles,
 )
+from pyro_adaann.weights import finite_or_no_weight
 
 __all__ = ["DrawBatch", "GuideDraws"]
 
@@ -64,8 +65,7 @@ class DrawBatch:
     @property
     def log_weights(self) -> Tensor:
         """Log importance weights; minus infinity for draws whose log density is not finite."""
-        log_weights = self.log_p - self.log_q
-        return torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
+        return finite_or_no_weight(self.log_p - self.log_q)
 
 
 class GuideDraws:

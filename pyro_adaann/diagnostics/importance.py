@@ -1,12 +1,4 @@
-r"""Importance weights of guide draws: Pareto smoothing, weighted means, resampling.
-
-With draws :math:`z_i \sim q` and weights :math:`w_i = p(x, z_i) / q(z_i)`,
-
-.. math:: E_{p(z \mid x)}[f] \approx \frac{\sum_i w_i f(z_i)}{\sum_i w_i}, \qquad
-          p(x) \approx \frac{1}{n} \sum_i w_i .
-
-Weights stay logarithms throughout. A weight of minus infinity counts as a draw of weight zero.
-"""
+"""Guide draws with their importance weights: weighted means, resampling."""
 
 from __future__ import annotations
 
@@ -92,6 +84,7 @@ def importance_draws(
         >>> def model():
         ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+        >>> pyro.clear_param_store()  # a new fit
         >>> draws = importance_draws((model, AutoNormal(model, init_scale=1.0)), num_samples=1000)
         >>> 0.3 < float(draws.mean("z")) < 0.7  # exactly 0.5
         True

@@ -1,4 +1,4 @@
-r"""Was a mode lost on the way? Every rung of a ladder is weighed against the rungs above it.
+r"""Was a part of the posterior lost on the way? Every rung of a ladder is weighed against the rungs above it.
 
 No number from the draws of the final guide sees a mode that none of them visits; the guide at a lower
 inverse temperature visits it. With draws :math:`z_i \sim q_r` of a rung, weighted to the tempered density
@@ -11,6 +11,11 @@ The coverage :math:`c_s` of a rung is compared with c, the best one of the rung 
 guide that is too wide covers everything badly, from the beginning on; one that loses a mode little by
 little covers it well at first. Neighbors overlap in any dimension; the posterior itself, at t = 1, is in
 reach of a wide rung in few.
+
+The normalizer of :math:`p_{t_s}` is the larger of two: of the draws of rung r, and of those of rung s
+itself, which do not know what is lost; what is lost and what rung s has are the whole. Where the posterior
+lies many widths of the base away, its mass arrives late on the bridge, and the draws of a lower rung hold
+nothing of it: normalized by their own evidence, next to nothing would look like all of it.
 """
 
 from __future__ import annotations
@@ -21,16 +26,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from pyro_adaann.annealing.tempering import Tempering
-from pyro_adaann.diagnostics.guide_draws import GuideDraws
-from pyro_adaann.objectives.traces import log_factors
-from pyro_adaann.state.rungs import Rung, guide_at, rungs_and_guide
+from pyro_adaann.checks import check_count
+from pyro_adaann.diagnostics.numbers import percent, rounded
+from pyro_adaann.diagnostics.rung_draws import Comparison, RungDraws, Rungs
+from pyro_adaann.state.rungs import Rung
 from pyro_adaann.svi import AdaAnnSVI
-from pyro_adaann.weights import effective_sample_size, pareto_smooth
 
-__all__ = ["LadderReport", "LostMode", "find_lost_modes"]
+__all__ = ["LadderReport", "LostPart", "find_lost_parts"]
 
 #: A guide has next to nothing of a density where it has less than this share of it, or of what it had.
 _MIN_COVER = 1 / 20
@@ -41,10 +44,8 @@ _LOOKBACK = (2, 4)
 _MIN_SHARE, _MIN_TEMPERED_SHARE = 0.05, 0.15
 #: Standard errors that a share has to be above zero, and above the smallest one that counts.
 _NUM_ERRORS, _NUM_ERRORS_ABOVE = 3.0, 2.0
-#: Draws of a rung at a time.
-_BATCH_SIZE = 5000
-#: The inverse temperature to draw at: the log weight is linear in t, and scaling by 1/2 is free of rounding.
-_HALF = 0.5
+#: Draws of a rung, and as many more while they leave a loss possible.
+_FIRST_DRAWS = 5000
 #: Fewest effective draws behind a share, and the heaviest tail of their weights: from a shape of 1 on they
 #: have no mean, and the error of the share means nothing.
 _MIN_ESS, _MAX_SHAPE = 10.0, 1.0
@@ -53,7 +54,7 @@ _MAX_SHAPE_IN_REACH = 2.0
 
 
 @dataclass(frozen=True)
-class LostMode:
+class LostPart:
     """A part of the posterior that the guide lost between two rungs.
 
     :param rung: the last rung that has it.
@@ -65,9 +66,9 @@ class LostMode:
     Example::
 
         >>> from pyro_adaann import Rung
-        >>> lost = LostMode(Rung(0.1, {}, {}), lower=0.1, upper=0.2, share=0.3, share_se=0.02)
+        >>> lost = LostPart(Rung(0.1, {}, {}), lower=0.1, upper=0.2, share=0.3, share_se=0.02)
         >>> print(LadderReport(num_rungs=5, lost=[lost], min_ess=0.3))
-        30% +- 2% of the tempered posterior lost between inverse temperatures 0.1 and 0.2.
+        30% +- 2.0% of the tempered posterior lost between inverse temperatures 0.1 and 0.2.
     """
 
     rung: Rung
@@ -89,11 +90,11 @@ class LadderReport:
     Example::
 
         >>> print(LadderReport(num_rungs=5, lost=[], min_ess=0.3))
-        No mode lost between 5 rungs and the guide (least overlap 30%).
+        No part lost between 5 rungs and the guide (least overlap 30%).
     """
 
     num_rungs: int
-    lost: list[LostMode]
+    lost: list[LostPart]
     min_ess: float
 
     @property
@@ -103,17 +104,22 @@ class LadderReport:
 
     def __str__(self) -> str:
         if not self.lost:
-            overlap = f"least overlap {self.min_ess:.0%}"
-            return f"No mode lost between {self.num_rungs} rungs and the guide ({overlap})."
+            overlap = f"least overlap {percent(self.min_ess)}"
+            return f"No part lost between {self.num_rungs} rungs and the guide ({overlap})."
         return " ".join(
-            f"{loss.share:.0%} +- {loss.share_se:.0%} of the tempered posterior lost between inverse "
-            f"temperatures {loss.lower:.3g} and {loss.upper:.3g}."
+            f"{percent(loss.share)} +- {percent(loss.share_se)} of the tempered posterior lost between "
+            f"inverse temperatures {rounded(loss.lower)} and {rounded(loss.upper)}."
             for loss in self.lost
         )
 
 
-def find_lost_modes(
-    svi: AdaAnnSVI, *args: Any, num_samples: int = 20_000, vectorize: bool = True, **kwargs: Any
+def find_lost_parts(
+    svi: AdaAnnSVI,
+    *args: Any,
+    num_samples: int = 20_000,
+    batch_size: int = 1000,
+    vectorize: bool = True,
+    **kwargs: Any,
 ) -> LadderReport:
     """Compare every rung of the ladder of a fit with the next two and with the guide.
 
@@ -124,9 +130,10 @@ def find_lost_modes(
     :param svi: a fit with a ladder.
     :param args: arguments of model and guide as in ``svi.step``, with ``kwargs``.
     :param num_samples: most draws of a rung. The first 5,000 are all where they leave no loss possible.
-    :param vectorize: whether model and guide run for all draws at once.
-    :raises ValueError: if the fit has no ladder or has taken no step, if ``num_samples`` is not positive, and
-        as :func:`diagnose` does.
+    :param batch_size: how many at a time.
+    :param vectorize: whether model and guide run for a batch at once; slower, but safe, without.
+    :raises ValueError: if the fit has no ladder or has taken no step, if a count is below 1, and as
+        :func:`diagnose` does.
 
     Example::
 
@@ -140,20 +147,21 @@ def find_lost_modes(
         ...                 Trace_ELBO(num_particles=20, vectorize_particles=True), ladder=Ladder(),
         ...                 schedule=AdaAnnSchedule(0.5), num_initial_steps=20, num_final_steps=20)
         >>> history = svi.run(progress_bar=False)
-        >>> find_lost_modes(svi).lost
+        >>> find_lost_parts(svi).lost
         []
     """
-    if num_samples < 1:
-        raise ValueError(f"Expected `num_samples` >= 1; got {num_samples}.")
-    looks = _Looks(svi, args, kwargs, vectorize)
-    last = len(looks.rungs) - 1
-    found = [looks.look(r, num_samples) for r in range(last)]
+    check_count("num_samples", num_samples, 1)
+    check_count("batch_size", batch_size, 1)
+    rungs = Rungs(svi, args, kwargs, batch_size, vectorize)
+    looks = _Looks(rungs, num_samples)
+    last = len(rungs.rungs) - 1
+    found = [looks.look(r) for r in range(last)]
 
-    def loss(r: int, upper: int, share: _Comparison) -> LostMode:
-        lower, higher = looks.inverse_temperatures[r], looks.inverse_temperatures[upper]
-        rung = looks.rungs[r]
+    def loss(r: int, upper: int, share: Comparison) -> LostPart:
+        lower, higher = rungs.inverse_temperatures[r], rungs.inverse_temperatures[upper]
+        rung = rungs.rungs[r]
         assert rung is not None  # the guide, which is above all of them
-        return LostMode(rung, lower, higher, share.share, share.se)
+        return LostPart(rung, lower, higher, share.share, share.se)
 
     lost = {r: loss(r, r + 1, look.above[0]) for r, look in enumerate(found) if _are_lost(look.above)}
     # What several rungs see from afar has gone above the highest of them; the surest knows its share.
@@ -165,27 +173,18 @@ def find_lost_modes(
     return LadderReport(last, [lost[r] for r in sorted(lost)], min(overlaps))
 
 
-class _Comparison(NamedTuple):
-    """What share of the density at a rung it lacks, its error, and the weights behind it."""
-
-    share: float
-    se: float
-    ess: float
-    k_hat: float
-
-
-def _is_lost(found: _Comparison, min_share: float) -> bool:
+def _is_lost(found: Comparison, min_share: float) -> bool:
     has_support = found.ess >= _MIN_ESS and found.k_hat <= _MAX_SHAPE
     is_sure = found.share > max(_NUM_ERRORS * found.se, min_share + _NUM_ERRORS_ABOVE * found.se)
     return has_support and is_sure
 
 
-def _seems_lost(found: _Comparison, min_share: float) -> bool:
+def _seems_lost(found: Comparison, min_share: float) -> bool:
     """Whether more draws may show that a part is lost."""
     return found.share > min_share and found.k_hat <= _MAX_SHAPE_IN_REACH
 
 
-def _are_lost(above: list[_Comparison]) -> bool:
+def _are_lost(above: list[Comparison]) -> bool:
     """Whether all lack a part: what a rung lacks and the next one has again was not lost."""
     return all(_is_lost(found, _MIN_TEMPERED_SHARE) for found in above)
 
@@ -198,8 +197,8 @@ class _Look(NamedTuple):
     :param upper: the first of these that lacks most of what the guide lacks.
     """
 
-    above: list[_Comparison]
-    afar: _Comparison
+    above: list[Comparison]
+    afar: Comparison
     upper: int
     num_samples: int
 
@@ -213,105 +212,40 @@ class _Look(NamedTuple):
         )
 
 
-@dataclass
-class _Draws:
-    """Draws of a rung: log q under it and some others, and the log weight at t as ``offset + t * factor``."""
-
-    own: int
-    inverse_temperatures: list[float]
-    log_q: dict[int, Tensor]
-    offset: Tensor
-    factor: Tensor
-
-    def __len__(self) -> int:
-        return len(self.factor)
-
-    def extend(self, more: _Draws) -> None:
-        """Append other draws of the rung."""
-        self.log_q = {s: torch.cat([log_q, more.log_q[s]]) for s, log_q in self.log_q.items()}
-        self.offset = torch.cat([self.offset, more.offset])
-        self.factor = torch.cat([self.factor, more.factor])
-
-    def log_weights(self, s: int) -> Tensor:
-        """Log weights to the density of rung s."""
-        result = self.offset + self.inverse_temperatures[s] * self.factor
-        return torch.where(torch.isfinite(result), result, -torch.inf)
-
-    def log_normalizer(self, s: int) -> float:
-        """Log normalizer of that density."""
-        return float(self.log_weights(s).logsumexp(0)) - math.log(len(self))
-
-    def log_coverage(self, s: int, log_normalizer: float) -> Tensor:
-        """Log of what rung s has of its density."""
-        log_p = self.log_q[self.own] + self.log_weights(s) - log_normalizer
-        return (self.log_q[s] - log_p).nan_to_num(-torch.inf)
-
-    def compare(self, s: int, is_lacking: Tensor) -> _Comparison:
-        """Share of the density of rung s at draws that it lacks."""
-        log_weights = self.log_weights(s)
-        try:
-            k_hat = pareto_smooth(log_weights)[1]
-        except ValueError:  # next to no draw has a weight
-            return _Comparison(0.0, 0.0, 0.0, math.inf)
-        weights = log_weights.softmax(0)
-        share = float(weights[is_lacking].sum())
-        se = float((weights * (is_lacking.double() - share)).square().sum().sqrt())
-        return _Comparison(share, se, effective_sample_size(log_weights), k_hat)
-
-
 class _Looks:
     """The rungs of a fit, to be looked at from the lowest to the highest."""
 
-    def __init__(self, svi: AdaAnnSVI, args: Any, kwargs: Any, vectorize: bool) -> None:
-        self.rungs = rungs_and_guide(svi.ladder)
-        self.inverse_temperatures = [
-            svi.inverse_temperature if rung is None else rung.inverse_temperature for rung in self.rungs
-        ]
-        self._parameters = svi._fit.parameters.tensors
-        self._tempering = Tempering(svi.model, svi.guide, svi.path, _HALF)
-        tempered = (self._tempering.model, self._tempering.guide)
-        self._guide_draws = GuideDraws(tempered, args, kwargs, vectorize=vectorize)
-        #: Of the density of every rung looked at, from its own draws.
-        self._log_normalizers: list[float] = []
+    def __init__(self, rungs: Rungs, num_samples: int) -> None:
+        self.rungs = rungs
+        self._num_samples = num_samples
+        self._last = len(rungs.rungs) - 1
+        self._first = [rungs.draw(r, min(_FIRST_DRAWS, num_samples)) for r in range(self._last + 1)]
+        #: Of the density of every rung, from its own draws.
+        self._log_normalizers = [drawn.log_normalizer(drawn.own) for drawn in self._first]
 
-    def look(self, r: int, num_samples: int) -> _Look:
-        """Look at a batch of draws of rung r, and at more while they leave a loss possible."""
-        last = len(self.rungs) - 1
+    def look(self, r: int) -> _Look:
+        """Look at the first draws of rung r, and at more while they leave a loss possible."""
         below = [r - back for back in (0, *_LOOKBACK) if back <= r]
-        above = range(r + 1, last + 1)[:2]
-        scorers = {*below, *above, last}
-        drawn = self._draw(r, scorers, min(_BATCH_SIZE, num_samples))
-        while not (look := self._compare(drawn, below, above)).is_settled and len(drawn) < num_samples:
-            drawn.extend(self._draw(r, scorers, min(_BATCH_SIZE, num_samples - len(drawn))))
+        above = range(r + 1, self._last + 1)[:2]
+        scorers = {*below, *above, self._last}
+        drawn = self.rungs.score(self._first[r], scorers)
+        while not (look := self._compare(drawn, below, above)).is_settled and len(drawn) < self._num_samples:
+            more = self.rungs.draw(r, min(_FIRST_DRAWS, self._num_samples - len(drawn)))
+            drawn.extend(self.rungs.score(more, scorers))
         return look
 
-    def _draw(self, r: int, scorers: set[int], num_samples: int) -> _Draws:
-        traces, columns = [], []
-        with guide_at(self.rungs[r], self._parameters):
-            for batch in self._guide_draws.batches(num_samples, num_samples):
-                factor = log_factors(self._tempering, batch.model_trace, batch.guide_trace)
-                if factor is None:
-                    raise ValueError(
-                        "Expected a guide without enumerated sites; got one with, whose draws have no "
-                        "weights of their own. Enumerate in the model."
-                    )
-                log_q = self._guide_draws.guide_density(batch.guide_trace, len(batch.log_p))
-                columns.append(torch.stack([log_q, batch.log_weights - _HALF * factor, factor.double()]))
-                traces.append((batch.guide_trace, len(batch.log_p)))
-        own, offset, factor = torch.cat(columns, dim=1)
-        scores = {r: own}
-        for s in scorers - {r}:
-            with guide_at(self.rungs[s], self._parameters):
-                scores[s] = torch.cat([self._guide_draws.score_guide(*trace) for trace in traces])
-        return _Draws(r, self.inverse_temperatures, scores, offset, factor)
-
-    def _compare(self, drawn: _Draws, below: list[int], above: Sequence[int]) -> _Look:
-        self._log_normalizers[drawn.own :] = [drawn.log_normalizer(drawn.own)]
-        best = torch.stack([drawn.log_coverage(k, self._log_normalizers[k]) for k in below]).amax(0)
+    def _compare(self, drawn: RungDraws, below: list[int], above: Sequence[int]) -> _Look:
+        last, own = self._last, self._log_normalizers
+        own[drawn.own] = drawn.log_normalizer(drawn.own)
+        best = torch.stack([drawn.log_coverage(k, own[k]) for k in below]).amax(0)
         least = best.clamp(max=0.0) + math.log(_MIN_COVER)
-        last = len(self.rungs) - 1
-        lacking = {s: drawn.log_coverage(s, drawn.log_normalizer(s)) < least for s in (*above, last)}
+        # Draws that come nowhere near a density have too small a normalizer of it, those of a guide that
+        # lost a part likewise: none has one that is too large but by chance.
+        lacking = {
+            s: drawn.log_coverage(s, max(drawn.log_normalizer(s), own[s])) < least for s in (*above, last)
+        }
         missed = drawn.log_weights(last).softmax(0) * lacking[last]
         upper = next((s for s in lacking if 2 * missed[lacking[s]].sum() >= missed.sum()), last)
-        near = [drawn.compare(s, lacking[s]) for s in above]
-        return _Look(near, drawn.compare(last, lacking[last]), upper, len(drawn))
+        near = [drawn.compare(s, lacking[s], own[s]) for s in above]
+        afar = drawn.compare(last, lacking[last], own[last])
+        return _Look(near, afar, upper, len(drawn))

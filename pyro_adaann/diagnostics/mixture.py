@@ -19,23 +19,29 @@ __all__ = ["mixture_draws"]
 
 
 def mixture_draws(
-    svi: AdaAnnSVI, *args: Any, num_samples: int = 50_000, vectorize: bool = True, **kwargs: Any
+    svi: AdaAnnSVI,
+    *args: Any,
+    num_samples: int = 50_000,
+    batch_size: int = 1000,
+    vectorize: bool = True,
+    **kwargs: Any,
 ) -> WeightedDraws:
     r"""Draw from the rungs of a ladder and the guide together, and weigh the draws against the posterior.
 
     .. math:: w_i = \frac{p(x, z_i)}{\tfrac{1}{R} \sum_r q_r(z_i)}, \qquad z_i \sim q_1, \dots, q_R
 
-    Where a rung still has a mode that the guide lost, the weighted draws have it too: a repaired
-    posterior, as good as its Pareto k-hat and effective sample size say. A mode that is narrow where the
+    Where a rung still has a part that the guide lost, the weighted draws have it too: a repaired
+    posterior, as good as its Pareto k-hat and effective sample size say. A part that is narrow where the
     rung is wide gets few draws, of large weights, and too small a share: then k-hat is too large.
 
     :param svi: a fit with a ladder.
     :param args: arguments of model and guide as in ``svi.step``, with ``kwargs``.
     :param num_samples: draws in all, the same number of every rung.
-    :param vectorize: whether model and guide run for all draws of a rung at once.
+    :param batch_size: how many at a time.
+    :param vectorize: whether model and guide run for a batch at once; slower, but safe, without.
     :raises ValueError: if the fit has no ladder or has taken no step, and as :func:`diagnose` does.
 
-    Warns if k-hat is too large. Anneal again then from the rung that :func:`find_lost_modes` names, more
+    Warns if k-hat is too large. Anneal again then from the rung that :func:`find_lost_parts` names, more
     slowly (``svi.restart(rung)``), or fit again with more particles.
 
     Source: Veach and Guibas, *Optimally combining sampling techniques*, SIGGRAPH 1995 (the balance
@@ -63,7 +69,7 @@ def mixture_draws(
     parts = []
     for own in rungs:
         with guide_at(own, svi._fit.parameters.tensors):
-            batches = list(draws.batches(num_each, num_each))
+            batches = list(draws.batches(num_each, batch_size))
         for batch in batches:
             log_q = draws.guide_density(batch.guide_trace, len(batch.log_p))
             mixture = []
@@ -77,12 +83,11 @@ def mixture_draws(
             for name, values in samples.items():
                 values.append(draws.values(batch.guide_trace, name, len(batch.log_p)))
     log_p, log_q = map(torch.cat, zip(*parts, strict=True))
-    log_weights = torch.where(torch.isfinite(log_p - log_q), log_p - log_q, -torch.inf)
-    smoothed, k_hat = pareto_smooth(log_weights)
-    if k_hat > reliable_shape(len(log_weights)):
+    smoothed, k_hat = pareto_smooth(log_p - log_q)
+    if k_hat > reliable_shape(len(log_p)):
         warnings.warn(
             f"The weights of the mixture are unreliable (k-hat {k_hat:.2f}): no rung is close enough to the "
-            f"posterior, and the share of a lost mode may be far too small. Take more draws (num_samples), "
+            f"posterior, and the share of a lost part may be far too small. Take more draws (num_samples), "
             f"anneal again from the rung below the loss with smaller steps (svi.restart), or fit again with "
             f"more particles.",
             stacklevel=2,

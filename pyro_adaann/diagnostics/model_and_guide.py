@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
 from pyro.infer import SVI
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
@@ -16,6 +17,7 @@ __all__ = [
     "check_latents",
     "check_subsampling",
     "get_model_and_guide",
+    "has_scale",
     "latent_names",
     "plate_nesting",
 ]
@@ -47,6 +49,11 @@ def plate_nesting(*traces: Trace) -> int:
     """Return the number of dimensions that plates take, from the right."""
     frames = [frame for trace in traces for site in sites_of(trace) for frame in site["cond_indep_stack"]]
     return max((-frame.dim for frame in frames if frame.vectorized), default=0)
+
+
+def has_scale(trace: Trace) -> bool:
+    """Whether a site of a trace has a log density that is scaled."""
+    return any(bool(torch.as_tensor(site["scale"] != 1).any()) for site in sites_of(trace))
 
 
 def check_latents(prototype: Trace, names: list[str]) -> None:

@@ -26,14 +26,26 @@ from typing import Any
 
 import torch
 
-from pyro_adaann.annealing.history import AnnealingHistory, AnnealingStage
+from pyro_adaann.annealing.history import AnnealingHistory
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.annealing.tempering import Tempering
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
 from pyro_adaann.objectives.traces import log_factors
-from pyro_adaann.weights import effective_sample_size, weighted_mean
+from pyro_adaann.weights import (
+    effective_sample_size,
+    finite_or_no_weight,
+    log_mean_error,
+    log_mean_weight,
+    weighted_mean_and_sd,
+)
 
-__all__ = ["TemperatureNode", "ThermodynamicEstimate", "final_node", "history_nodes", "integrate"]
+__all__ = [
+    "TemperatureNode",
+    "ThermodynamicEstimate",
+    "final_node",
+    "history_nodes",
+    "integrate",
+]
 
 _STAGE_FIELDS = (
     "weighted_log_factor_mean",
@@ -109,30 +121,33 @@ def integrate(nodes: Sequence[TemperatureNode]) -> ThermodynamicEstimate:
 
 
 def history_nodes(history: AnnealingHistory) -> list[TemperatureNode]:
-    """Return the nodes of the stages below 1; none if the schedule asked for no draws in one of them."""
-    stages: list[AnnealingStage] = []
-    for stage in history.stages:
-        # After a recovery or a restart, the later stages at these inverse temperatures count.
-        while stages and stages[-1].inverse_temperature >= stage.inverse_temperature:
-            stages.pop()
-        if stage.inverse_temperature < 1:
-            stages.append(stage)
+    """Return the nodes of the stages below 1.
+
+    None if the schedule asked for no draws in one of them, or if a plate was sub-sampled: weights of the
+    draws against a random part of the data overfit to it, and the integral is too large.
+    """
+    stages = [stage for stage in history.present_pass if stage.inverse_temperature < 1]
     nodes = []
     for stage in stages:
         values: list[Any] = [getattr(stage, name) for name in _STAGE_FIELDS]
-        if None in values:
+        if None in values or stage.is_subsampled:
             return []
         mean, weighted_sd, sd, log_normalizer, ess = values
         # With few effective draws the weighted sd is too small; the other one stands in for it.
         weighted_sd = max(weighted_sd, sd / math.sqrt(ess))
-        num_draws = stage.num_draws - stage.num_nonfinite_draws
-        se = math.sqrt(max(num_draws / ess - 1, 0.0) / num_draws)
+        se = log_mean_error(ess, stage.num_draws - stage.num_nonfinite_draws)
         nodes.append(TemperatureNode(stage.inverse_temperature, mean, weighted_sd, ess, log_normalizer, se))
     return nodes
 
 
 def final_node(
-    svi: Any, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int, vectorize: bool
+    svi: Any,
+    path: Path,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_samples: int,
+    batch_size: int,
+    vectorize: bool,
 ) -> TemperatureNode:
     """Draw the node at t = 1 from a fitted guide."""
     # The log factor does not depend on t, and with t = 1/2 scaling is free of rounding.
@@ -140,16 +155,13 @@ def final_node(
     tempering = Tempering(svi.model, svi.guide, path, t)
     draws = GuideDraws((tempering.model, tempering.guide), args, kwargs, vectorize=vectorize)
     pairs = []
-    for batch in draws.batches(num_samples, num_samples):
+    for batch in draws.batches(num_samples, batch_size):
         factors = log_factors(tempering, batch.model_trace, batch.guide_trace)
         if factors is not None:
             pairs.append(torch.stack([factors.double(), batch.log_weights]))
     factors, log_weights = torch.cat(pairs, dim=1)
-    log_weights = log_weights + (1 - t) * factors
-    log_weights = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
-    mean = float(weighted_mean(factors, log_weights))
-    sd = math.sqrt(float(weighted_mean((factors - mean) ** 2, log_weights)))
+    log_weights = finite_or_no_weight(log_weights + (1 - t) * factors)
+    mean, sd = weighted_mean_and_sd(factors, log_weights)
     ess = effective_sample_size(log_weights)
-    log_normalizer = float(log_weights.logsumexp(0)) - math.log(num_samples)
-    se = math.sqrt(max(num_samples / ess - 1, 0.0) / num_samples)
-    return TemperatureNode(1.0, mean, sd, ess, log_normalizer, se)
+    se = log_mean_error(ess, num_samples)
+    return TemperatureNode(1.0, mean, sd, ess, log_mean_weight(log_weights), se)

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
+import html
 import math
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pyro_adaann.diagnostics.lost_parts import LadderReport
+from pyro_adaann.diagnostics.measurements import Measurements
+from pyro_adaann.diagnostics.numbers import nats, percent, rounded
+from pyro_adaann.diagnostics.rules import Level, findings
 from pyro_adaann.diagnostics.thermodynamic import ThermodynamicEstimate
-from pyro_adaann.weights import reliable_shape
 
 __all__ = ["Diagnosis"]
 
-#: From this divergence on, in nats, a guide is worth correcting: between normal distributions of equal
-#: width it is a shift of the mean by sqrt(2 * 0.05) = 0.3 standard deviations.
-_NOTICEABLE_GAP = 0.05
-#: From this one on, in nats, it says nothing of the bulk of the draws: a few of them make it.
-_FAR_GAP = 5.0
-#: Two estimates of the log evidence differ if by more than this many nats, a quarter of the evidence, and
-#: by 3 standard errors. A lost mode of half the mass makes log 2 = 0.69.
-_NOTICEABLE_DIFFERENCE = 0.3
-#: A part of the posterior that this many draws see, or fewer, has no share that can be relied on; less than
-#: this share does not matter.
-_FEW_DRAWS, _NEGLIGIBLE_SHARE = 10, 0.01
-#: Above this share of broken draws the rest says little about the guide.
-_MAX_BROKEN_SHARE = 0.1
 
-
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Measurements):
     r"""What importance weights of guide draws say about a fit; ``print`` it for a verdict.
 
     All is measured against the model itself, at inverse temperature 1, whatever the guide was fitted to.
@@ -45,10 +32,13 @@ class Diagnosis:
     :param inverse_temperature: where the fit stands; draws are of the posterior at 1 alone.
     :param is_done: whether the fit has taken all its steps; None where the fit does not say.
     :param thermodynamic: the log evidence from the temperatures visited, a second opinion; None where
-        the schedule asked for no draws, or nothing was annealed.
-    :param ladder: what the rungs of the fit's ladder say of lost modes; None without a ladder.
-    :param num_untracked: stages that ran out of steps before their stage rule was met.
-    :param num_stages: stages below 1.
+        the schedule asked for no draws, nothing was annealed, or the data came in mini-batches.
+    :param ladder: what the rungs of the fit's ladder say of lost parts; None without a ladder.
+    :param reach: what draws from wider bases see beyond the guide's; None where the guide has no normal base.
+    :param num_untracked: stages of the present pass that ran out of steps before their stage rule was met.
+    :param num_stalled: stages of the present pass below 1 in which no step was accepted.
+    :param num_stages: stages of the present pass below 1.
+    :param is_scaled: whether the model scales its log density, so that the verdict is about these arguments.
 
     Source: Yao et al., *Yes, but did it work? Evaluating variational inference*, ICML 2018; Vehtari et
     al., *Pareto smoothed importance sampling*, JMLR 25 (2024).
@@ -63,82 +53,10 @@ class Diagnosis:
         GOOD. The guide's draws can be used as they are, as far as they reach.
     """
 
-    num_samples: int
-    num_broken: int
-    k_hat: float
-    ess: float
-    log_evidence: float
-    log_evidence_se: float
-    elbo: float
-    elbo_se: float
-    inverse_temperature: float = 1.0
-    is_done: bool | None = None
-    thermodynamic: ThermodynamicEstimate | None = None
-    ladder: LadderReport | None = None
-    num_untracked: int = 0
-    num_stages: int = 0
-
     @property
-    def broken_share(self) -> float:
-        """Share of draws whose log density was not finite."""
-        return self.num_broken / self.num_samples
-
-    @property
-    def gap(self) -> float:
-        """Log evidence minus ELBO: the divergence KL(guide || posterior) in nats."""
-        return self.log_evidence - self.elbo
-
-    @property
-    def k_threshold(self) -> float:
-        """The shape up to which this number of draws makes the weights reliable, at most 0.7."""
-        return reliable_shape(self.num_samples)
-
-    @property
-    def is_annealed(self) -> bool:
-        """Whether the guide was fitted to the posterior, not to a tempered one."""
-        return self.inverse_temperature >= 1
-
-    @property
-    def has_reliable_weights(self) -> bool:
-        """Whether weighted means and the log evidence can be relied on, as far as the draws reach.
-
-        A heavy tail of nearly equal weights is either next to nothing, or the rim of a part that the guide
-        does not reach. Only a ladder tells which.
-        """
-        is_tail_known = self.ladder is not None and not self.ladder.lost and self.has_nearly_equal_weights
-        is_shape_good = self.k_hat <= self.k_threshold or is_tail_known
-        return self.broken_share <= _MAX_BROKEN_SHARE and is_shape_good
-
-    @property
-    def has_nearly_equal_weights(self) -> bool:
-        r"""Whether what ten draws see, or fewer, holds less than 1 % of the weights.
-
-        Ten draws or fewer that hold a share m add about :math:`n m^2 / 10` or more to the relative variance
-        :math:`n / \mathrm{ESS} - 1`.
-        """
-        variance = self.num_samples / self.ess - 1
-        return variance < self.num_samples * _NEGLIGIBLE_SHARE**2 / _FEW_DRAWS
-
-    @property
-    def lost_share(self) -> float | None:
-        """Share of the evidence that thermodynamic integration sees and the weights do not.
-
-        None unless it sees noticeably more, and the weights themselves are reliable. The reverse, less,
-        comes from a guide that was far from the tempered densities on the way, and says nothing of
-        where it is now.
-        """
-        if self.thermodynamic is None or not self.has_reliable_weights:
-            return None
-        excess = self.thermodynamic.log_evidence - self.log_evidence
-        error = math.hypot(self.thermodynamic.error, self.log_evidence_se)
-        return -math.expm1(-excess) if excess > max(3 * error, _NOTICEABLE_DIFFERENCE) else None
-
-    @property
-    def has_lost_mode(self) -> bool:
-        """Whether a rung of the ladder, or else thermodynamic integration, sees what the draws do not."""
-        if self.ladder is not None:
-            return bool(self.ladder.lost)
-        return self.lost_share is not None
+    def level(self) -> Level:
+        """How far the draws can be used."""
+        return max(finding.level for finding in findings(self))
 
     @property
     def is_good(self) -> bool:
@@ -146,112 +64,81 @@ class Diagnosis:
 
         No number computed from the guide's own draws sees a mode that none of them visits.
         """
-        return (
-            self.is_annealed
-            and self.is_done is not False
-            and self.has_reliable_weights
-            and not self.has_lost_mode
-            and self.gap <= _NOTICEABLE_GAP
-        )
+        return self.level == Level.GOOD
+
+    @property
+    def asks_for_weights(self) -> bool:
+        """Whether the draws stand for the posterior under their weights, and not as they are."""
+        return self.level == Level.USABLE_WITH_WEIGHTS
 
     @property
     def verdict(self) -> str:
         """The verdict, one sentence or a few."""
-        return " ".join(_sentences(self))
+        return f"{self.level.headline}. {' '.join(finding.sentence for finding in findings(self))}"
 
     def __str__(self) -> str:
         paragraphs = [f"Verdict: {self.verdict}", _BLIND_SPOT if self.ladder is None else _LADDER_SPOT]
         text = [textwrap.fill(paragraph, 88) for paragraph in paragraphs]
-        return "\n".join([_table(self), *text])
+        return "\n".join([*(f"{name:<22} {value}" for name, value in _rows(self)), *text])
+
+    def __repr__(self) -> str:
+        numbers = "\n".join(f"  {name:<22} {value}" for name, value in _rows(self))
+        return f"{textwrap.fill(f'Diagnosis: {self.verdict}', 88)}\n{numbers}"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+            for name, value in _rows(self)
+        )
+        headline, text = self.verdict.split(". ", 1)
+        return f"<p><b>{html.escape(headline)}.</b> {html.escape(text)}</p><table>{rows}</table>"
 
 
-def _table(d: Diagnosis) -> str:
-    sign = "<=" if d.k_hat <= d.k_threshold else ">"
+def _rows(d: Diagnosis) -> list[tuple[str, str]]:
     rows = [
-        ("inverse temperature", f"{d.inverse_temperature:.3g}"),
-        ("Pareto k-hat", f"{d.k_hat:.2f} ({sign} {d.k_threshold:.2f})"),
-        ("effective sample size", f"{d.ess:.0f} ({d.ess / d.num_samples:.0%} of {d.num_samples} draws)"),
-        ("broken draws", f"{d.num_broken} ({d.broken_share:.1%})"),
-        ("log evidence", f"{d.log_evidence:.3f} +- {d.log_evidence_se:.3f}"),
-        ("ELBO", f"{d.elbo:.3f} +- {d.elbo_se:.3f}, {d.gap:.3f} nats below"),
+        ("inverse temperature", rounded(d.inverse_temperature)),
+        ("Pareto k-hat", _shape(d)),
+        ("effective sample size", f"{d.ess:.0f} ({percent(d.ess / d.num_samples)} of {d.num_samples} draws)"),
+        ("broken draws", f"{d.num_broken} ({percent(d.broken_share)})"),
+        ("log evidence", f"{nats(d.log_evidence)} +- {nats(d.log_evidence_se)}"),
+        ("ELBO", f"{nats(d.elbo)} +- {nats(d.elbo_se)}, {nats(d.gap)} nats below"),
     ]
     if d.ladder is not None:
-        rows.append(("ladder", f"{d.ladder.num_rungs} rungs, lost modes: {len(d.ladder.lost)}"))
+        rows.append(("ladder", f"{d.ladder.num_rungs} rungs, lost parts: {len(d.ladder.lost)}"))
+    if d.reach is not None:
+        rows.append(("out of reach", _out_of_reach(d)))
     if d.num_untracked:
         rows.append(("stages not tracked", f"{d.num_untracked} of {d.num_stages}"))
+    if d.num_stalled:
+        rows.append(("stages stalled", f"{d.num_stalled} of {d.num_stages}"))
     if d.thermodynamic is not None:
         rows.append(("log evidence, 2nd way", _second_way(d, d.thermodynamic)))
-    return "\n".join(f"{name:<22} {value}" for name, value in rows)
+    return rows
+
+
+def _shape(d: Diagnosis) -> str:
+    if d.k_hat == -math.inf:
+        return "none: the weights are equal, or reach a bound"
+    if d.k_hat <= d.k_threshold:
+        return f"{d.k_hat:.2f} (<= {d.k_threshold:.2f})"
+    excuse = ", harmless: see below" if d.is_tail_harmless else ""
+    return f"{d.k_hat:.2f} (> {d.k_threshold:.2f}{excuse})"
+
+
+def _out_of_reach(d: Diagnosis) -> str:
+    if d.reach is None or not d.reach.is_known:
+        return "not known: too few draws of wider bases count"
+    return f"{percent(d.reach.share)} +- {percent(d.reach.share_se)} of the posterior"
 
 
 def _second_way(d: Diagnosis, estimate: ThermodynamicEstimate) -> str:
     error = math.hypot(estimate.error, d.log_evidence_se)
     if d.has_reliable_weights and estimate.log_evidence < d.log_evidence - 3 * error:
         # The error does not know the bias of weights with few effective draws.
-        return f"{estimate.log_evidence:.3f} (thermodynamic integration, too low: the guide was behind)"
-    value = f"{estimate.log_evidence:.3f} +- {estimate.error:.3f}"
+        return f"{nats(estimate.log_evidence)} (thermodynamic integration, too low: the guide was behind)"
+    value = f"{nats(estimate.log_evidence)} +- {nats(estimate.error)}"
     return f"{value} (thermodynamic integration, rather too low)"
-
-
-def _sentences(d: Diagnosis) -> Iterator[str]:
-    if not d.is_annealed:
-        yield (
-            f"NOT ANNEALED. The fit stands at inverse temperature {d.inverse_temperature:.3g}: the guide "
-            f"is of a tempered posterior, wider than the posterior, and its draws are no posterior "
-            f"draws. Go on to inverse temperature 1, for example with svi.run()."
-        )
-        return
-    if d.ladder is not None and d.ladder.lost:
-        yield (
-            f"LOST MODE. {d.ladder} The guide's draws, and weights of them, do not stand for the posterior. "
-            f"Draws of all rungs together may (mixture_draws); or anneal again from the rung below the loss "
-            f"(svi.restart), with smaller steps."
-        )
-    elif d.ladder is None and d.lost_share is not None:
-        yield (
-            f"WARNING: thermodynamic integration finds more evidence than the guide's draws; "
-            f"{d.lost_share:.0%} of the posterior may be in a part that the guide lost while annealing, "
-            f"such as a mode. Anneal more slowly (smaller tolerance, more steps per stage)."
-        )
-    if d.broken_share > _MAX_BROKEN_SHARE:
-        yield (
-            f"UNRELIABLE. The model has no finite log density at {d.broken_share:.0%} of the draws. Look "
-            f"for the cause there first: overflow, or a guide wider than the support."
-        )
-    elif not d.has_reliable_weights:
-        yield (
-            f"UNRELIABLE. With k-hat {d.k_hat:.2f} the guide misses part of what the draws show of the "
-            f"posterior, often because it is too narrow, and importance weights cannot make up for it: "
-            f"do not use its intervals or the log evidence. A more flexible guide, more final steps or a "
-            f"smaller learning rate at the end may help."
-        )
-        if d.ladder is None and d.has_nearly_equal_weights:
-            yield (
-                "Its weights are nearly equal: what it misses is either next to nothing or a mode of its "
-                "own. A ladder tells which (AdaAnnSVI(ladder=Ladder()))."
-            )
-    elif d.gap > _FAR_GAP:
-        yield (
-            f"USABLE WITH WEIGHTS. Some draws of the guide are absurd to the model: the mean log weight is "
-            f"{d.gap:.3g} nats below the log evidence. The weights are reliable: use weighted means or "
-            f"resampled draws (importance_draws)."
-        )
-    elif d.gap > _NOTICEABLE_GAP:
-        yield (
-            f"USABLE WITH WEIGHTS. The guide is {d.gap:.2f} nats from the posterior, enough to move a "
-            f"mean by up to {math.sqrt(2 * d.gap):.1f} posterior standard deviations, and its weights are "
-            f"reliable: use weighted means or resampled draws (importance_draws)."
-        )
-    elif not d.has_lost_mode and d.is_done is not False:
-        yield "GOOD. The guide's draws can be used as they are, as far as they reach."
-    if d.num_untracked > 0.1 * d.num_stages:
-        yield (
-            f"In {d.num_untracked} of {d.num_stages} stages the guide did not keep up with the tempered "
-            f"posterior, which is where modes get lost: more steps for a stage (max_num_steps), more "
-            f"transforms, or smaller steps of the schedule may help."
-        )
-    if d.is_done is False:
-        yield "The fit has not taken all its final steps: go on with svi.run()."
 
 
 _BLIND_SPOT = (

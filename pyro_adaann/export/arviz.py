@@ -12,10 +12,12 @@ import pyro
 import torch
 
 from pyro_adaann.annealing.history import AnnealingHistory
-from pyro_adaann.diagnostics.diagnose import get_inverse_temperature
+from pyro_adaann.diagnostics.diagnose import assess, get_inverse_temperature
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
-from pyro_adaann.diagnostics.lost_parts import find_lost_modes
 from pyro_adaann.diagnostics.model_and_guide import Fit
+from pyro_adaann.diagnostics.numbers import rounded
+from pyro_adaann.diagnostics.rules import Level
+from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.export.arviz_groups import (
     Groups,
     collect_posterior,
@@ -28,6 +30,18 @@ from pyro_adaann.version import __version__
 from pyro_adaann.weights import pareto_smooth, resample
 
 __all__ = ["to_arviz"]
+
+#: What the group ``annealing`` says of every stage.
+_STAGE_FIELDS = (
+    "inverse_temperature",
+    "num_steps",
+    "num_rejected",
+    "broken_share",
+    "log_factor_mean",
+    "log_factor_sd",
+    "log_normalizer",
+    "ess",
+)
 
 
 def to_arviz(
@@ -42,7 +56,8 @@ def to_arviz(
     posterior_predictive: bool = True,
     log_likelihood: bool = True,
     prior: bool = False,
-    weighted: bool = False,
+    weighted: bool | None = None,
+    diagnosis: Diagnosis | None = None,
     sample_dims: Sequence[str] | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -63,46 +78,41 @@ def to_arviz(
     :param posterior_predictive: whether to draw new data for every draw.
     :param log_likelihood: whether to compute it.
     :param prior: whether to draw from the prior too, with new data.
-    :param weighted: whether to resample the draws by their importance weights, as a diagnosis "usable
-        with weights" asks for. Then there are no weights in ``sample_stats``: each is the same.
-    :param sample_dims: dimensions of the draws. ``["sample"]``, by default with ArviZ 1.x, says that
-        they are independent; ``["chain", "draw"]``, always with ArviZ 0.x, makes them one chain, which
-        the leave-one-out functions of ArviZ need in any version.
+    :param weighted: whether to resample the draws by their importance weights. By default it is done where
+        the verdict on the fit is "usable with weights", and the attribute ``weighted`` says so. Then there
+        are no weights in ``sample_stats``: each is the same.
+    :param diagnosis: what :func:`diagnose` has returned for this fit, so that nothing is measured twice.
+    :param sample_dims: dimensions of the draws: ``["chain", "draw"]``, one chain, or with ArviZ 1.x
+        ``["sample"]``, which says that they are independent.
     :return: ``arviz.InferenceData`` if ArviZ before version 1 is installed, else ``xarray.DataTree``.
         Besides the usual groups it has ``annealing``, the stages of the fit; its attributes say the
-        settings, the inverse temperature and the Pareto k-hat of the draws.
+        settings, the inverse temperature, the verdict and the Pareto k-hat of the draws.
     :raises ValueError: if ``dims`` or ``sample_dims`` do not fit, if a plate is subsampled, if the guide
         misses a latent site, if the model does not vectorize, or if observations have no log likelihood
         each.
     :raises ImportError: if there is no ArviZ.
 
-    Warns if annealing has not reached inverse temperature 1: the draws then are of a tempered posterior.
+    Warns if the draws do not stand for the posterior, with weights or without, unless the diagnosis that
+    says so is given. Several fits become
+    chains of one data set by ``arviz.concat(first, second, dim="chain", reset_dim=True)`` with ArviZ 0.x,
+    and with 1.x by ``xarray.concat([first, second], "chain", data_vars="minimal", coords="minimal",
+    compat="override", join="outer")``.
 
     Example::
 
-        >>> import pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> from pyro.infer.autoguide import AutoNormal
         >>> def model(x):
         ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("days", len(x)):
         ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> data = to_arviz((model, AutoNormal(model)), torch.zeros(3), num_samples=100)
+        >>> pyro.clear_param_store()  # a new fit
+        >>> guide = AutoNormal(model, init_scale=0.6)
+        >>> data = to_arviz((model, guide), torch.zeros(3), num_samples=1000)
         >>> data["observed_data"]["x"].dims
         ('days',)
     """
     sample_dims = _get_sample_dims(sample_dims)
-    attrs = _attributes(svi)
-    if attrs["inverse_temperature"] < 1:
-        warnings.warn(
-            f"The fit stands at inverse temperature {attrs['inverse_temperature']:.3g}: the draws are "
-            f"of a tempered posterior, not of the posterior. Anneal to 1, for example with svi.run().",
-            stacklevel=2,
-        )
-    if isinstance(svi, AdaAnnSVI) and svi.ladder is not None and svi.ladder.rungs:
-        report = find_lost_modes(svi, *args, vectorize=vectorize, **kwargs)
-        attrs["num_lost_modes"], attrs["lost_share"] = len(report.lost), report.lost_share
-        if report.lost:
-            warnings.warn(f"{report} The draws lack it.", stacklevel=2)
     draws = GuideDraws(svi, args, kwargs, vectorize=vectorize)
     groups = collect_posterior(
         draws,
@@ -111,10 +121,17 @@ def to_arviz(
         posterior_predictive=posterior_predictive,
         log_likelihood=log_likelihood,
     )
-    log_weights, attrs["pareto_k_hat"] = pareto_smooth(groups["sample_stats"]["log_weight"])
-    attrs["weighted"] = int(weighted)
+    log_weights = groups["sample_stats"]["log_weight"]
+    if diagnosis is None:
+        diagnosis = assess(svi, draws, log_weights, args, kwargs, batch_size, vectorize)
+        if (warning := _warning(diagnosis)) is not None:
+            warnings.warn(warning, stacklevel=2)
+    if weighted is None:
+        weighted = diagnosis.asks_for_weights
+    smoothed, k_hat = pareto_smooth(log_weights)
+    attrs = {**_attributes(svi), **_verdict(diagnosis), "pareto_k_hat": k_hat, "weighted": int(weighted)}
     if weighted:
-        index = resample(log_weights, num_samples)
+        index = resample(smoothed, num_samples)
         del groups["sample_stats"]
         groups = {
             group: {name: value[index] for name, value in part.items()} for group, part in groups.items()
@@ -131,8 +148,35 @@ def to_arviz(
     all_dims = {**(dims or {}), **site_dims(draws.prototype, list(names), dims or {})}
     data = _convert(groups, fixed, {"coords": dict(coords or {}), "dims": all_dims}, sample_dims, attrs)
     if isinstance(svi, AdaAnnSVI):
-        _add_history(data, svi.history)
+        _add_history(data, svi.history, sample_dims)
     return data
+
+
+def _verdict(diagnosis: Diagnosis) -> dict[str, Any]:
+    attrs: dict[str, Any] = {"verdict": diagnosis.level.headline}
+    if diagnosis.ladder is not None:
+        attrs["num_lost_parts"] = len(diagnosis.ladder.lost)
+        attrs["lost_share"] = diagnosis.ladder.lost_share
+    if diagnosis.reach is not None and diagnosis.reach.is_known:
+        attrs["share_out_of_reach"] = diagnosis.reach.share
+    return attrs
+
+
+def _warning(diagnosis: Diagnosis) -> str | None:
+    """Return what is to be said of draws that do not stand for the posterior."""
+    if diagnosis.level <= Level.USABLE_WITH_WEIGHTS:
+        return None
+    if diagnosis.level == Level.NOT_ANNEALED:
+        return (
+            f"The fit stands at inverse temperature {rounded(diagnosis.inverse_temperature)}: the draws are "
+            f"of a tempered posterior, not of the posterior. Anneal to 1, for example with svi.run()."
+        )
+    if diagnosis.ladder is not None and diagnosis.ladder.lost:
+        return f"{diagnosis.ladder} The draws lack it."
+    return (
+        f"The verdict on the fit is {diagnosis.level.headline}: neither the draws nor weights of them stand "
+        f"for the posterior. Print diagnose(...) of it for what to do."
+    )
 
 
 def _attributes(svi: Fit) -> dict[str, Any]:
@@ -160,7 +204,7 @@ def _attributes(svi: Fit) -> dict[str, Any]:
 
 
 def _get_sample_dims(sample_dims: Sequence[str] | None) -> list[str]:
-    known = [["chain", "draw"]] if _has_old_arviz() else [["sample"], ["chain", "draw"]]
+    known = [["chain", "draw"]] if _has_old_arviz() else [["chain", "draw"], ["sample"]]
     if sample_dims is None:
         return known[0]
     if list(sample_dims) not in known:
@@ -208,29 +252,26 @@ def _to_numpy(part: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _add_history(data: Any, history: AnnealingHistory) -> None:
-    """Add the stages of a fit as group ``annealing``, with the loss of every step."""
+def _add_history(data: Any, history: AnnealingHistory, sample_dims: list[str]) -> None:
+    """Add the stages of a fit as group ``annealing``, with the loss of every step.
+
+    A fit is a chain there too, so that several of them can be put together.
+    """
     import xarray
 
     stages = history.stages
-    fields = {
-        name: [np.nan if value is None else value for value in (getattr(s, name) for s in stages)]
-        for name in (
-            "inverse_temperature",
-            "num_steps",
-            "num_rejected",
-            "broken_share",
-            "log_factor_mean",
-            "log_factor_sd",
-            "log_normalizer",
-            "ess",
-        )
+    columns: dict[str, tuple[str, Any]] = {
+        name: ("stage", [np.nan if value is None else value for value in (getattr(s, name) for s in stages)])
+        for name in _STAGE_FIELDS
     }
+    columns["loss"] = "step", history.losses
+    coords = {"stage": np.arange(len(stages)), "step": np.arange(history.num_steps)}
     dataset = xarray.Dataset(
-        {name: ("stage", np.asarray(values)) for name, values in fields.items()},
-        coords={"stage": np.arange(len(stages)), "step": np.arange(history.num_steps)},
+        {name: (dim, np.asarray(values, dtype=float)) for name, (dim, values) in columns.items()},
+        coords=coords,
     )
-    dataset["loss"] = "step", np.asarray(history.losses, dtype=float)
+    if len(sample_dims) == 2:
+        dataset = dataset.expand_dims(chain=[0])
     if _has_old_arviz():
         data.add_groups({"annealing": dataset})
     else:

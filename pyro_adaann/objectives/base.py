@@ -23,6 +23,7 @@ from pyro_adaann.objectives.traces import (
     log_factors,
     log_weights,
     sites_of,
+    subsampled_plate,
     with_num_particles,
 )
 
@@ -54,6 +55,8 @@ class Objective(ABC):
         #: Broken and all particles of the training evaluations since `start_stage`.
         self.num_broken = 0
         self.num_particles = 0
+        #: Whether a plate of the model has been sub-sampled in training.
+        self.is_subsampled = False
         #: The model's sites and their distributions, by which a checkpoint knows its model.
         self.sites: list[str] | None = None
         #: The log factors of the latest training draws.
@@ -113,6 +116,7 @@ class Objective(ABC):
         """Note the model's sites, and the log factors of a training step."""
         if self.sites is None:
             self.sites = sites_in(model_trace)
+        self.is_subsampled = self.is_subsampled or subsampled_plate(model_trace) is not None
         if self._tempering is None:
             return
         if not any(_is_latent(site) for site in guide_trace.nodes.values()):

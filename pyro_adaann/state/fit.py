@@ -64,6 +64,7 @@ class Fit:
         stage = self.stages.present
         stage.count(moved.result)
         stage.num_broken, stage.num_particles = self.objective.num_broken, self.objective.num_particles
+        stage.is_subsampled = self.objective.is_subsampled
         has_diverged = moved.result.outcome is Outcome.DIVERGED
         if not has_diverged and self.parameters.is_finite():
             self.net.accept(self.history.num_steps)

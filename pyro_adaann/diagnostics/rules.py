@@ -1,0 +1,209 @@
+"""From measurements to a verdict: one rule for each, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import NamedTuple
+
+from pyro_adaann.diagnostics.measurements import Measurements
+from pyro_adaann.diagnostics.numbers import percent, rounded
+
+__all__ = ["Finding", "Level", "findings"]
+
+#: From this divergence on, in nats, a guide is worth correcting: between normal distributions of equal
+#: width it is a shift of the mean by sqrt(2 * 0.05) = 0.3 standard deviations.
+_NOTICEABLE_GAP = 0.05
+#: From this one on, in nats, or where it is not surely above half of this, it says nothing of the bulk of the
+#: draws: a few of them make it.
+_FAR_GAP = 5.0
+#: With fewer effective draws the guide is somewhere else.
+_ELSEWHERE = 25.0
+
+
+class Level(IntEnum):
+    """How far draws can be used, from best to worst. A verdict is the worst of all findings."""
+
+    GOOD = 0
+    NOT_FINISHED = 1
+    USABLE_WITH_WEIGHTS = 2
+    UNRELIABLE = 3
+    OUT_OF_REACH = 4
+    LOST_PART = 5
+    NOT_ANNEALED = 6
+
+    @property
+    def headline(self) -> str:
+        """The first words of the verdict."""
+        return self.name.replace("_", " ")
+
+
+class Finding(NamedTuple):
+    """What a rule says: a level at least, and why."""
+
+    level: Level
+    sentence: str
+
+
+Rule = Callable[[Measurements], Finding | None]
+
+
+def findings(measured: Measurements) -> list[Finding]:
+    """Return what the rules find, the worst first. A fit that is not annealed is nothing else."""
+    tempered = _not_annealed(measured)
+    if tempered is not None:
+        return [tempered]
+    found = sorted(filter(None, (rule(measured) for rule in _ALARMS)), key=lambda f: -f.level)
+    if not any(finding.level > Level.USABLE_WITH_WEIGHTS for finding in found):
+        # Beside an alarm nothing is said of what weights are good for.
+        gap = _gap(measured)
+        if gap.level > Level.GOOD or not found:
+            found = sorted([*found, gap], key=lambda f: -f.level)
+    return found + list(filter(None, (note(measured) for note in _NOTES)))
+
+
+def _not_annealed(m: Measurements) -> Finding | None:
+    if m.is_annealed:
+        return None
+    return Finding(
+        Level.NOT_ANNEALED,
+        f"The fit stands at inverse temperature {rounded(m.inverse_temperature)}: the guide is of a tempered "
+        f"posterior, wider than the posterior, and its draws are no posterior draws. Go on to inverse "
+        f"temperature 1, for example with svi.run().",
+    )
+
+
+def _ladder(m: Measurements) -> Finding | None:
+    if m.ladder is None or not m.ladder.lost:
+        return None
+    return Finding(
+        Level.LOST_PART,
+        f"{m.ladder} The guide's draws, and weights of them, do not stand for the posterior. Draws of all "
+        f"rungs together may (mixture_draws); or anneal again from the rung below the loss (svi.restart), "
+        f"with smaller steps.",
+    )
+
+
+def _thermodynamic(m: Measurements) -> Finding | None:
+    if m.lost_share is None or (m.ladder is not None and m.ladder.lost):
+        return None
+    return Finding(
+        # Weights that are not reliable may themselves be what is too low.
+        Level.LOST_PART if m.has_reliable_weights else Level.UNRELIABLE,
+        f"Thermodynamic integration finds more evidence than the guide's draws: {percent(m.lost_share)} of "
+        f"the posterior may be in a part that the guide lost while annealing, such as a mode. Anneal more "
+        f"slowly (smaller tolerance, more steps per stage).",
+    )
+
+
+def _reach(m: Measurements) -> Finding | None:
+    if m.reach is None or not m.reach.is_short:
+        return None
+    return Finding(
+        # Weights that are not reliable say so first.
+        Level.OUT_OF_REACH if m.has_reliable_weights else Level.UNRELIABLE,
+        f"{m.reach}: the same guide from a wider base finds it, and no draw of the guide itself comes there, "
+        f"so that no weights make up for it. Fit again from a base at least "
+        f"{rounded(max(m.reach.factor, 1.25), 2)} times as wide there (base_scale), from one that lies "
+        f"nearer (base_loc), on another path, or with a more flexible guide.",
+    )
+
+
+def _broken(m: Measurements) -> Finding | None:
+    if not m.has_many_broken:
+        return None
+    return Finding(
+        Level.UNRELIABLE,
+        f"The model has no finite log density at {percent(m.broken_share)} of the draws. Look for the cause "
+        f"there first: overflow, or a guide wider than the support.",
+    )
+
+
+def _tail(m: Measurements) -> Finding | None:
+    if m.has_reliable_weights or m.has_many_broken:
+        return None
+    text = (
+        f"With k-hat {m.k_hat:.2f} the guide misses part of what the draws show of the posterior, and "
+        f"importance weights cannot make up for it: do not use its intervals or the log evidence."
+    )
+    if m.ess < _ELSEWHERE:
+        return Finding(
+            Level.UNRELIABLE,
+            f"{text} Hardly any draw counts, so the posterior lies where the guide hardly draws. Give it a "
+            f"base that reaches the posterior (base_loc, base_scale), or another path, before more layers or "
+            f"steps.",
+        )
+    if m.has_nearly_equal_weights:
+        text += (
+            " Its weights are nearly equal: what it misses is either next to nothing or a part of its own. "
+            "Wider draws or a ladder tell which (AdaAnnSVI(ladder=Ladder())); more draws settle the k-hat."
+        )
+    return Finding(
+        Level.UNRELIABLE,
+        f"{text} The guide is often too narrow then: a more flexible one, more final steps or a smaller "
+        f"learning rate at the end may help.",
+    )
+
+
+def _unfinished(m: Measurements) -> Finding | None:
+    if m.is_done is not False:
+        return None
+    return Finding(Level.NOT_FINISHED, "The fit has not taken all its final steps: go on with svi.run().")
+
+
+def _gap(m: Measurements) -> Finding:
+    if m.gap <= _NOTICEABLE_GAP:
+        return Finding(Level.GOOD, "The guide's draws can be used as they are, as far as they reach.")
+    distance = f"{rounded(m.gap)} +- {rounded(m.gap_se, 2)} nats"
+    if m.gap > _FAR_GAP or _FAR_GAP / 10 < m.gap < 2 * m.gap_se:
+        text = (
+            f"A few draws of the guide are absurd to the model: they put the mean log weight {distance} "
+            f"below the log evidence, which says nothing of the others."
+        )
+    else:
+        text = (
+            f"The guide is {distance} from the posterior, enough to move a mean by up to "
+            f"{rounded(m.largest_shift, 2)} standard deviations."
+        )
+    return Finding(
+        Level.USABLE_WITH_WEIGHTS,
+        f"{text} The weights are reliable: use weighted means or resampled draws (importance_draws, "
+        f"to_arviz).",
+    )
+
+
+def _harmless(m: Measurements) -> Finding | None:
+    if m.k_hat <= m.k_threshold or not m.is_tail_harmless:
+        return None
+    return Finding(
+        Level.GOOD,
+        f"The k-hat of {m.k_hat:.2f} is no alarm here: the weights are nearly equal, and draws from wider "
+        f"bases find next to nothing that the guide lacks.",
+    )
+
+
+def _untracked(m: Measurements) -> Finding | None:
+    if not m.was_untracked:
+        return None
+    num_behind = max(m.num_untracked, m.num_stalled)
+    return Finding(
+        Level.GOOD,
+        f"In {num_behind} of {m.num_stages} stages the guide did not keep up with the tempered posterior, "
+        f"which is where parts get lost: more steps for a stage (max_num_steps), more transforms, or smaller "
+        f"steps of the schedule may help. A second seed should find the same log evidence.",
+    )
+
+
+def _scaled(m: Measurements) -> Finding | None:
+    if not m.is_scaled:
+        return None
+    return Finding(
+        Level.GOOD,
+        "The model scales its log density (poutine.scale, or a mini-batch that stands for more data): the "
+        "verdict is about these arguments, not about all data.",
+    )
+
+
+_ALARMS: tuple[Rule, ...] = (_ladder, _broken, _tail, _reach, _thermodynamic, _unfinished)
+#: These change no level.
+_NOTES: tuple[Rule, ...] = (_harmless, _untracked, _scaled)
