@@ -82,7 +82,7 @@ def test_the_effective_sample_size_is_that_against_the_tempered_density():
 
     rule = After(1)
     elbo = Trace_ELBO(num_particles=100_000, vectorize_particles=True)
-    guide = AutoPlanar(model, 1, base_loc=0.0, base_scale=s)
+    guide = AutoPlanar(model, 1, base_loc=0.0, base_scale=s, affine=None)
     guide.initialize()
     with torch.no_grad():
         guide.transform.u.zero_()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_adaann.weights import effective_sample_size
+from pyro_adaann.weights import effective_sample_size, weighted_mean_and_sd
 
 __all__ = ["AnnealingHistory", "AnnealingStage", "Outcome", "Recovery", "StepResult"]
 
@@ -137,10 +137,7 @@ class AnnealingStage:
         if factors.numel() < 2:
             return
         self.log_factor_mean, self.log_factor_sd = float(factors.mean()), float(factors.std())
-        weights = logs.softmax(0)
-        mean = weights @ factors
-        self.weighted_log_factor_mean = float(mean)
-        self.weighted_log_factor_sd = float((weights @ (factors - mean).square()).sqrt())
+        self.weighted_log_factor_mean, self.weighted_log_factor_sd = weighted_mean_and_sd(factors, logs)
         self.log_normalizer = float(logs.logsumexp(0)) - math.log(self.num_draws)
         self.ess = effective_sample_size(logs)
 

@@ -8,7 +8,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from pyro_adaann.weights import effective_sample_size, winsorize
+from pyro_adaann.weights import effective_sample_size, finite_or_no_weight, winsorize
 
 __all__ = ["LogFactorMemory", "spread_within_steps"]
 
@@ -69,10 +69,7 @@ class LogFactorMemory:
         if not self._recent:
             return 1.0
         log_weights = torch.cat(self.steps(inverse_temperature), dim=1)[1].double()
-        log_weights = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
-        if bool((log_weights == -torch.inf).all()):
-            return 0.0
-        return effective_sample_size(log_weights) / len(log_weights)
+        return effective_sample_size(finite_or_no_weight(log_weights)) / len(log_weights)
 
     def state(self) -> list[Tensor]:
         """Return the draws as plain data; :meth:`restore` takes it."""

@@ -15,12 +15,12 @@ from torch import Tensor
 from pyro_adaann.annealing.tempering import is_delta
 from pyro_adaann.objectives.fixed_density import has_density, site_log_density
 from pyro_adaann.objectives.traces import PARTICLE_PLATE, per_particle, sites_of
+from pyro_adaann.weights import median_and_reach
 
 __all__ = ["drop_broken", "has_nonfinite_parameter", "limit_gradients", "nonfinite_sites"]
 
-#: How far below the median a log weight is lost: in nats, and in units of the median distance.
+#: How far below the median a log weight is lost at least, in nats.
 _MIN_LOSS = 1000.0
-_MAX_DISTANCE = 50.0
 
 
 def drop_broken(
@@ -83,12 +83,10 @@ def _is_lost(log_weight: Tensor, broken: Tensor) -> Tensor:
     A thousand nats below the median, and far outside the spread of the others: nothing of the kind
     is left near a posterior.
     """
-    good = log_weight[~broken]
-    if len(good) < 2:
+    if int((~broken).sum()) < 2:
         return broken
-    median = good.median()
-    reach = max(_MIN_LOSS, _MAX_DISTANCE * float((good - median).abs().median()))
-    return broken | (log_weight < median - reach)
+    median, reach = median_and_reach(torch.where(broken, torch.nan, log_weight))
+    return broken | (log_weight < median - max(_MIN_LOSS, reach))
 
 
 def _add_score(site: Any, weight: Tensor) -> None:
