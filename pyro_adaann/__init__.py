@@ -29,6 +29,11 @@ from pyro_adaann.objectives.mixed_kl import TraceMixedKL_ELBO
 from pyro_adaann.objectives.tempered_elbo import TemperedTrace_ELBO
 from pyro_adaann.state.rungs import Rung
 from pyro_adaann.steps.natural import NaturalStep
+from pyro_adaann.sampling.polish import GuideKernel, PolishedChains, polish
+from pyro_adaann.sampling.result import SMCResult, SMCStage
+from pyro_adaann.sampling.smc import AnnealedSMC
+from pyro_adaann.state.rungs import Ladder, Rung
+from pyro_adaann.steps.natural import TraceNaturalKL_ELBO
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.version import __version__
 from pyro_adaann.weights import effective_sample_size, pareto_smooth, resample, weighted_mean
@@ -40,6 +45,7 @@ __all__ = [
     "LIKELIHOOD",
     "AdaAnnSVI",
     "AdaAnnSchedule",
+    "AnnealedSMC",
     "AnnealingHistory",
     "AnnealingSchedule",
     "AnnealingStage",
@@ -53,14 +59,18 @@ __all__ = [
     "CosineSchedule",
     "Diagnosis",
     "ESSStageRule",
+    "GuideKernel",
     "Ladder",
     "LadderReport",
     "LinearSchedule",
     "LostPart",
     "NaturalStep",
     "Path",
+    "PolishedChains",
     "Recovery",
     "Rung",
+    "SMCResult",
+    "SMCStage",
     "SequenceSchedule",
     "StageRule",
     "TemperedTrace_ELBO",
@@ -75,6 +85,7 @@ __all__ = [
     "natural_svi",
     "pareto_smooth",
     "plots",
+    "polish",
     "resample",
     "to_arviz",
     "weighted_mean",

@@ -35,10 +35,13 @@ def draws_to_arviz(
     """
     import xarray
 
-    data = {"posterior": _to_numpy(posterior)}
+    data: dict[str, Any] = {"posterior": _to_numpy(posterior)}
     if sample_stats:
         data["sample_stats"] = _to_numpy(sample_stats)
-    labels = {"coords": dict(coords or {}), "dims": {name: list(d) for name, d in (dims or {}).items()}}
+    labels: dict[str, Any] = {
+        "coords": dict(coords or {}),
+        "dims": {name: list(d) for name, d in (dims or {}).items()},
+    }
     attrs = {
         "inference_library": "pyro_adaann",
         "inference_library_version": __version__,

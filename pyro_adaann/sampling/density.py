@@ -11,7 +11,7 @@ tempering is in unconstrained coordinates, as everywhere in the package.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyro
@@ -118,16 +118,18 @@ class UnconstrainedModel:
             pair = next(iter(elbo._get_traces(self.model, self._points.at(points), self._args, self._kwargs)))
         model_trace, guide_trace = pair
         # The density of a Delta site is minus the Jacobian.
-        prior: Any = -sum(per_particle(site, site["log_prob"]) for site in sites_of(guide_trace))
-        prior = prior + sum(per_particle(model_trace.nodes[n], model_trace.nodes[n]["log_prob"]) for n in self.sites)
+        jacobian = -_log_density(sites_of(guide_trace))
+        prior = _log_density(model_trace.nodes[name] for name in self.sites)
         if self._kind is TraceEnum_ELBO:
-            total: Any = marginal_log_density(model_trace, guide_trace)
-            jacobian: Any = -sum(per_particle(site, site["log_prob"]) for site in sites_of(guide_trace))
-            likelihood = total - (prior - jacobian)
+            likelihood = marginal_log_density(model_trace, guide_trace) - prior
         else:
-            others = [site for site in sites_of(model_trace) if site["name"] not in self.sites]
-            likelihood = sum(per_particle(site, site["log_prob"]) for site in others)
-        return tuple(torch.as_tensor(term).to(points).reshape(-1).expand(num) for term in (prior, likelihood))  # type: ignore[return-value]
+            others = (site for site in sites_of(model_trace) if site["name"] not in self.sites)
+            likelihood = _log_density(others)
+
+        def each(term: Tensor) -> Tensor:
+            return term.to(points).reshape(-1).expand(num)
+
+        return each(prior + jacobian), each(likelihood)
 
     def _elbo(self, num: int) -> ELBO:
         return self._kind(
@@ -145,7 +147,8 @@ class UnconstrainedModel:
         index = int(finite[0])
         with torch.no_grad():
             alone = self._run(points[index].detach())
-        for name, got, expected in zip(("log prior", "log likelihood"), (prior, likelihood), alone, strict=True):
+        pairs = zip((prior, likelihood), alone, strict=True)
+        for name, (got, expected) in zip(("log prior", "log likelihood"), pairs, strict=True):
             a, b = float(got[index]), float(expected)
             if abs(a - b) > _TOLERANCE[0] + _TOLERANCE[1] * abs(b):
                 raise _does_not_vectorize(f"a {name} of {a:.6g} in a batch and of {b:.6g} alone")
@@ -162,8 +165,8 @@ class UnconstrainedModel:
         if self.masked:
             raise ValueError(
                 f"Expected a proper prior, from which this path starts; got a site without density: "
-                f"{', '.join(self.masked)}. Pass `base`, a distribution of the unconstrained latent variables "
-                f"that covers the posterior, with path='bridge'."
+                f"{', '.join(self.masked)}. Pass `base`, a distribution of the unconstrained latent "
+                f"variables that covers the posterior, with path='bridge'."
             )
         if not self._vectorize:
             return torch.stack([self._prior_run(self.model, 1)[0] for _ in range(num_samples)])
@@ -179,6 +182,12 @@ class UnconstrainedModel:
             columns.append(free.reshape(num, -1))
         return torch.cat(columns, dim=-1)
 
+    def split(self, point: Tensor) -> dict[str, Tensor]:
+        """Return the unconstrained values of a point ``(dim,)`` by site, in the shapes of the sites."""
+        shapes = {name: self._points._unconstrained_shapes[name] for name in self.sites}
+        parts = point.split([shape.numel() for shape in shapes.values()])
+        return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
     @torch.no_grad()
     def constrain(self, points: Tensor) -> dict[str, Tensor]:
         """Return the latent variables of points ``(n, dim)`` by site, shape ``(n,) + shape of the site``."""
@@ -189,6 +198,11 @@ class UnconstrainedModel:
             position += shape.numel()
             result[name] = biject_to(site["fn"].support)(column)
         return result
+
+
+def _log_density(sites: Iterable[Any]) -> Tensor:
+    """Return the summed log density of sites, of every particle where they depend on it."""
+    return torch.as_tensor(sum(per_particle(site, site["log_prob"]) for site in sites))
 
 
 class without_validation:

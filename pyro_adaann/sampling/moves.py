@@ -22,6 +22,7 @@ Vanden-Eijnden, *Adaptive Monte Carlo augmented with normalizing flows*, PNAS 11
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,7 +32,7 @@ from torch import Generator, Tensor
 from pyro_adaann.checks import check_count
 from pyro_adaann.sampling.target import Points, TemperedTarget
 
-__all__ = ["HMC", "Metric", "Move", "RandomWalk", "independence_move"]
+__all__ = ["HMC", "Metric", "Move", "RandomWalk", "draw_base", "get_kernel", "independence_move"]
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ class Metric:
 class Move(Protocol):
     """What sequential Monte Carlo asks of a move; :class:`HMC` and :class:`RandomWalk` have it."""
 
-    #: The share of accepted proposals that the step size is adapted to.
-    target_acceptance: float
+    @property
+    def target_acceptance(self) -> float:
+        """The share of accepted proposals that the step size is adapted to."""
 
     def initial_step_size(self, dim: int) -> float:
         """Return the step size to begin with."""
@@ -154,8 +156,8 @@ class HMC:
         check_count("max_leapfrogs", self.max_leapfrogs, 1)
         if not (0 < self.target_acceptance < 1 and 0 <= self.jitter < 1 and self.trajectory_length > 0):
             raise ValueError(
-                f"Expected `target_acceptance` in (0, 1), `jitter` in [0, 1) and `trajectory_length` > 0; got "
-                f"{self.target_acceptance}, {self.jitter} and {self.trajectory_length}."
+                f"Expected `target_acceptance` in (0, 1), `jitter` in [0, 1) and `trajectory_length` > 0; "
+                f"got{self.target_acceptance}, {self.jitter} and {self.trajectory_length}."
             )
 
     def initial_step_size(self, dim: int) -> float:
@@ -183,7 +185,8 @@ class HMC:
         for _ in range(num_leapfrogs):
             momentum = momentum + 0.5 * step * metric.color_transposed(_gradient(new))
             new = target.evaluate_with_gradient(new.x + metric.color(step * momentum), t)
-            is_finite &= torch.isfinite(new.gradient).all(-1) if new.gradient is not None else is_finite
+            assert new.gradient is not None
+            is_finite &= torch.isfinite(new.gradient).all(-1)
             momentum = momentum + 0.5 * step * metric.color_transposed(_gradient(new))
         kinetic = 0.5 * (momentum.square() - start.square()).sum(-1)
         log_ratio = _log_ratio(target, points, new, t) - kinetic
@@ -250,3 +253,16 @@ def draw_base(base: object, num_samples: int, generator: Generator) -> Tensor:
         torch.manual_seed(seed)
         draws: Tensor = base.sample(torch.Size([num_samples]))  # type: ignore[attr-defined]
     return draws
+
+
+def get_kernel(kernel: str | Move) -> Move:
+    """Return the move of this name, or the move itself.
+
+    :raises ValueError: if there is no move of this name.
+    """
+    if not isinstance(kernel, str):
+        return kernel
+    kinds: dict[str, Callable[[], Move]] = {"hmc": HMC, "random_walk": RandomWalk}
+    if kernel not in kinds:
+        raise ValueError(f"Expected `kernel` to be one of {sorted(kinds)} or a move; got {kernel!r}.")
+    return kinds[kernel]()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_adaann.sampling.arviz import draws_to_arviz
@@ -66,7 +65,7 @@ class SMCResult:
 
     Example::
 
-        >>> import pyro, pyro.distributions as dist
+        >>> import pyro, torch, pyro.distributions as dist
         >>> from pyro_adaann import AnnealedSMC
         >>> def model():
         ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -158,14 +157,18 @@ class SMCResult:
         return draws_to_arviz(posterior, {}, attrs, stages, **labels)
 
     def __repr__(self) -> str:
-        done = "" if self.is_done else f" of a tempered posterior (inverse temperature {self.inverse_temperature:.3g})"
+        done = (
+            ""
+            if self.is_done
+            else f" of a tempered posterior (inverse temperature {self.inverse_temperature:.3g})"
+        )
         last = self.stages[-1]
         lines = [
             f"SMCResult: {len(self.log_weights)} draws{done}, effectively {self.ess:.0f}",
             f"  log evidence {self.log_evidence:.3f} +- {self.log_evidence_error:.3f}, from "
             f"{len(self.group_log_evidences)} groups",
-            f"  {len(self.stages)} inverse temperatures, {self.num_evaluations:,} evaluations; at the last one "
-            f"{last.num_moves} moves, {last.acceptance:.0%} accepted, correlation {last.correlation:.2f}",
+            f"  {len(self.stages)} inverse temperatures, {self.num_evaluations:,} evaluations; at the last "
+            f"one {last.num_moves} moves, {last.acceptance:.0%} accepted, correlation {last.correlation:.2f}",
         ]
         if last.guide_acceptance is not None:
             lines.append(f"  {last.guide_acceptance:.0%} of the guide's proposals accepted there")

@@ -61,7 +61,9 @@ class Sampler:
         tuning = self.settings.tuning
         if tuning is not None:
             return len(self.stages) == len(tuning)
-        return bool(self.stages) and self.inverse_temperature >= self.settings.schedule.final_inverse_temperature
+        return (
+            bool(self.stages) and self.inverse_temperature >= self.settings.schedule.final_inverse_temperature
+        )
 
     def step(self) -> SMCStage:
         """Go on to the next inverse temperature and return what has happened.
@@ -73,8 +75,8 @@ class Sampler:
         if not bool((particles.log_weights > -torch.inf).any()):
             raise ValueError(
                 f"Expected at least one particle with a finite log density; got none of "
-                f"{self.settings.num_particles} at inverse temperature {t:.3g}. Start closer to the posterior "
-                f"(`base` with path='bridge'), or see whether the model runs on draws of its prior."
+                f"{self.settings.num_particles} at inverse temperature {t:.3g}. Start closer to the "
+                f"posterior (`base` with path='bridge'), or see whether the model runs on draws of its prior."
             )
         ess = effective_sample_size(particles.total_log_weights)
         particles, num_resampled = particles.resample(self.settings.resample_below, self.generator)
@@ -179,7 +181,7 @@ class Sampler:
         )
 
     def _features(self, points: Points, metric: Metric) -> Tensor:
-        """Return what the particles are to forget, the log factor and the coordinates, shape ``(n, 1 + d)``."""
+        """Return what is to be forgotten, the log factor and the coordinates, shape ``(n, 1 + d)``."""
         log_factor = self.target.log_factor(points.terms).unsqueeze(-1)
         return torch.cat([log_factor, metric.whiten(points.x)], dim=-1).double()
 
@@ -240,7 +242,8 @@ class Sampler:
         if state.get("kind") != "AnnealedSMC" or state.get("settings") != self._fingerprint():
             raise ValueError(
                 f"Expected the checkpoint of a run with the settings {self._fingerprint()}; got one of "
-                f"{state.get('settings', 'another kind')}. Give another path, or delete the file to start anew."
+                f"{state.get('settings', 'another kind')}. Give another path, or delete the "
+                f"file to start anew."
             )
         device = self.target.model.example.device
         points = Points(state["x"].to(device), state["terms"].to(device))

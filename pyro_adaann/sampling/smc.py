@@ -20,17 +20,17 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_adaann.annealing.paths import Path, get_path
 from pyro_adaann.annealing.schedules import AdaAnnSchedule, AnnealingSchedule
 from pyro_adaann.checks import check_count
 from pyro_adaann.sampling.density import UnconstrainedModel
-from pyro_adaann.sampling.moves import HMC, Move, RandomWalk
+from pyro_adaann.sampling.flow import guide_flow
+from pyro_adaann.sampling.moves import Move, get_kernel
 from pyro_adaann.sampling.result import SMCResult, SMCStage
 from pyro_adaann.sampling.sampler import Sampler, Settings
-from pyro_adaann.sampling.target import Flow, TemperedTarget
+from pyro_adaann.sampling.target import TemperedTarget
 from pyro_adaann.state.checkpoint import CheckpointKeeper, read_checkpoint
 from pyro_adaann.state.interrupt import InterruptGuard
 
@@ -129,7 +129,7 @@ class AnnealedSMC:
         _check_start(self.path, guide, base)
         self.settings = Settings(
             schedule=AdaAnnSchedule(0.32) if schedule is None else schedule,
-            kernel=_get_kernel(kernel),
+            kernel=get_kernel(kernel),
             num_particles=num_particles,
             num_groups=num_groups,
             dense_mass=dense_mass,
@@ -182,8 +182,8 @@ class AnnealedSMC:
                     keeper.write(len(sampler.stages))
         if not sampler.is_done:
             warnings.warn(
-                f"Stopped at inverse temperature {sampler.inverse_temperature:.3g} by Ctrl-C: the draws are of "
-                f"a tempered posterior. With a `checkpoint`, run again to go on.",
+                f"Stopped at inverse temperature {sampler.inverse_temperature:.3g} by Ctrl-C: the draws are "
+                f"of a tempered posterior. With a `checkpoint`, run again to go on.",
                 stacklevel=2,
             )
         return sampler.result()
@@ -199,37 +199,6 @@ class AnnealedSMC:
                 base = flow.base
         target = TemperedTarget(model, self.path, base, flow)
         return Sampler(target, self.settings, seed)
-
-
-def guide_flow(guide: Any, model: UnconstrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flow:
-    """Return the coordinates of a guide.
-
-    :raises ValueError: if it has none, or other latent variables than the model.
-    """
-    if not (hasattr(guide, "get_base_dist") and hasattr(guide, "get_transform")):
-        raise ValueError(
-            f"Expected a guide with a base and a transform, such as AutoPlanar, AutoRealNVP or Pyro's "
-            f"AutoMultivariateNormal; got {type(guide).__name__}."
-        )
-    with torch.no_grad():
-        guide(*args, **kwargs)  # a guide that has not run yet learns its sites
-        flow = Flow(guide.get_base_dist(), guide.get_transform(*args, **kwargs), model.dim)
-    names = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
-    if names != list(model.sites):
-        raise ValueError(
-            f"Expected the guide to have the latent sites of the model, {', '.join(model.sites)}; got "
-            f"{', '.join(names)}."
-        )
-    return flow
-
-
-def _get_kernel(kernel: str | Move) -> Move:
-    if not isinstance(kernel, str):
-        return kernel
-    kinds: dict[str, type[HMC] | type[RandomWalk]] = {"hmc": HMC, "random_walk": RandomWalk}
-    if kernel not in kinds:
-        raise ValueError(f"Expected `kernel` to be one of {sorted(kinds)} or a move; got {kernel!r}.")
-    return kinds[kernel]()
 
 
 def _check_start(path: Path, guide: Any, base: Any) -> None:

@@ -14,16 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro.distributions as dist
 import torch
-from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.sampling.density import UnconstrainedModel
-from pyro_adaann.transforms.base import FlowTransform
+from pyro_adaann.sampling.flow import Flow, over_vector
 
-__all__ = ["Flow", "Points", "TemperedTarget"]
+__all__ = ["Points", "TemperedTarget"]
 
 
 @dataclass(frozen=True)
@@ -57,33 +55,6 @@ class Points:
         return replace(self, gradient=None)
 
 
-class Flow:
-    """The coordinates of a fitted guide: a base on x, and z = T(x).
-
-    :param base: the guide's base distribution.
-    :param transform: T.
-    :param dim: number of coordinates.
-    """
-
-    def __init__(self, base: Any, transform: Any, dim: int) -> None:
-        self.base, self.transform = over_vector(base, dim), transform
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z of shape ``(n, dim)`` and ``log|det dz/dx|`` of shape ``(n,)``."""
-        if isinstance(self.transform, FlowTransform):
-            return self.transform.forward_and_log_det(x)
-        z = self.transform(x)
-        log_det = self.transform.log_abs_det_jacobian(x, z)
-        return z, sum_rightmost(log_det, log_det.dim() - 1).expand(len(x))
-
-    @torch.no_grad()
-    def inverse(self, z: Tensor) -> Tensor:
-        """Return x with T(x) = z, NaN where the inverse does not come back to z."""
-        x: Tensor = self.transform.inv(z.clone())
-        error = (self(x)[0] - z).abs().amax(-1)
-        return torch.where((error <= 1e-2 * (1 + z.abs().amax(-1))).unsqueeze(-1), x, torch.nan)
-
-
 class TemperedTarget:
     """Tempered log densities of a model along a path, and their gradients.
 
@@ -94,7 +65,9 @@ class TemperedTarget:
     :param flow: the coordinates, those of the model if None.
     """
 
-    def __init__(self, model: UnconstrainedModel, path: Path, base: Any = None, flow: Flow | None = None) -> None:
+    def __init__(
+        self, model: UnconstrainedModel, path: Path, base: Any = None, flow: Flow | None = None
+    ) -> None:
         self.model, self.path, self.flow = model, path, flow
         self.base = base if base is None or base == "guide" else over_vector(base, model.dim)
         #: How many points have been evaluated.
@@ -124,14 +97,13 @@ class TemperedTarget:
         if isinstance(self.base, str):
             base = self.guide_log_prob(x) - log_det
         elif self.base is not None:
-            base = self.base.log_prob(z)
+            base = _log_prob(self.base, z)
         return torch.stack([prior, likelihood, base, log_det])
 
     def guide_log_prob(self, x: Tensor) -> Tensor:
         """Return the log density of the guide's base at x, in the coordinates of the flow."""
         assert self.flow is not None
-        log_prob: Tensor = self.flow.base.log_prob(x)
-        return log_prob
+        return _log_prob(self.flow.base, x)
 
     def log_density(self, terms: Tensor, inverse_temperature: float) -> Tensor:
         """Return log p_t in the coordinates of the flow, shape ``(n,)``, from terms ``(4, n)``."""
@@ -154,23 +126,14 @@ class TemperedTarget:
             return x if self.flow is None else self.flow(x)[0]
 
 
+def _log_prob(base: Any, x: Tensor) -> Tensor:
+    """Return the log density of a base, NaN at points that are not finite, which its checks would refuse."""
+    is_finite = torch.isfinite(x).all(-1)
+    log_prob: Tensor = base.log_prob(torch.where(is_finite.unsqueeze(-1), x, 0.0))
+    return torch.where(is_finite, log_prob, torch.nan)
+
+
 def _combine(weights: tuple[float, ...], terms: Tensor) -> Tensor:
     # A term of weight 0 does not count even where it is infinite.
     kept = [weight * term for weight, term in zip(weights, terms, strict=True) if weight]
     return torch.stack(kept).sum(0) if kept else torch.zeros_like(terms[0])
-
-
-def over_vector(distribution: Any, dim: int) -> Any:
-    """Return a distribution of vectors of length ``dim``.
-
-    :raises ValueError: if the distribution is of something else.
-    """
-    event, batch = distribution.event_shape, distribution.batch_shape
-    if not event and batch in ((), (1,), (dim,)):
-        return distribution.expand([dim]).to_event(1)
-    if event == (dim,) and not batch:
-        return distribution
-    raise ValueError(
-        f"Expected `base` to be a distribution of numbers, or of vectors of length {dim}, the number of "
-        f"unconstrained latent variables; got event shape {tuple(event)} and batch shape {tuple(batch)}."
-    )

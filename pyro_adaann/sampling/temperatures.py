@@ -53,7 +53,7 @@ def first_inverse_temperature(
     if isinstance(schedule, CESSSchedule):
         share = schedule.target
     elif isinstance(schedule, AdaAnnSchedule):
-        share = math.exp(-min(schedule.tolerance, 1.5) ** 2)
+        share = math.exp(-(min(schedule.tolerance, 1.5) ** 2))
 
     def is_even(log_t: float) -> bool:
         log_weights = log_weights_at(first * math.exp(log_t)).double()
