@@ -97,7 +97,7 @@ class GuidedChains:
         refits = {num_steps // 8, num_steps // 4, num_steps // 2}
         for step in range(num_steps):
             if step in refits and len(points.x) > 2:
-                self.metric = Metric.of(points.x, weights, dense=True)
+                self.metric = Metric.of(points, weights, dense=True)
             transition = self.step(points)
             points = transition.points
             # The gain falls after the last change of scales, so that the step size settles.

@@ -71,7 +71,7 @@ class UnconstrainedModel:
         vectorize: bool = True,
     ) -> None:
         self.model, self._args, self._kwargs, self._vectorize = model, args, kwargs, vectorize
-        with torch.no_grad():
+        with torch.no_grad(), without_validation():
             trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
             check_subsampling(trace)
             enumerated = {s["name"] for s in sites_of(trace) if s["infer"].get("enumerate") == "parallel"}
@@ -149,7 +149,7 @@ class UnconstrainedModel:
             alone = self._run(points[index].detach())
         pairs = zip((prior, likelihood), alone, strict=True)
         for name, (got, expected) in zip(("log prior", "log likelihood"), pairs, strict=True):
-            a, b = float(got[index]), float(expected)
+            a, b = float(got[index].detach()), float(expected)
             if abs(a - b) > _TOLERANCE[0] + _TOLERANCE[1] * abs(b):
                 raise _does_not_vectorize(f"a {name} of {a:.6g} in a batch and of {b:.6g} alone")
         self._is_checked = True

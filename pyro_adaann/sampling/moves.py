@@ -34,6 +34,9 @@ from pyro_adaann.sampling.target import Points, TemperedTarget
 
 __all__ = ["HMC", "Metric", "Move", "RandomWalk", "draw_base", "get_kernel", "independence_move"]
 
+#: After how many moves at one temperature trajectories double.
+_MOVES_PER_LENGTH = 5
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -62,29 +65,40 @@ class Metric:
         return torch.linalg.solve_triangular(self.factor, centered.T, upper=False).T
 
     @staticmethod
-    def of(x: Tensor, weights: Tensor, *, dense: bool) -> Metric:
-        """Return the metric of weighted points: their mean and covariance, the latter shrunk a little.
+    def of(points: Points, weights: Tensor, *, dense: bool) -> Metric:
+        r"""Return the metric of weighted points.
 
-        A dense covariance goes from its diagonal to what the points say as their effective number
-        exceeds that of coordinates.
+        Without gradients it is their mean and covariance C. With gradients g of the log density it is
+        :math:`(E g g^\top)^{-1}`: the same for a normal density, never more (Cramér and Rao), and in a
+        mixture of far modes the covariance within them, which steps must fit, not that between them.
+
+        Off the diagonal both are shrunk, by less the more the effective number of points exceeds that of
+        coordinates.
         """
         kept = weights > 0
-        points, share = x[kept].double(), weights[kept].double()
+        x, share = points.x[kept].double(), weights[kept].double().unsqueeze(-1)
         share = share / share.sum()
-        loc = share @ points
-        centered = points - loc
-        variance = (share @ centered.square()).clamp(min=1e-12)
-        if not dense:
-            return Metric(loc.to(x), variance.sqrt().to(x))
+        loc = (share * x).sum(0)
+        sd = (share * (x - loc).square()).sum(0).clamp(min=1e-24).sqrt()
         ess = float(1 / share.square().sum())
-        dim = x.shape[-1]
-        keep = ess / (ess + dim)
-        covariance = (centered * share.unsqueeze(-1)).T @ centered
-        sd = variance.sqrt()
-        correlation = keep * covariance / (sd * sd.unsqueeze(-1))
-        correlation.diagonal().fill_(1.0)
-        factor = sd.unsqueeze(-1) * torch.linalg.cholesky(correlation)
-        return Metric(loc.to(x), factor.to(x))
+        keep = ess / (ess + x.shape[-1]) if dense else 0.0
+        if points.gradient is None:
+            factor = _shrunk((share * (x - loc) / sd).T @ ((x - loc) / sd), keep)
+            factor = torch.linalg.cholesky(factor)
+        else:
+            # Where the density is flat the gradients say nothing, and the points' own sds count.
+            scores = torch.nan_to_num(points.gradient[kept].double() * sd, nan=0.0, posinf=0.0, neginf=0.0)
+            precision = _shrunk((share * scores).T @ scores, keep)
+            precision.diagonal().add_(1e-3)
+            factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(precision)))
+        factor = sd.unsqueeze(-1) * factor
+        return Metric(loc.to(points.x), (factor if dense else factor.diagonal()).to(points.x))
+
+
+def _shrunk(matrix: Tensor, keep: float) -> Tensor:
+    """Return a symmetric matrix with only a share of what is off its diagonal."""
+    diagonal = matrix.diagonal()
+    return keep * matrix + (1 - keep) * torch.diag(diagonal)
 
 
 class Move(Protocol):
@@ -93,6 +107,10 @@ class Move(Protocol):
     @property
     def target_acceptance(self) -> float:
         """The share of accepted proposals that the step size is adapted to."""
+
+    @property
+    def uses_gradient(self) -> bool:
+        """Whether it follows the gradient of the log density."""
 
     def initial_step_size(self, dim: int) -> float:
         """Return the step size to begin with."""
@@ -105,8 +123,12 @@ class Move(Protocol):
         metric: Metric,
         step_size: float,
         generator: Generator,
+        move_index: int = 0,
     ) -> tuple[Points, Tensor]:
-        """Return the points after the move, and the acceptance probabilities, shape ``(n,)``."""
+        """Return the points after the move, and the acceptance probabilities, shape ``(n,)``.
+
+        ``move_index`` counts the moves at this inverse temperature.
+        """
 
 
 def normal(like: Tensor, generator: Generator) -> Tensor:
@@ -141,7 +163,7 @@ class HMC:
 
     :param target_acceptance: in (0, 1).
     :param trajectory_length: in units of the particles' sd; a quarter of a normal density's period,
-        :math:`\pi / 2`, forgets most.
+        :math:`\pi / 2`, forgets most. It doubles with every five moves at one temperature.
     :param max_leapfrogs: the most gradients of one move.
     :param jitter: every particle's step size is uniform in ``(1 - jitter, 1 + jitter)`` times the tuned
         one, so that none is always in resonance, and narrow regions are entered by small steps.
@@ -149,7 +171,7 @@ class HMC:
 
     target_acceptance: float = 0.75
     trajectory_length: float = math.pi / 2
-    max_leapfrogs: int = 16
+    max_leapfrogs: int = 32
     jitter: float = 0.5
 
     def __post_init__(self) -> None:
@@ -159,6 +181,11 @@ class HMC:
                 f"Expected `target_acceptance` in (0, 1), `jitter` in [0, 1) and `trajectory_length` > 0; "
                 f"got{self.target_acceptance}, {self.jitter} and {self.trajectory_length}."
             )
+
+    @property
+    def uses_gradient(self) -> bool:
+        """Whether it follows the gradient of the log density: it does."""
+        return True
 
     def initial_step_size(self, dim: int) -> float:
         """Return the step size to begin with, which falls with the fourth root of the dimension."""
@@ -172,12 +199,15 @@ class HMC:
         metric: Metric,
         step_size: float,
         generator: Generator,
+        move_index: int = 0,
     ) -> tuple[Points, Tensor]:
         """Return the points after one trajectory, and the acceptance probabilities, shape ``(n,)``."""
         t, num = inverse_temperature, len(points.x)
         if points.gradient is None:
             points = target.evaluate_with_gradient(points.x, t)
-        num_leapfrogs = max(1, min(self.max_leapfrogs, round(self.trajectory_length / step_size)))
+        # Particles that do not forget travel further: gradients tell of the smallest scale alone.
+        length = self.trajectory_length * 2.0 ** (move_index // _MOVES_PER_LENGTH)
+        num_leapfrogs = max(1, min(self.max_leapfrogs, round(length / step_size)))
         spread = 1 + self.jitter * (2 * uniform(num, points.x, generator) - 1)
         step = (step_size * spread).unsqueeze(-1)
         momentum = start = normal(points.x, generator)
@@ -208,6 +238,11 @@ class RandomWalk:
 
     target_acceptance: float = 0.3
 
+    @property
+    def uses_gradient(self) -> bool:
+        """Whether it follows the gradient of the log density: it does not."""
+        return False
+
     def initial_step_size(self, dim: int) -> float:
         """Return the best step size for a normal density in many dimensions, 2.38 / sqrt(dim)."""
         return float(2.38 * dim**-0.5)
@@ -220,6 +255,7 @@ class RandomWalk:
         metric: Metric,
         step_size: float,
         generator: Generator,
+        move_index: int = 0,
     ) -> tuple[Points, Tensor]:
         """Return the points after one step, and the acceptance probabilities, shape ``(n,)``."""
         noise = metric.color(step_size * normal(points.x, generator))

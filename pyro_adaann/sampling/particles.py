@@ -6,7 +6,7 @@ n particles are split into G groups of M that are resampled apart from each othe
 its error:
 
 .. math:: \hat Z = \frac1G \sum_g \hat Z_g, \qquad
-          \mathrm{se}(\log \hat Z)^2 \approx \frac{1}{\hat Z^2} \frac{\sum_g (\hat Z_g - \hat Z)^2}{G (G - 1)} .
+          \mathrm{se}^2(\log \hat Z) \approx \frac{\sum_g (\hat Z_g - \hat Z)^2}{G (G - 1)} .
 
 Each :math:`\hat Z_g` is unbiased if temperatures and moves do not depend on the particles.
 

@@ -151,7 +151,9 @@ class Sampler:
         tuned = None if settings.tuning is None else settings.tuning[len(self.stages)]
         weights = particles.total_log_weights.softmax(0)
         points = particles.points.without_gradient()
-        metric = tuned.metric if tuned else Metric.of(points.x, weights, dense=settings.dense_mass)
+        if settings.kernel.uses_gradient:
+            points = target.evaluate_with_gradient(points.x, t)
+        metric = tuned.metric if tuned else Metric.of(points, weights, dense=settings.dense_mass)
         limit = settings.max_moves if settings.num_moves is None else settings.num_moves
         limit = tuned.num_moves if tuned else limit
         start = self._features(points, metric)
@@ -164,7 +166,8 @@ class Sampler:
             if target.flow is not None:
                 points, probability = independence_move(target, t, points, self.generator)
                 guide_acceptances.append(_mean(weights, probability))
-            points, probability = settings.kernel(target, t, points, metric, step_size, self.generator)
+            index = len(step_sizes)
+            points, probability = settings.kernel(target, t, points, metric, step_size, self.generator, index)
             step_sizes.append(step_size)
             acceptances.append(_mean(weights, probability))
             self._step_size = self._adapt(step_size, acceptances[-1])
