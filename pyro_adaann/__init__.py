@@ -29,6 +29,7 @@ from pyro_adaann.objectives.mixed_kl import TraceMixedKL_ELBO
 from pyro_adaann.objectives.tempered_elbo import TemperedTrace_ELBO
 from pyro_adaann.state.rungs import Rung
 from pyro_adaann.steps.natural import NaturalStep
+from pyro_adaann.sampling.opinion import SecondOpinion, second_opinion
 from pyro_adaann.sampling.polish import GuideKernel, PolishedChains, polish
 from pyro_adaann.sampling.result import SMCResult, SMCStage
 from pyro_adaann.sampling.smc import AnnealedSMC
@@ -71,6 +72,7 @@ __all__ = [
     "Rung",
     "SMCResult",
     "SMCStage",
+    "SecondOpinion",
     "SequenceSchedule",
     "StageRule",
     "TemperedTrace_ELBO",
@@ -87,6 +89,7 @@ __all__ = [
     "plots",
     "polish",
     "resample",
+    "second_opinion",
     "to_arviz",
     "weighted_mean",
 ]

@@ -64,8 +64,8 @@ class GuidedChains:
         self.kernel = kernel
         self.generator: Generator = torch.Generator().manual_seed(seed)
         self.step_size = kernel.initial_step_size(self.model.dim)
-        base = flow.base.sample(torch.Size([2])).to(self.model.example)
-        self.metric = Metric(torch.zeros_like(base[0]), torch.ones_like(base[0]))
+        example = self.model.example
+        self.metric = Metric(torch.zeros_like(example), torch.ones_like(example))
 
     def start(self, num_walkers: int) -> Points:
         """Return draws of the guide, resampled by their importance weights.

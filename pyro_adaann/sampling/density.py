@@ -71,7 +71,8 @@ class UnconstrainedModel:
         vectorize: bool = True,
     ) -> None:
         self.model, self._args, self._kwargs, self._vectorize = model, args, kwargs, vectorize
-        with torch.no_grad(), without_validation():
+        # Values of these runs are not used, so neither shall be their random numbers.
+        with torch.no_grad(), without_validation(), torch.random.fork_rng():
             trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
             check_subsampling(trace)
             enumerated = {s["name"] for s in sites_of(trace) if s["infer"].get("enumerate") == "parallel"}

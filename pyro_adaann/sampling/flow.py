@@ -51,16 +51,16 @@ def guide_flow(guide: Any, model: UnconstrainedModel, args: tuple[Any, ...], kwa
             f"Expected a guide with a base and a transform, such as AutoPlanar, AutoRealNVP or Pyro's "
             f"AutoMultivariateNormal; got {type(guide).__name__}."
         )
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
         guide(*args, **kwargs)  # a guide that has not run yet learns its sites
-        flow = Flow(guide.get_base_dist(), guide.get_transform(*args, **kwargs), model.dim)
     names = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
-    if names != list(model.sites):
+    if names != list(model.sites) or guide.latent_dim != model.dim:
         raise ValueError(
-            f"Expected the guide to have the latent sites of the model, {', '.join(model.sites)}; got "
-            f"{', '.join(names)}."
+            f"Expected the guide to have the latent sites of the model, {', '.join(model.sites)}, of "
+            f"{model.dim} numbers in all; got {', '.join(names)}, of {guide.latent_dim}."
         )
-    return flow
+    with torch.no_grad():
+        return Flow(guide.get_base_dist(), guide.get_transform(*args, **kwargs), model.dim)
 
 
 def over_vector(distribution: Any, dim: int) -> Any:

@@ -34,8 +34,10 @@ from pyro_adaann.sampling.target import Points, TemperedTarget
 
 __all__ = ["HMC", "Metric", "Move", "RandomWalk", "draw_base", "get_kernel", "independence_move"]
 
-#: After how many moves at one temperature trajectories double.
-_MOVES_PER_LENGTH = 5
+#: After how many moves at one temperature a density counts as one of several scales.
+_NUM_EASY_MOVES = 5
+#: How many times the step may then be halved.
+_NUM_HALVINGS = 5
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,9 @@ class Move(Protocol):
     def uses_gradient(self) -> bool:
         """Whether it follows the gradient of the log density."""
 
+    def adapts_at(self, move_index: int) -> bool:
+        """Return whether the acceptance of this move at a temperature says whether the step size fits."""
+
     def initial_step_size(self, dim: int) -> float:
         """Return the step size to begin with."""
 
@@ -163,15 +168,19 @@ class HMC:
 
     :param target_acceptance: in (0, 1).
     :param trajectory_length: in units of the particles' sd; a quarter of a normal density's period,
-        :math:`\pi / 2`, forgets most. It doubles with every five moves at one temperature.
+        :math:`\pi / 2`, forgets most.
     :param max_leapfrogs: the most gradients of one move.
     :param jitter: every particle's step size is uniform in ``(1 - jitter, 1 + jitter)`` times the tuned
         one, so that none is always in resonance, and narrow regions are entered by small steps.
+
+    Where particles have not forgotten after five moves at one temperature, some regions are much
+    narrower than others. Then every other move has a step up to 32 times smaller, for the narrow ones,
+    and the rest have trajectories twice as long with every five moves, for the wide ones.
     """
 
     target_acceptance: float = 0.75
     trajectory_length: float = math.pi / 2
-    max_leapfrogs: int = 32
+    max_leapfrogs: int = 16
     jitter: float = 0.5
 
     def __post_init__(self) -> None:
@@ -186,6 +195,10 @@ class HMC:
     def uses_gradient(self) -> bool:
         """Whether it follows the gradient of the log density: it does."""
         return True
+
+    def adapts_at(self, move_index: int) -> bool:
+        """Return whether this move at a temperature has the tuned step size, not a smaller one."""
+        return move_index < _NUM_EASY_MOVES or move_index % 2 == 0
 
     def initial_step_size(self, dim: int) -> float:
         """Return the step size to begin with, which falls with the fourth root of the dimension."""
@@ -205,9 +218,12 @@ class HMC:
         t, num = inverse_temperature, len(points.x)
         if points.gradient is None:
             points = target.evaluate_with_gradient(points.x, t)
-        # Particles that do not forget travel further: gradients tell of the smallest scale alone.
-        length = self.trajectory_length * 2.0 ** (move_index // _MOVES_PER_LENGTH)
-        num_leapfrogs = max(1, min(self.max_leapfrogs, round(length / step_size)))
+        if self.adapts_at(move_index):
+            length = self.trajectory_length * 2.0 ** (move_index // _NUM_EASY_MOVES)
+            num_leapfrogs = max(1, min(self.max_leapfrogs, round(length / step_size)))
+        else:
+            step_size = step_size * 2.0 ** (-_NUM_HALVINGS * float(uniform(1, points.x, generator)))
+            num_leapfrogs = self.max_leapfrogs
         spread = 1 + self.jitter * (2 * uniform(num, points.x, generator) - 1)
         step = (step_size * spread).unsqueeze(-1)
         momentum = start = normal(points.x, generator)
@@ -242,6 +258,10 @@ class RandomWalk:
     def uses_gradient(self) -> bool:
         """Whether it follows the gradient of the log density: it does not."""
         return False
+
+    def adapts_at(self, move_index: int) -> bool:
+        """Return whether this move at a temperature has the tuned step size: all have."""
+        return True
 
     def initial_step_size(self, dim: int) -> float:
         """Return the best step size for a normal density in many dimensions, 2.38 / sqrt(dim)."""

@@ -31,6 +31,8 @@ class SMCStage:
         the log factor's.
     :param num_evaluations: evaluations of the model, one for each particle and gradient.
     :param num_broken: particles so far that have lost their weight because the model broke.
+    :param has_forgotten: whether the correlation fell below the limit, or fell no further because particles
+        stay in modes of their own.
     """
 
     inverse_temperature: float
@@ -44,6 +46,7 @@ class SMCStage:
     correlation: float
     num_evaluations: int
     num_broken: int
+    has_forgotten: bool
 
     @property
     def num_moves(self) -> int:
@@ -116,6 +119,14 @@ class SMCResult:
         return self.stages[-1].num_broken
 
     @property
+    def num_unforgotten(self) -> int:
+        """Number of inverse temperatures at which the moves came to their limit before the particles forgot.
+
+        With any, the spread of the groups may understate the error: all groups may lack the same part.
+        """
+        return sum(not stage.has_forgotten for stage in self.stages)
+
+    @property
     def ess(self) -> float:
         """Effective number of draws behind a weighted mean."""
         return effective_sample_size(self.log_weights)
@@ -170,6 +181,11 @@ class SMCResult:
             f"  {len(self.stages)} inverse temperatures, {self.num_evaluations:,} evaluations; at the last "
             f"one {last.num_moves} moves, {last.acceptance:.0%} accepted, correlation {last.correlation:.2f}",
         ]
+        if self.num_unforgotten:
+            lines.append(
+                f"  at {self.num_unforgotten} inverse temperatures the moves did not make the particles "
+                f"forget: the error may be larger than stated"
+            )
         if last.guide_acceptance is not None:
             lines.append(f"  {last.guide_acceptance:.0%} of the guide's proposals accepted there")
         if self.num_broken:

@@ -94,6 +94,7 @@ class Sampler:
             correlation=moved.correlation,
             num_evaluations=self.target.num_evaluations - num_before,
             num_broken=particles.num_broken,
+            has_forgotten=moved.has_forgotten,
         )
         self.stages.append(stage)
         return stage
@@ -170,7 +171,8 @@ class Sampler:
             points, probability = settings.kernel(target, t, points, metric, step_size, self.generator, index)
             step_sizes.append(step_size)
             acceptances.append(_mean(weights, probability))
-            self._step_size = self._adapt(step_size, acceptances[-1])
+            if settings.kernel.adapts_at(index):
+                self._step_size = self._adapt(step_size, acceptances[-1])
             correlations.append(_correlation(start, self._features(points, metric), weights))
             if settings.num_moves is None and not tuned and self._have_forgotten(correlations):
                 break
@@ -181,6 +183,7 @@ class Sampler:
             sum(acceptances) / max(len(acceptances), 1),
             sum(guide_acceptances) / len(guide_acceptances) if guide_acceptances else None,
             max(correlations[-1]) if correlations else 1.0,
+            self._have_forgotten(correlations),
         )
 
     def _features(self, points: Points, metric: Metric) -> Tensor:
@@ -189,6 +192,8 @@ class Sampler:
         return torch.cat([log_factor, metric.whiten(points.x)], dim=-1).double()
 
     def _have_forgotten(self, correlations: list[tuple[float, float]]) -> bool:
+        if not correlations:
+            return False
         log_factor, position = correlations[-1]
         limit = self.settings.max_correlation
         if log_factor > limit:
@@ -282,6 +287,7 @@ class _Moved:
     acceptance: float
     guide_acceptance: float | None
     correlation: float
+    has_forgotten: bool
 
 
 def _mean(weights: Tensor, values: Tensor) -> float:
