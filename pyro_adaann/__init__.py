@@ -29,9 +29,10 @@ from pyro_adaann.objectives.mixed_kl import TraceMixedKL_ELBO
 from pyro_adaann.objectives.tempered_elbo import TemperedTrace_ELBO
 from pyro_adaann.state.rungs import Rung
 from pyro_adaann.steps.natural import NaturalStep
+from pyro_adaann.sampling.calibration import Calibration, simulation_based_calibration
 from pyro_adaann.sampling.opinion import SecondOpinion, second_opinion
 from pyro_adaann.sampling.polish import GuideKernel, PolishedChains, polish
-from pyro_adaann.sampling.result import SMCResult, SMCStage
+from pyro_adaann.sampling.result import SMCResult
 from pyro_adaann.sampling.smc import AnnealedSMC
 from pyro_adaann.state.rungs import Ladder, Rung
 from pyro_adaann.steps.natural import TraceNaturalKL_ELBO
@@ -56,6 +57,7 @@ __all__ = [
     "AutoSpline",
     "AutoZuko",
     "CESSSchedule",
+    "Calibration",
     "ConstantSchedule",
     "CosineSchedule",
     "Diagnosis",
@@ -71,7 +73,6 @@ __all__ = [
     "Recovery",
     "Rung",
     "SMCResult",
-    "SMCStage",
     "SecondOpinion",
     "SequenceSchedule",
     "StageRule",
@@ -90,6 +91,7 @@ __all__ = [
     "polish",
     "resample",
     "second_opinion",
+    "simulation_based_calibration",
     "to_arviz",
     "weighted_mean",
 ]

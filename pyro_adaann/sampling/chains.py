@@ -64,8 +64,7 @@ class GuidedChains:
         self.kernel = kernel
         self.generator: Generator = torch.Generator().manual_seed(seed)
         self.step_size = kernel.initial_step_size(self.model.dim)
-        example = self.model.example
-        self.metric = Metric(torch.zeros_like(example), torch.ones_like(example))
+        self.metric = Metric(torch.ones_like(self.model.example))
 
     def start(self, num_walkers: int) -> Points:
         """Return draws of the guide, resampled by their importance weights.

@@ -4,7 +4,7 @@ Each takes points, an inverse temperature and what has been tuned, and returns t
 every particle's probability of having been accepted. A proposal whose log density, or whose gradient on
 the way, is not finite is refused.
 
-**Hamiltonian Monte Carlo.** In whitened coordinates u, x = m + L u, with momentum v of unit mass: half a
+**Hamiltonian Monte Carlo.** In whitened coordinates u, x = L u, with momentum v of unit mass: half a
 step of v along :math:`L^\top \nabla \log p_t`, a step of u along v, and so on; accepted with
 :math:`\min(1, e^{H - H'})`, :math:`H = -\log p_t(x) + |v|^2 / 2`. Every particle has a step size of its own,
 drawn at random.
@@ -42,13 +42,11 @@ _NUM_HALVINGS = 5
 
 @dataclass(frozen=True)
 class Metric:
-    """The location m and the factor L of the whitened coordinates u, x = m + L u.
+    """The factor L of the whitened coordinates u, x = L u.
 
-    :param loc: m, shape ``(dim,)``.
     :param factor: L, shape ``(dim,)`` if diagonal, else lower triangular, ``(dim, dim)``.
     """
 
-    loc: Tensor
     factor: Tensor
 
     def color(self, u: Tensor) -> Tensor:
@@ -59,18 +57,11 @@ class Metric:
         """Return L^T g of gradients, likewise."""
         return gradient * self.factor if self.factor.dim() == 1 else gradient @ self.factor
 
-    def whiten(self, x: Tensor) -> Tensor:
-        """Return u of points, likewise."""
-        centered = x - self.loc
-        if self.factor.dim() == 1:
-            return centered / self.factor
-        return torch.linalg.solve_triangular(self.factor, centered.T, upper=False).T
-
     @staticmethod
     def of(points: Points, weights: Tensor, *, dense: bool) -> Metric:
-        r"""Return the metric of weighted points.
+        r"""Return the metric of weighted points, L L^T = C.
 
-        Without gradients it is their mean and covariance C. With gradients g of the log density it is
+        Without gradients C is their covariance. With gradients g of the log density it is
         :math:`(E g g^\top)^{-1}`: the same for a normal density, never more (Cramér and Rao), and in a
         mixture of far modes the covariance within them, which steps must fit, not that between them.
 
@@ -94,7 +85,7 @@ class Metric:
             precision.diagonal().add_(1e-3)
             factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(precision)))
         factor = sd.unsqueeze(-1) * factor
-        return Metric(loc.to(points.x), (factor if dense else factor.diagonal()).to(points.x))
+        return Metric((factor if dense else factor.diagonal()).to(points.x))
 
 
 def _shrunk(matrix: Tensor, keep: float) -> Tensor:

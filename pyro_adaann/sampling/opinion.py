@@ -155,8 +155,8 @@ def second_opinion(
     missing = [name for name in draws.samples if name not in result.samples]
     if missing:
         raise ValueError(
-            f"Expected particles of the same model; got none for {', '.join(missing)}. Run AnnealedSMC on the "
-            f"model of the fit."
+            f"Expected particles of the same model; got none for {', '.join(missing)}. Run AnnealedSMC on "
+            f"the model of the fit."
         )
     weights = draws.log_p - draws.log_q
     weights = torch.where(torch.isfinite(weights), weights, -torch.inf)

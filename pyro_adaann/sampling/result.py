@@ -23,7 +23,7 @@ class SMCStage:
     :param ess: effective number of all particles after the change of temperature, before resampling.
     :param num_resampled: number of groups that have been resampled.
     :param log_evidence: of the tempered density, so far.
-    :param metric: location and scales of the moves.
+    :param metric: scales of the moves.
     :param step_sizes: of every move, in units of these scales.
     :param acceptance: mean acceptance probability of the moves.
     :param guide_acceptance: of proposals from the guide, None without one.

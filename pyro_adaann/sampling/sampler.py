@@ -157,7 +157,7 @@ class Sampler:
         metric = tuned.metric if tuned else Metric.of(points, weights, dense=settings.dense_mass)
         limit = settings.max_moves if settings.num_moves is None else settings.num_moves
         limit = tuned.num_moves if tuned else limit
-        start = self._features(points, metric)
+        start = self._features(points)
         step_sizes: list[float] = []
         acceptances: list[float] = []
         guide_acceptances: list[float] = []
@@ -173,7 +173,7 @@ class Sampler:
             acceptances.append(_mean(weights, probability))
             if settings.kernel.adapts_at(index):
                 self._step_size = self._adapt(step_size, acceptances[-1])
-            correlations.append(_correlation(start, self._features(points, metric), weights))
+            correlations.append(_correlation(start, self._features(points), weights))
             if settings.num_moves is None and not tuned and self._have_forgotten(correlations):
                 break
         return _Moved(
@@ -186,10 +186,10 @@ class Sampler:
             self._have_forgotten(correlations),
         )
 
-    def _features(self, points: Points, metric: Metric) -> Tensor:
+    def _features(self, points: Points) -> Tensor:
         """Return what is to be forgotten, the log factor and the coordinates, shape ``(n, 1 + d)``."""
         log_factor = self.target.log_factor(points.terms).unsqueeze(-1)
-        return torch.cat([log_factor, metric.whiten(points.x)], dim=-1).double()
+        return torch.cat([log_factor, points.x], dim=-1).double()
 
     def _have_forgotten(self, correlations: list[tuple[float, float]]) -> bool:
         if not correlations:
