@@ -308,14 +308,14 @@ def test_a_truncated_likelihood_and_a_model_that_breaks():
         log_prob = torch.where(z > 0.5, -z.clamp(min=0.5).log(), -torch.inf)
         pyro.factor("uniform", torch.where(z > 2.5, torch.nan, log_prob))
 
-    result = AnnealedSMC(model, num_particles=4096, seed=0).run(progress_bar=False)
+    result = AnnealedSMC(model, num_particles=2048, max_moves=6, seed=0).run(progress_bar=False)
     z = torch.linspace(0.5, 2.5, 20_001).double()
     density = (dist.Normal(0.0, 1.0).log_prob(z) - z.log()).exp()
     exact = float(torch.trapezoid(density, z))
     assert abs(result.log_evidence - math.log(exact)) < FOUR_SIGMAS * result.log_evidence_error
     drawn = result.samples["z"][result.log_weights > -torch.inf]
     assert ((drawn > 0.5) & (drawn < 2.5)).all()
-    assert 5 < result.num_broken < 60  # 4096 * 0.6 %, at the start
+    assert 3 < result.num_broken < 30  # 2048 * 0.6 %, at the start
     assert "broke" in repr(result)
 
 

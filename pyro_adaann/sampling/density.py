@@ -80,6 +80,7 @@ class UnconstrainedModel:
             self._points._setup_prototype(*args, **kwargs)
         self._kind: type[ELBO] = TraceEnum_ELBO if enumerated else Trace_ELBO
         self.sites: dict[str, Any] = dict(self._points.prototype_trace.iter_stochastic_nodes())
+        self._transforms = {name: biject_to(site["fn"].support) for name, site in self.sites.items()}
         self.dim: int = self._points.latent_dim
         self.example: Tensor = self._points._init_loc()
         shapes = [site["fn"].batch_shape for site in sites_of(trace) if not site_is_subsample(site)]
@@ -114,23 +115,40 @@ class UnconstrainedModel:
         num = len(points) if points.dim() == 2 else 1
         if num > 1:
             points = points.reshape(num, *[1] * self._nesting, self.dim)
-        elbo = self._elbo(num)
         with without_validation():
-            pair = next(iter(elbo._get_traces(self.model, self._points.at(points), self._args, self._kwargs)))
-        model_trace, guide_trace = pair
-        # The density of a Delta site is minus the Jacobian.
-        jacobian = -_log_density(sites_of(guide_trace))
-        prior = _log_density(model_trace.nodes[name] for name in self.sites)
-        if self._kind is TraceEnum_ELBO:
-            likelihood = marginal_log_density(model_trace, guide_trace) - prior
-        else:
-            others = (site for site in sites_of(model_trace) if site["name"] not in self.sites)
-            likelihood = _log_density(others)
+            if self._kind is TraceEnum_ELBO:
+                prior, likelihood = self._sum_out(points, num)
+            else:
+                prior, likelihood = self._score(points, num)
 
         def each(term: Tensor) -> Tensor:
             return term.to(points).reshape(-1).expand(num)
 
-        return each(prior + jacobian), each(likelihood)
+        return each(prior), each(likelihood)
+
+    def _score(self, points: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """Run the model alone, with its latent sites at given values."""
+        values, prior = {}, points.new_zeros(num)
+        for site, free in self._points._unpack_latent(points):
+            transform = self._transforms[site["name"]]
+            values[site["name"]] = value = transform(free)
+            prior = prior + transform.log_abs_det_jacobian(free, value).reshape(num, -1).sum(-1)
+        model = poutine.condition(self.model, data=values)
+        model = self._elbo(num)._vectorized_num_particles(model)
+        trace = poutine.block(poutine.trace(model).get_trace)(*self._args, **self._kwargs)
+        trace.compute_log_prob(lambda name, site: not site_is_subsample(site))
+        others = (site for site in sites_of(trace) if not (site["name"] in values or site_is_subsample(site)))
+        return prior + _log_density(trace.nodes[name] for name in values), _log_density(others)
+
+    def _sum_out(self, points: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """Run guide and model as `TraceEnum_ELBO` does, whose enumerated sites are summed out."""
+        guide = self._points.at(points)
+        traces = self._elbo(num)._get_traces(self.model, guide, self._args, self._kwargs)
+        model_trace, guide_trace = next(iter(traces))
+        prior = _log_density(model_trace.nodes[name] for name in self.sites)
+        likelihood = marginal_log_density(model_trace, guide_trace) - prior
+        # The density of a Delta site is minus the Jacobian.
+        return prior - _log_density(sites_of(guide_trace)), likelihood
 
     def _elbo(self, num: int) -> ELBO:
         return self._kind(
@@ -178,8 +196,8 @@ class UnconstrainedModel:
         with without_validation():
             trace: Trace = poutine.block(poutine.trace(model).get_trace)(*self._args, **self._kwargs)
         columns = []
-        for name, site in self.sites.items():
-            free = biject_to(site["fn"].support).inv(trace.nodes[name]["value"])
+        for name in self.sites:
+            free = self._transforms[name].inv(trace.nodes[name]["value"])
             columns.append(free.reshape(num, -1))
         return torch.cat(columns, dim=-1)
 
@@ -193,11 +211,11 @@ class UnconstrainedModel:
     def constrain(self, points: Tensor) -> dict[str, Tensor]:
         """Return the latent variables of points ``(n, dim)`` by site, shape ``(n,) + shape of the site``."""
         position, result = 0, {}
-        for name, site in self.sites.items():
+        for name in self.sites:
             shape = self._points._unconstrained_shapes[name]
             column = points[:, position : position + shape.numel()].reshape(-1, *shape)
             position += shape.numel()
-            result[name] = biject_to(site["fn"].support)(column)
+            result[name] = self._transforms[name](column)
         return result
 
 
