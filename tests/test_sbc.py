@@ -71,7 +71,7 @@ def test_an_exact_fit_is_calibrated():
     ("fit", "words"), [(narrow, "too narrow"), (wide, "too wide"), (shifted, "too high")]
 )
 def test_a_wrong_fit_is_named(fit, words):
-    """A scale of 0.8 is found in 100 data sets of three numbers with a probability of about 95 %."""
+    """A scale of 0.8 is found in 150 data sets of three numbers in 200 of 200 trials, in 100 in 170."""
     calibration = calibrate(fit, num_datasets=150)
     assert not calibration.is_calibrated
     assert words in str(calibration)

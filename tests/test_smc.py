@@ -293,6 +293,21 @@ def test_two_normals_keep_their_shares():
     assert abs(result.log_evidence) < FOUR_SIGMAS * result.log_evidence_error
 
 
+def test_a_funnel():
+    """Evidence 1 within four stated errors, although the neck is a hundred times narrower than the mouth."""
+
+    def model():
+        v = pyro.sample("v", dist.Normal(0.0, 2.0))
+        pyro.sample("x", dist.Normal(torch.zeros(2), (v / 2).exp().unsqueeze(-1)).to_event(1))
+
+    base = dist.Normal(torch.zeros(3), torch.tensor([2.5, 5.0, 5.0])).to_event(1)
+    result = AnnealedSMC(model, path="bridge", base=base, seed=4).run(progress_bar=False)
+    assert abs(result.log_evidence) < FOUR_SIGMAS * result.log_evidence_error
+    assert abs(float(result.mean("v"))) < 0.5
+    assert abs(float(result.sd("v")) - 2) < 0.3
+    assert max(stage.num_moves for stage in result.stages) > 5  # small steps were needed
+
+
 def test_a_flat_bimodal_density_by_bridge():
     result = AnnealedSMC(bimodal, path="bridge", base=dist.Normal(0.0, 4.0), seed=0).run(progress_bar=False)
     z = torch.linspace(-6.0, 2.0, 4001).double()
