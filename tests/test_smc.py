@@ -28,7 +28,8 @@ from pyro_adaann import (
 )
 from pyro_adaann.sampling.density import UnconstrainedModel
 from pyro_adaann.sampling.flow import guide_flow
-from pyro_adaann.sampling.moves import HMC, Metric, RandomWalk, independence_move
+from pyro_adaann.sampling.metric import Metric
+from pyro_adaann.sampling.moves import HMC, RandomWalk, independence_move
 from pyro_adaann.sampling.particles import Particles, combine_evidences, systematic_resampling
 from pyro_adaann.sampling.target import Points, TemperedTarget
 

@@ -12,7 +12,8 @@ from pyro_adaann.annealing.paths import JOINT
 from pyro_adaann.diagnostics.model_and_guide import Fit, get_model_and_guide
 from pyro_adaann.sampling.density import UnconstrainedModel
 from pyro_adaann.sampling.flow import guide_flow
-from pyro_adaann.sampling.moves import Metric, Move, draw_base, independence_move
+from pyro_adaann.sampling.metric import Metric
+from pyro_adaann.sampling.moves import SMALL_STEPS, Move, draw_base, independence_move
 from pyro_adaann.sampling.target import Points, TemperedTarget
 from pyro_adaann.weights import resample
 
@@ -29,11 +30,13 @@ class Transition:
     :param points: where they are after it.
     :param acceptance: acceptance probabilities of the move, shape ``(chains,)``.
     :param guide_acceptance: of the proposals from the guide, likewise.
+    :param is_tuned: whether the move had the tuned step size.
     """
 
     points: Points
     acceptance: Tensor
     guide_acceptance: Tensor
+    is_tuned: bool
 
 
 class GuidedChains:
@@ -64,6 +67,7 @@ class GuidedChains:
         self.kernel = kernel
         self.generator: Generator = torch.Generator().manual_seed(seed)
         self.step_size = kernel.initial_step_size(self.model.dim)
+        self._num_steps = 0
         self.metric = Metric(torch.ones_like(self.model.example))
 
     def start(self, num_walkers: int) -> Points:
@@ -99,6 +103,8 @@ class GuidedChains:
                 self.metric = Metric.of(points, weights, dense=True)
             transition = self.step(points)
             points = transition.points
+            if not transition.is_tuned:
+                continue
             # The gain falls after the last change of scales, so that the step size settles.
             gain = 1.0 / max(1.0, (step - num_steps // 2) / 10)
             excess = float(transition.acceptance.mean()) - self.kernel.target_acceptance
@@ -106,7 +112,11 @@ class GuidedChains:
         return points
 
     def step(self, points: Points) -> Transition:
-        """Propose from the guide, then make one move."""
+        """Propose from the guide, then make one move; every fourth move is one of small steps."""
         points, guided = independence_move(self.target, 1.0, points, self.generator)
-        points, moved = self.kernel(self.target, 1.0, points, self.metric, self.step_size, self.generator)
-        return Transition(points, moved, guided)
+        self._num_steps += 1
+        index = 0 if self._num_steps % 4 else SMALL_STEPS
+        points, moved = self.kernel(
+            self.target, 1.0, points, self.metric, self.step_size, self.generator, index
+        )
+        return Transition(points, moved, guided, self.kernel.adapts_at(index))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_adaann.sampling.arviz import draws_to_arviz
-from pyro_adaann.sampling.moves import Metric
+from pyro_adaann.sampling.metric import Metric
 from pyro_adaann.sampling.particles import combine_evidences
 from pyro_adaann.weights import effective_sample_size, resample, weighted_mean
 

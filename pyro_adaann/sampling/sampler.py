@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from pyro_adaann.annealing.schedules import AnnealingSchedule
-from pyro_adaann.sampling.moves import Metric, Move, draw_base, independence_move
+from pyro_adaann.sampling.forgetting import correlation, have_forgotten
+from pyro_adaann.sampling.metric import Metric
+from pyro_adaann.sampling.moves import Move, draw_base, independence_move
 from pyro_adaann.sampling.particles import Particles, combine_evidences
 from pyro_adaann.sampling.result import SMCResult, SMCStage
 from pyro_adaann.sampling.target import Points, TemperedTarget
@@ -173,8 +175,12 @@ class Sampler:
             acceptances.append(_mean(weights, probability))
             if settings.kernel.adapts_at(index):
                 self._step_size = self._adapt(step_size, acceptances[-1])
-            correlations.append(_correlation(start, self._features(points), weights))
-            if settings.num_moves is None and not tuned and self._have_forgotten(correlations):
+            correlations.append(correlation(start, self._features(points), weights))
+            if (
+                settings.num_moves is None
+                and not tuned
+                and have_forgotten(correlations, settings.max_correlation)
+            ):
                 break
         return _Moved(
             Particles(points, particles.log_weights, particles.log_evidences, particles.num_broken),
@@ -183,25 +189,13 @@ class Sampler:
             sum(acceptances) / max(len(acceptances), 1),
             sum(guide_acceptances) / len(guide_acceptances) if guide_acceptances else None,
             max(correlations[-1]) if correlations else 1.0,
-            self._have_forgotten(correlations),
+            have_forgotten(correlations, settings.max_correlation),
         )
 
     def _features(self, points: Points) -> Tensor:
         """Return what is to be forgotten, the log factor and the coordinates, shape ``(n, 1 + d)``."""
         log_factor = self.target.log_factor(points.terms).unsqueeze(-1)
         return torch.cat([log_factor, points.x], dim=-1).double()
-
-    def _have_forgotten(self, correlations: list[tuple[float, float]]) -> bool:
-        if not correlations:
-            return False
-        log_factor, position = correlations[-1]
-        limit = self.settings.max_correlation
-        if log_factor > limit:
-            return False
-        # Particles that stay in their modes remember these for ever, and more moves are no help: then
-        # the second half of the moves has not made the correlation smaller.
-        half = correlations[(len(correlations) - 1) // 2][1]
-        return position <= limit or (len(correlations) >= 4 and position > 0.9 * half)
 
     def _adapt(self, step_size: float, acceptance: float) -> float:
         excess = acceptance - self.settings.kernel.target_acceptance
@@ -293,16 +287,3 @@ class _Moved:
 def _mean(weights: Tensor, values: Tensor) -> float:
     kept = weights > 0
     return float(weights[kept] @ values[kept].double())
-
-
-def _correlation(before: Tensor, after: Tensor, weights: Tensor) -> tuple[float, float]:
-    """Return the correlation of the first feature, and the largest of the others."""
-    kept = (weights > 0) & torch.isfinite(before).all(-1) & torch.isfinite(after).all(-1)
-    if not bool(kept.any()):
-        return 1.0, 1.0
-    share = (weights[kept] / weights[kept].sum()).unsqueeze(-1)
-    a, b = before[kept], after[kept]
-    a, b = a - (share * a).sum(0), b - (share * b).sum(0)
-    scale = ((share * a.square()).sum(0) * (share * b.square()).sum(0)).sqrt()
-    correlation = torch.nan_to_num((share * a * b).sum(0) / scale)
-    return float(correlation[0]), float(correlation[1:].max())
