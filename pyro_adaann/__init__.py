@@ -27,15 +27,13 @@ from pyro_adaann.guides.zuko import AutoZuko
 from pyro_adaann.natural import natural_svi
 from pyro_adaann.objectives.mixed_kl import TraceMixedKL_ELBO
 from pyro_adaann.objectives.tempered_elbo import TemperedTrace_ELBO
-from pyro_adaann.state.rungs import Rung
-from pyro_adaann.steps.natural import NaturalStep
 from pyro_adaann.sampling.calibration import Calibration, simulation_based_calibration
 from pyro_adaann.sampling.opinion import SecondOpinion, second_opinion
 from pyro_adaann.sampling.polish import GuideKernel, PolishedChains, polish
 from pyro_adaann.sampling.result import SMCResult
 from pyro_adaann.sampling.smc import AnnealedSMC
-from pyro_adaann.state.rungs import Ladder, Rung
-from pyro_adaann.steps.natural import TraceNaturalKL_ELBO
+from pyro_adaann.state.rungs import Rung
+from pyro_adaann.steps.natural import NaturalStep
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.version import __version__
 from pyro_adaann.weights import effective_sample_size, pareto_smooth, resample, weighted_mean
