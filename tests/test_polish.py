@@ -21,7 +21,9 @@ PROBLEM = conjugate_normal(2)
 def wrong_guide() -> AutoPlanar:
     """A guide that is off by half a sd and too wide."""
     mean, sd = PROBLEM.tempered("joint", 1.0, (0.0, 1.0))
-    guide = AutoPlanar(PROBLEM.model, 2, base_loc=mean + 0.5 * sd, base_scale=1.5 * sd).initialize()
+    guide = AutoPlanar(
+        PROBLEM.model, 2, affine=None, base_loc=mean + 0.5 * sd, base_scale=1.5 * sd
+    ).initialize()
     with torch.no_grad():
         guide.transform.u.copy_(torch.tensor([[0.3, 0.1], [0.1, 0.2]]))
     return guide
@@ -69,7 +71,7 @@ def test_modes_exchange_mass_by_the_guide():
         left, right = (dist.Normal(loc, 1.0).log_prob(z).sum(-1) for loc in (-half, half))
         pyro.factor("density", torch.logaddexp(left + math.log(0.7), right + math.log(0.3)))
 
-    guide = AutoPlanar(model, 2, base_loc=0.0, base_scale=1.0).initialize()
+    guide = AutoPlanar(model, 2, affine=None, base_loc=0.0, base_scale=1.0).initialize()
     with torch.no_grad():
         guide.transform.w.copy_(torch.tensor([[8.0], [0.0]]))
         guide.transform.u.copy_(torch.tensor([[2.5], [0.0]]))

@@ -116,7 +116,7 @@ def flow_target(path: Path, with_flow: bool) -> TemperedTarget:
     model = UnconstrainedModel(PROBLEM.model, (), {})
     flow = None
     if with_flow:
-        guide = AutoPlanar(PROBLEM.model, 2, base_loc=0.3, base_scale=GUIDE_SCALE).initialize()
+        guide = AutoPlanar(PROBLEM.model, 2, affine=None, base_loc=0.3, base_scale=GUIDE_SCALE).initialize()
         with torch.no_grad():
             # Wide bends across the posterior, so that its density in x is far from normal.
             guide.transform.w.copy_(torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
@@ -349,7 +349,7 @@ def test_double_precision_is_kept():
 
 @pytest.mark.parametrize("path", ["likelihood", "bridge"])
 def test_with_a_guide_the_answer_is_the_same(path):
-    guide = AutoPlanar(PROBLEM.model, 2, base_loc=0.4, base_scale=0.5).initialize()
+    guide = AutoPlanar(PROBLEM.model, 2, affine=None, base_loc=0.4, base_scale=0.5).initialize()
     with torch.no_grad():
         guide.transform.u.copy_(torch.tensor([[0.4, 0.1], [0.1, 0.3]]))
     base = "guide" if path == "bridge" else None
