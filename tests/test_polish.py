@@ -97,7 +97,12 @@ def test_a_seed_gives_the_same_chains_and_leaves_the_generator_alone():
 def test_a_fitted_svi_is_polished():
     pyro.clear_param_store()
     guide = AutoMultivariateNormal(PROBLEM.model)
-    svi = SVI(PROBLEM.model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(num_particles=10))
+    svi = SVI(
+        PROBLEM.model,
+        guide,
+        pyro.optim.Adam({"lr": 0.05}),
+        Trace_ELBO(num_particles=10, vectorize_particles=True),
+    )
     for _ in range(200):
         svi.step()
     chains = polish(svi, num_samples=50, num_warmup=20, seed=0, progress_bar=False)

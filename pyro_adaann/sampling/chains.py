@@ -13,14 +13,16 @@ from pyro_adaann.diagnostics.model_and_guide import Fit, get_model_and_guide
 from pyro_adaann.sampling.density import UnconstrainedModel
 from pyro_adaann.sampling.flow import guide_flow
 from pyro_adaann.sampling.metric import Metric
-from pyro_adaann.sampling.moves import SMALL_STEPS, Move, draw_base, independence_move
+from pyro_adaann.sampling.moves import LONG_TRAJECTORY, SMALL_STEPS, Move, draw_base, independence_move
 from pyro_adaann.sampling.target import Points, TemperedTarget
 from pyro_adaann.weights import resample
 
 __all__ = ["GuidedChains", "Transition"]
 
-#: Draws of the guide from which the walkers are resampled by their weights, and the most per walker.
+#: Draws of the guide from which the walkers are resampled by their weights, at least.
 _NUM_START_DRAWS = 2000
+#: The `move_index` of moves in turn: chains that are stuck in a narrow place need small steps.
+_MOVES = (SMALL_STEPS, SMALL_STEPS, 0, LONG_TRAJECTORY)
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,10 @@ class GuidedChains:
         return points
 
     def step(self, points: Points) -> Transition:
-        """Propose from the guide, then make one move; every fourth move is one of small steps."""
+        """Propose from the guide, then make one move: in turn of small, small, tuned and many steps."""
         points, guided = independence_move(self.target, 1.0, points, self.generator)
         self._num_steps += 1
-        index = 0 if self._num_steps % 4 else SMALL_STEPS
+        index = _MOVES[self._num_steps % len(_MOVES)]
         points, moved = self.kernel(
             self.target, 1.0, points, self.metric, self.step_size, self.generator, index
         )

@@ -35,8 +35,8 @@ from pyro_adaann.sampling.target import Points, TemperedTarget
 
 __all__ = ["HMC", "SMALL_STEPS", "Move", "RandomWalk", "draw_base", "get_kernel", "independence_move"]
 
-#: A `move_index` at which a move has small steps.
-SMALL_STEPS = 5
+#: A `move_index` at which a move has small steps, and one at which its trajectory is four times as long.
+SMALL_STEPS, LONG_TRAJECTORY = 5, 10
 #: After how many moves at one temperature a density counts as one of several scales.
 _NUM_EASY_MOVES = 5
 #: How many times the step may then be halved.
