@@ -208,8 +208,9 @@ def row(name: str, schedule: str, records: list[dict[str, Any]]) -> str:
     hits = sum(abs(record["error"]) < 2 * record["stated"] for record in records)
     spread = math.sqrt(sum((r["got"] - r["exact"]) ** 2 for r in records) / len(records))
     return (
-        f"| {name} | {schedule} | {mean(records, 'error'):+.3f} | {rms:.3f} | {mean(records, 'stated'):.3f} | "
-        f"{hits}/{len(records)} | {records[0]['check']} {records[0]['exact']:.3f} +- {spread:.3f} | "
+        f"| {name} | {schedule} | {mean(records, 'error'):+.3f} | {rms:.3f} | "
+        f"{mean(records, 'stated'):.3f} | {hits}/{len(records)} | "
+        f"{records[0]['check']} {records[0]['exact']:.3f} +- {spread:.3f} | "
         f"{mean(records, 'num_stages'):.0f} | {mean(records, 'num_unforgotten'):.1f} | "
         f"{mean(records, 'num_evaluations') / 1e3:,.0f} | {mean(records, 'seconds'):.1f} |"
     )

@@ -414,6 +414,18 @@ def test_after_ctrl_c_a_checkpoint_goes_on_bit_for_bit(path, tmp_path):
         )
 
 
+def test_groups_that_disagree_say_so():
+    """One jump from a wide base to a narrow density in eight dimensions leaves one group with the weight."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(8), 1.0).to_event(1).mask(False))
+        pyro.factor("density", dist.Normal(0.0, 0.01).log_prob(z).sum(-1))
+
+    base = dist.Normal(0.0, 1.0)
+    smc = AnnealedSMC(model, path="bridge", base=base, schedule=LinearSchedule(1), num_particles=256, seed=0)
+    assert "groups disagree" in repr(smc.run(progress_bar=False))
+
+
 def test_the_result_goes_to_arviz():
     result = AnnealedSMC(PROBLEM.model, num_particles=128, seed=0).run(progress_bar=False)
     data = result.to_arviz(dims={"z": ["side"]})

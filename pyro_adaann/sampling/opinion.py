@@ -107,8 +107,8 @@ class SecondOpinion:
         ]
         if not self.is_reliable:
             lines.append(
-                "The particles are no judge yet: they had not forgotten at some temperatures, or did not "
-                "reach 1. Allow more moves, or more particles."
+                "The particles are no judge yet: they had not forgotten at some temperatures, did not reach "
+                "1, or their groups disagree. Allow more moves, or more particles."
             )
         if self.agrees:
             lines.append("Guide and particles agree.")
@@ -176,7 +176,7 @@ def second_opinion(
         guide_log_evidence=log_mean,
         guide_log_evidence_error=error,
         differences=tuple(differences),
-        is_reliable=result.is_done and not result.num_unforgotten,
+        is_reliable=result.is_done and not result.num_unforgotten and result.log_evidence_error < 0.5,
     )
 
 

@@ -15,6 +15,10 @@ from pyro_adaann.weights import effective_sample_size, resample, weighted_mean
 __all__ = ["SMCResult", "SMCStage"]
 
 
+#: Above this error of the log evidence a few groups have nearly all the weight; at 1 it is one group alone.
+_DISAGREE = 0.5
+
+
 @dataclass(frozen=True)
 class SMCStage:
     """What has happened at one inverse temperature.
@@ -95,7 +99,7 @@ class SMCResult:
 
     @property
     def log_evidence_error(self) -> float:
-        """Standard error of the log evidence, from the spread of the groups."""
+        """Standard error of the log evidence, from the spread of the groups; above 1/2 it means nothing."""
         return combine_evidences(self.group_log_evidences)[1]
 
     @property
@@ -181,6 +185,10 @@ class SMCResult:
             f"  {len(self.stages)} inverse temperatures, {self.num_evaluations:,} evaluations; at the last "
             f"one {last.num_moves} moves, {last.acceptance:.0%} accepted, correlation {last.correlation:.2f}",
         ]
+        if self.log_evidence_error > _DISAGREE:
+            lines.append(
+                "  the groups disagree, most have missed what a few have found: the error is not known"
+            )
         if self.num_unforgotten:
             lines.append(
                 f"  at {self.num_unforgotten} inverse temperatures the moves did not make the particles "
