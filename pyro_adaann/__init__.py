@@ -27,6 +27,11 @@ from pyro_adaann.guides.zuko import AutoZuko
 from pyro_adaann.natural import natural_svi
 from pyro_adaann.objectives.mixed_kl import TraceMixedKL_ELBO
 from pyro_adaann.objectives.tempered_elbo import TemperedTrace_ELBO
+from pyro_adaann.sampling.calibration import Calibration, simulation_based_calibration
+from pyro_adaann.sampling.opinion import SecondOpinion, second_opinion
+from pyro_adaann.sampling.polish import GuideKernel, PolishedChains, polish
+from pyro_adaann.sampling.result import SMCResult
+from pyro_adaann.sampling.smc import AnnealedSMC
 from pyro_adaann.state.rungs import Rung
 from pyro_adaann.steps.natural import NaturalStep
 from pyro_adaann.svi import AdaAnnSVI
@@ -40,6 +45,7 @@ __all__ = [
     "LIKELIHOOD",
     "AdaAnnSVI",
     "AdaAnnSchedule",
+    "AnnealedSMC",
     "AnnealingHistory",
     "AnnealingSchedule",
     "AnnealingStage",
@@ -49,18 +55,23 @@ __all__ = [
     "AutoSpline",
     "AutoZuko",
     "CESSSchedule",
+    "Calibration",
     "ConstantSchedule",
     "CosineSchedule",
     "Diagnosis",
     "ESSStageRule",
+    "GuideKernel",
     "Ladder",
     "LadderReport",
     "LinearSchedule",
     "LostPart",
     "NaturalStep",
     "Path",
+    "PolishedChains",
     "Recovery",
     "Rung",
+    "SMCResult",
+    "SecondOpinion",
     "SequenceSchedule",
     "StageRule",
     "TemperedTrace_ELBO",
@@ -75,7 +86,10 @@ __all__ = [
     "natural_svi",
     "pareto_smooth",
     "plots",
+    "polish",
     "resample",
+    "second_opinion",
+    "simulation_based_calibration",
     "to_arviz",
     "weighted_mean",
 ]

@@ -1,0 +1,66 @@
+"""The scales of moves, from weighted particles or from their scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_adaann.sampling.target import Points
+
+__all__ = ["Metric"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The factor L of the whitened coordinates u, x = L u.
+
+    :param factor: L, shape ``(dim,)`` if diagonal, else lower triangular, ``(dim, dim)``.
+    """
+
+    factor: Tensor
+
+    def color(self, u: Tensor) -> Tensor:
+        """Return L u of vectors, shape ``(n, dim)``."""
+        return u * self.factor if self.factor.dim() == 1 else u @ self.factor.T
+
+    def color_transposed(self, gradient: Tensor) -> Tensor:
+        """Return L^T g of gradients, likewise."""
+        return gradient * self.factor if self.factor.dim() == 1 else gradient @ self.factor
+
+    @staticmethod
+    def of(points: Points, weights: Tensor, *, dense: bool) -> Metric:
+        r"""Return the metric of weighted points, L L^T = C.
+
+        Without gradients C is their covariance. With gradients g of the log density it is
+        :math:`(E g g^\top)^{-1}`: the same for a normal density, never more (Cramér and Rao), and in a
+        mixture of far modes the covariance within them, which steps must fit, not that between them.
+
+        Off the diagonal both are shrunk, by less the more the effective number of points exceeds that of
+        coordinates.
+        """
+        kept = weights > 0
+        x, share = points.x[kept].double(), weights[kept].double().unsqueeze(-1)
+        share = share / share.sum()
+        loc = (share * x).sum(0)
+        sd = (share * (x - loc).square()).sum(0).clamp(min=1e-24).sqrt()
+        ess = float(1 / share.square().sum())
+        keep = ess / (ess + x.shape[-1]) if dense else 0.0
+        if points.gradient is None:
+            factor = _shrunk((share * (x - loc) / sd).T @ ((x - loc) / sd), keep)
+            factor = torch.linalg.cholesky(factor)
+        else:
+            # Where the density is flat the gradients say nothing, and the points' own sds count.
+            scores = torch.nan_to_num(points.gradient[kept].double() * sd, nan=0.0, posinf=0.0, neginf=0.0)
+            precision = _shrunk((share * scores).T @ scores, keep)
+            precision.diagonal().add_(1e-3)
+            factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(precision)))
+        factor = sd.unsqueeze(-1) * factor
+        return Metric((factor if dense else factor.diagonal()).to(points.x))
+
+
+def _shrunk(matrix: Tensor, keep: float) -> Tensor:
+    """Return a symmetric matrix with only a share of what is off its diagonal."""
+    diagonal = matrix.diagonal()
+    return keep * matrix + (1 - keep) * torch.diag(diagonal)

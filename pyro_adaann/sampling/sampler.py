@@ -1,0 +1,289 @@
+"""One stage after the other of sequential Monte Carlo: temperature, weights, resampling, moves."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_adaann.annealing.schedules import AnnealingSchedule
+from pyro_adaann.sampling.forgetting import correlation, have_forgotten
+from pyro_adaann.sampling.metric import Metric
+from pyro_adaann.sampling.moves import Move, draw_base, independence_move
+from pyro_adaann.sampling.particles import Particles, combine_evidences
+from pyro_adaann.sampling.result import SMCResult, SMCStage
+from pyro_adaann.sampling.target import Points, TemperedTarget
+from pyro_adaann.sampling.temperatures import first_inverse_temperature, next_inverse_temperature
+from pyro_adaann.weights import effective_sample_size
+
+__all__ = ["Sampler", "Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What does not change in a run; see :class:`AnnealedSMC` for each."""
+
+    schedule: AnnealingSchedule
+    kernel: Move
+    num_particles: int
+    num_groups: int
+    dense_mass: bool
+    num_moves: int | None
+    max_moves: int
+    max_correlation: float
+    resample_below: float
+    tuning: tuple[SMCStage, ...] | None
+
+
+class Sampler:
+    """The particles of a run, and one turn of its loop.
+
+    :param target: the tempered densities.
+    :param settings: of the run.
+    :param seed: of all random numbers.
+    """
+
+    def __init__(self, target: TemperedTarget, settings: Settings, seed: int) -> None:
+        self.target, self.settings, self.seed = target, settings, seed
+        self.stages: list[SMCStage] = []
+        self.generator = torch.Generator().manual_seed(seed)
+        self.particles: Particles | None = None
+        self._step_size = settings.kernel.initial_step_size(target.model.dim)
+
+    @property
+    def inverse_temperature(self) -> float:
+        """The inverse temperature of the last stage, 0 before the first."""
+        return self.stages[-1].inverse_temperature if self.stages else 0.0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last inverse temperature has been reached."""
+        tuning = self.settings.tuning
+        if tuning is not None:
+            return len(self.stages) == len(tuning)
+        return (
+            bool(self.stages) and self.inverse_temperature >= self.settings.schedule.final_inverse_temperature
+        )
+
+    def step(self) -> SMCStage:
+        """Go on to the next inverse temperature and return what has happened.
+
+        :raises ValueError: if no particle has any weight left.
+        """
+        num_before = self.target.num_evaluations
+        particles, t = self._start() if self.particles is None else self._next(self.particles)
+        if not bool((particles.log_weights > -torch.inf).any()):
+            raise ValueError(
+                f"Expected at least one particle with a finite log density; got none of "
+                f"{self.settings.num_particles} at inverse temperature {t:.3g}. Start closer to the "
+                f"posterior (`base` with path='bridge'), or see whether the model runs on draws of its prior."
+            )
+        ess = effective_sample_size(particles.total_log_weights)
+        particles, num_resampled = particles.resample(self.settings.resample_below, self.generator)
+        moved = self._move(particles, t)
+        self.particles = moved.particles
+        stage = SMCStage(
+            inverse_temperature=t,
+            ess=ess,
+            num_resampled=num_resampled,
+            log_evidence=combine_evidences(particles.group_log_evidences)[0],
+            metric=moved.metric,
+            step_sizes=tuple(moved.step_sizes),
+            acceptance=moved.acceptance,
+            guide_acceptance=moved.guide_acceptance,
+            correlation=moved.correlation,
+            num_evaluations=self.target.num_evaluations - num_before,
+            num_broken=particles.num_broken,
+            has_forgotten=moved.has_forgotten,
+        )
+        self.stages.append(stage)
+        return stage
+
+    # --- weights -------------------------------------------------------------------------------------
+
+    def _start(self) -> tuple[Particles, float]:
+        """Draw the particles and weigh them to the first tempered density."""
+        target, settings = self.target, self.settings
+        points = target.evaluate(self._draw_start())
+        log_start = target.log_start(points.terms, target.base is not None)
+
+        def log_weights_at(t: float) -> Tensor:
+            return target.log_density(points.terms, t) - log_start
+
+        if settings.tuning is not None:
+            t = settings.tuning[0].inverse_temperature
+        else:
+            starts_exactly = (target.path.base == 1) == (target.base is not None)
+            t = first_inverse_temperature(settings.schedule, log_weights_at, starts_exactly=starts_exactly)
+        shape = settings.num_groups, settings.num_particles // settings.num_groups
+        zeros = points.terms.new_zeros(shape, dtype=torch.float64)
+        particles = Particles(points, zeros, zeros[:, 0])
+        return particles.reweight(log_weights_at(t)), t
+
+    def _draw_start(self) -> Tensor:
+        target, num = self.target, self.settings.num_particles
+        if isinstance(target.base, str):
+            assert target.flow is not None
+            return draw_base(target.flow.base, num, self.generator).to(target.model.example)
+        if target.base is not None:
+            z = draw_base(target.base, num, self.generator).to(target.model.example)
+        else:
+            seed = int(torch.randint(2**62, (), generator=self.generator))
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                z = target.model.draw_prior(num)
+        return z if target.flow is None else target.flow.inverse(z)
+
+    def _next(self, particles: Particles) -> tuple[Particles, float]:
+        """Choose the next inverse temperature and weigh the particles to it."""
+        log_factor, t = self.target.log_factor(particles.points.terms), self.inverse_temperature
+        if self.settings.tuning is not None:
+            new = self.settings.tuning[len(self.stages)].inverse_temperature
+        else:
+            weights = particles.total_log_weights
+            new = next_inverse_temperature(self.settings.schedule, t, log_factor, weights)
+        return particles.reweight((new - t) * log_factor.double()), new
+
+    # --- moves ---------------------------------------------------------------------------------------
+
+    def _move(self, particles: Particles, t: float) -> _Moved:
+        """Move the particles until they have forgotten where they were."""
+        settings, target = self.settings, self.target
+        tuned = None if settings.tuning is None else settings.tuning[len(self.stages)]
+        weights = particles.total_log_weights.softmax(0)
+        points = particles.points.without_gradient()
+        if settings.kernel.uses_gradient:
+            points = target.evaluate_with_gradient(points.x, t)
+        metric = tuned.metric if tuned else Metric.of(points, weights, dense=settings.dense_mass)
+        limit = settings.max_moves if settings.num_moves is None else settings.num_moves
+        limit = tuned.num_moves if tuned else limit
+        start = self._features(points)
+        step_sizes: list[float] = []
+        acceptances: list[float] = []
+        guide_acceptances: list[float] = []
+        correlations: list[tuple[float, float]] = []
+        while len(step_sizes) < limit:
+            step_size = tuned.step_sizes[len(step_sizes)] if tuned else self._step_size
+            if target.flow is not None:
+                points, probability = independence_move(target, t, points, self.generator)
+                guide_acceptances.append(_mean(weights, probability))
+            index = len(step_sizes)
+            points, probability = settings.kernel(target, t, points, metric, step_size, self.generator, index)
+            step_sizes.append(step_size)
+            acceptances.append(_mean(weights, probability))
+            if settings.kernel.adapts_at(index):
+                self._step_size = self._adapt(step_size, acceptances[-1])
+            correlations.append(correlation(start, self._features(points), weights))
+            if (
+                settings.num_moves is None
+                and not tuned
+                and have_forgotten(correlations, settings.max_correlation)
+            ):
+                break
+        return _Moved(
+            Particles(points, particles.log_weights, particles.log_evidences, particles.num_broken),
+            metric,
+            step_sizes,
+            sum(acceptances) / max(len(acceptances), 1),
+            sum(guide_acceptances) / len(guide_acceptances) if guide_acceptances else None,
+            max(correlations[-1]) if correlations else 1.0,
+            have_forgotten(correlations, settings.max_correlation),
+        )
+
+    def _features(self, points: Points) -> Tensor:
+        """Return what is to be forgotten, the log factor and the coordinates, shape ``(n, 1 + d)``."""
+        log_factor = self.target.log_factor(points.terms).unsqueeze(-1)
+        return torch.cat([log_factor, points.x], dim=-1).double()
+
+    def _adapt(self, step_size: float, acceptance: float) -> float:
+        excess = acceptance - self.settings.kernel.target_acceptance
+        return float(min(max(step_size * 2.0**excess, 1e-6), 10.0))
+
+    # --- what comes out ------------------------------------------------------------------------------
+
+    def result(self) -> SMCResult:
+        """Return the particles as they are."""
+        assert self.particles is not None
+        points = self.particles.points
+        z = self.target.to_model(points.x)
+        return SMCResult(
+            samples=self.target.model.constrain(z),
+            log_weights=self.particles.total_log_weights.log_softmax(0),
+            log_p=points.terms[0] + points.terms[1],
+            unconstrained=z,
+            group_log_evidences=self.particles.group_log_evidences,
+            stages=tuple(self.stages),
+            seed=self.seed,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that :meth:`step` depends on, as tensors and numbers."""
+        assert self.particles is not None
+        particles = self.particles
+        return {
+            "kind": "AnnealedSMC",
+            "settings": self._fingerprint(),
+            "x": particles.points.x,
+            "terms": particles.points.terms,
+            "log_weights": particles.log_weights,
+            "log_evidences": particles.log_evidences,
+            "num_broken": particles.num_broken,
+            "step_size": self._step_size,
+            "seed": self.seed,
+            "generator": self.generator.get_state(),
+            "stages": [asdict(stage) for stage in self.stages],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` has returned.
+
+        :raises ValueError: if it is of another run.
+        """
+        if state.get("kind") != "AnnealedSMC" or state.get("settings") != self._fingerprint():
+            raise ValueError(
+                f"Expected the checkpoint of a run with the settings {self._fingerprint()}; got one of "
+                f"{state.get('settings', 'another kind')}. Give another path, or delete the "
+                f"file to start anew."
+            )
+        device = self.target.model.example.device
+        points = Points(state["x"].to(device), state["terms"].to(device))
+        weights, evidences = state["log_weights"].to(device), state["log_evidences"].to(device)
+        self.particles = Particles(points, weights, evidences, state["num_broken"])
+        self._step_size, self.seed = state["step_size"], state["seed"]
+        self.generator.set_state(state["generator"])
+        self.stages = [
+            SMCStage(
+                **{
+                    **stage,
+                    "metric": Metric(**{k: v.to(device) for k, v in stage["metric"].items()}),
+                    "step_sizes": tuple(stage["step_sizes"]),
+                }
+            )
+            for stage in state["stages"]
+        ]
+
+    def _fingerprint(self) -> str:
+        settings = self.settings
+        return (
+            f"{self.target.model.dim} latent variables, {settings.num_particles} particles in "
+            f"{settings.num_groups} groups, path {self.target.path.name}, "
+            f"{type(settings.schedule).__name__}, {settings.kernel}"
+        )
+
+
+@dataclass(frozen=True)
+class _Moved:
+    particles: Particles
+    metric: Metric
+    step_sizes: list[float]
+    acceptance: float
+    guide_acceptance: float | None
+    correlation: float
+    has_forgotten: bool
+
+
+def _mean(weights: Tensor, values: Tensor) -> float:
+    kept = weights > 0
+    return float(weights[kept] @ values[kept].double())
