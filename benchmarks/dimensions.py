@@ -5,7 +5,7 @@
 
 A fit that is in the result file already is not repeated, so a study that was stopped goes on; ``--part
 i/n`` takes every n-th fit, for n processes side by side. ``natural_svi`` with its defaults but for what
-SETTINGS says of a target. Errors are of 20,000 weighted draws: of the log evidence, of probabilities
+SETTINGS says of a target. Errors are of 100,000 weighted draws: of the log evidence, of probabilities
 (shares of modes), and of means and sds, in posterior sds and as a share.
 """
 
@@ -28,9 +28,16 @@ from pyro_adaann import AutoSpline, diagnose, importance_draws, natural_svi
 
 RESULTS = Path(__file__).resolve().parent / "results" / "dimensions.jsonl"
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "dimensions.md"
-NUM_DRAWS = 20_000
-#: Where a target has other settings than the defaults of `natural_svi` and `AutoSpline`.
-SETTINGS: dict[str, dict[str, Any]] = {}
+NUM_DRAWS = 100_000
+#: Draws of a step, where they are other than the default 500.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "funnel, 10-D": {"num_particles": 2000},
+    "many-well, 32-D": {"num_particles": 1000},
+    "twenty bimodal coordinates": {"num_particles": 2000},
+    "forty modes, 2-D": {"num_particles": 2000},
+    "two modes, 50-D": {"num_particles": 1000},
+    "eight schools, centered": {"num_particles": 1000},
+}
 
 
 def fit(name: str, seed: int) -> dict[str, Any]:
