@@ -17,7 +17,15 @@ from pyro.nn import AutoRegressiveNN
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_adaann import AdaAnnSVI, AutoPlanar, AutoRealNVP, ConstantSchedule, NaturalStep
+from pyro_adaann import (
+    AdaAnnSVI,
+    AutoPlanar,
+    AutoRealNVP,
+    AutoSpline,
+    AutoZuko,
+    ConstantSchedule,
+    NaturalStep,
+)
 from pyro_adaann.objectives.fixed_density import fixed_log_density
 from pyro_adaann.objectives.traces import PARTICLE_PLATE
 from pyro_adaann.steps import direction as direction_module
@@ -128,6 +136,8 @@ GUIDES: dict[str, tuple[Callable[[], Any], int]] = {
     # Flows of this package leave as many as they say.
     "planar": (lambda: AutoPlanar(model, 6), -1),
     "realnvp": (lambda: AutoRealNVP(model, 3, [20, 20]), -1),
+    "spline of ours": (lambda: AutoSpline(model, 2, 4, [12, 12]), -1),
+    "zuko": (lambda: AutoZuko(model, "NSF", {"transforms": 1, "hidden_features": [12, 12]}), -1),
     "normal": (lambda: AutoMultivariateNormal(model), 0),
     "iaf": (lambda: AutoIAFNormal(model, hidden_dim=[20, 20], num_transforms=2), 6),
     "skip": (flow(lambda d: T.AffineAutoregressive(AutoRegressiveNN(d, [20, 30], skip_connections=True))), 4),
