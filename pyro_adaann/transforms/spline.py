@@ -16,6 +16,7 @@ the networks of the later coordinates is known: one backward pass, in descending
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import cast
 
@@ -23,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_adaann.transforms.base import FlowTransform
+from pyro_adaann.transforms.kernels.rational_quadratic import apply_spline, invert_spline, num_parameters
 from pyro_adaann.transforms.masked import MaskedNetwork, activate, slope
 from pyro_adaann.transforms.outer import OuterProducts
-from pyro_adaann.transforms.rational_quadratic import apply_spline, invert_spline, num_parameters
 
 __all__ = ["SplineStack"]
 
@@ -146,8 +147,10 @@ class SplineStack(FlowTransform):
 
 def _blocks(network: MaskedNetwork) -> list[list[slice]]:
     """Return for every coordinate but the last the units of that degree, one slice for each layer."""
-    counts = [torch.bincount(torch.tensor(d), minlength=network.input_dim).tolist() for d in network.degrees]
-    starts = [torch.tensor([0, *c]).cumsum(0).tolist() for c in counts]
+    starts = [
+        [0, *itertools.accumulate(degrees.count(m) for m in range(network.input_dim))]
+        for degrees in network.degrees
+    ]
     return [[slice(s[m], s[m + 1]) for s in starts] for m in range(1, network.input_dim)]
 
 

@@ -1,4 +1,4 @@
-"""The laws of a flow, as a class that the tests of any flow inherit."""
+"""The laws of a flow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["FlowLaws", "points", "trained"]
 
 
 def trained(make_flow: Callable[[], FlowTransform], seed: int = 0) -> FlowTransform:
-    """A flow in double precision with parameters far from the identity."""
+    """Return a flow in double precision with parameters far from the identity."""
     torch.manual_seed(seed)
     flow = make_flow().double()
     with torch.no_grad():
@@ -31,23 +31,26 @@ def trained(make_flow: Callable[[], FlowTransform], seed: int = 0) -> FlowTransf
 
 
 def points(flow: FlowTransform, n: int = 20) -> Tensor:
+    """Return points in double precision from a normal base of sd 2, shape ``(n, d)``."""
     return 2 * torch.randn(n, flow.input_dim, dtype=torch.float64)
 
 
-def dense(gradient: Tensor | OuterProducts) -> Tensor:
+def _dense(gradient: Tensor | OuterProducts) -> Tensor:
     return gradient.dense() if isinstance(gradient, OuterProducts) else gradient
 
 
 class FlowLaws:
-    """What holds for every :class:`~pyro_adaann.transforms.FlowTransform`.
+    """What the natural step, densities and Pyro rely on; a subclass gives a function without arguments that
+    makes a new flow, a fixture ``make_flow``.
 
-    A class of tests that inherits from this one has a fixture ``make_flow``, which returns a function without
-    arguments that makes a new flow::
+    Example::
 
-        class TestMyFlow(FlowLaws):
-            @pytest.fixture
-            def make_flow(self):
-                return lambda: MyFlow(3)
+        >>> import pytest
+        >>> from pyro_adaann.transforms import PlanarStack
+        >>> class TestPlanar(FlowLaws):
+        ...     @pytest.fixture
+        ...     def make_flow(self):
+        ...         return lambda: PlanarStack(3, 12)
     """
 
     #: Share of the numbers of a parameter that have a gradient, at least: a ReLU unit may be dead at all
@@ -55,31 +58,27 @@ class FlowLaws:
     min_share = 0.3
 
     @pytest.fixture
-    def make_flow(self) -> Callable[[], FlowTransform]:
-        raise NotImplementedError("Expected a fixture `make_flow` in the class that inherits the laws.")
-
-    @pytest.fixture
     def flow(self, make_flow: Callable[[], FlowTransform]) -> FlowTransform:
         return trained(make_flow)
 
-    def test_log_det_is_that_of_the_autograd_jacobian(self, flow):
+    def test_log_det_is_that_of_the_autograd_jacobian(self, flow: FlowTransform) -> None:
         for x in points(flow, 5):
             jacobian = torch.autograd.functional.jacobian(lambda z: flow(z.clone()), x)
             expected = torch.linalg.slogdet(jacobian).logabsdet
             actual = flow.log_abs_det_jacobian(x, flow(x))
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
-    def test_definition_is_the_kernel(self, flow):
+    def test_definition_is_the_kernel(self, flow: FlowTransform) -> None:
         x = points(flow)
         torch.testing.assert_close(flow._define(x), flow._forward(x), rtol=1e-9, atol=1e-9)
 
-    def test_round_trip_at_ten_thousand_points(self, flow):
+    def test_round_trip_at_ten_thousand_points(self, flow: FlowTransform) -> None:
         x = points(flow, 10_000)
         with torch.no_grad():
             y = flow(x).clone()
             assert (flow.inv(y) - x).abs().max() < 1e-6
 
-    def test_gradients_of_image_and_log_det(self, flow):
+    def test_gradients_of_image_and_log_det(self, flow: FlowTransform) -> None:
         x = points(flow, 3).requires_grad_()
 
         def run(x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +86,7 @@ class FlowLaws:
 
         assert torch.autograd.gradcheck(run, (x, *flow.parameters()), fast_mode=True)
 
-    def test_gradients_of_the_inverse(self, flow):
+    def test_gradients_of_the_inverse(self, flow: FlowTransform) -> None:
         y = flow(points(flow, 3)).detach().requires_grad_()
 
         def run(y: Tensor, *_: Tensor) -> Tensor:
@@ -95,7 +94,7 @@ class FlowLaws:
 
         assert torch.autograd.gradcheck(run, (y, *flow.parameters()), fast_mode=True, atol=1e-4)
 
-    def test_score_is_the_gradient_of_the_log_density(self, flow):
+    def test_score_is_the_gradient_of_the_log_density(self, flow: FlowTransform) -> None:
         x = points(flow)
         y = flow._forward(x)[0].detach().requires_grad_()
         inverse = flow._backward_map(y)
@@ -103,9 +102,9 @@ class FlowLaws:
         (expected,) = torch.autograd.grad(log_q, y)
         torch.testing.assert_close(flow.score(x, -x), expected, rtol=1e-5, atol=1e-5)
 
-    def test_point_gradients_are_those_of_autograd_point_by_point(self, flow):
+    def test_point_gradients_are_those_of_autograd_point_by_point(self, flow: FlowTransform) -> None:
         x, grad_y = points(flow, 4), points(flow, 4)
-        found = {parameter: dense(g) for parameter, g in flow.point_gradients(x, grad_y, -0.7).items()}
+        found = {parameter: _dense(g) for parameter, g in flow.point_gradients(x, grad_y, -0.7).items()}
         parameters = list(flow.parameters())
         assert set(found) == set(parameters)
         for i in range(len(x)):
@@ -115,7 +114,7 @@ class FlowLaws:
             actual = tuple(found[parameter][i] for parameter in parameters)
             torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-7)
 
-    def test_gradient_reaches_every_parameter(self, flow):
+    def test_gradient_reaches_every_parameter(self, flow: FlowTransform) -> None:
         for name, parameter in flow.named_parameters():
             if "biases" in name:
                 parameter.data.add_(1.0)  # few dead ReLU units
@@ -125,7 +124,7 @@ class FlowLaws:
             share = (parameter.grad != 0).double().mean()
             assert share > self.min_share, (name, share)
 
-    def test_starts_near_the_identity(self, make_flow):
+    def test_starts_near_the_identity(self, make_flow: Callable[[], FlowTransform]) -> None:
         torch.manual_seed(0)
         flow = make_flow().double()
         x = points(flow, 500)
@@ -133,7 +132,7 @@ class FlowLaws:
         assert (y - x).abs().mean() < 0.2
         assert log_det.abs().mean() < 0.3
 
-    def test_any_batch_shape(self, flow):
+    def test_any_batch_shape(self, flow: FlowTransform) -> None:
         x = points(flow, 12).reshape(2, 3, 2, flow.input_dim)
         y = flow(x)
         assert y.shape == x.shape
@@ -142,7 +141,7 @@ class FlowLaws:
         empty = flow(x[:0])
         assert empty.shape == (0, 3, 2, flow.input_dim)
 
-    def test_single_precision_agrees_with_double(self, flow):
+    def test_single_precision_agrees_with_double(self, flow: FlowTransform) -> None:
         x = points(flow, 100)
         y, log_det = flow.forward_and_log_det(x)
         y32, log_det32 = copy.deepcopy(flow).float().forward_and_log_det(x.float())
@@ -150,20 +149,20 @@ class FlowLaws:
         torch.testing.assert_close(y32.double(), y, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(log_det32.double(), log_det, rtol=1e-3, atol=1e-3)
 
-    def test_density_integrates_to_one(self, flow):
+    def test_density_integrates_to_one(self, flow: FlowTransform) -> None:
         if flow.input_dim > 2:
             return  # a grid is for one and two dimensions
         n = 8001 if flow.input_dim == 1 else 601
         axis = torch.linspace(-25, 25, n, dtype=torch.float64)
         grid = torch.cartesian_prod(*[axis] * flow.input_dim).reshape(-1, flow.input_dim)
-        base = torch.distributions.Normal(torch.zeros(flow.input_dim).double(), 1.0)
-        base = torch.distributions.Independent(base, 1)
+        normal = torch.distributions.Normal(torch.zeros(flow.input_dim).double(), 1.0)
+        base = torch.distributions.Independent(normal, 1)
         density = torch.distributions.TransformedDistribution(base, [flow], validate_args=False)
         with torch.no_grad():
             total = density.log_prob(grid).exp().sum() * (axis[1] - axis[0]) ** flow.input_dim
         assert total.item() == pytest.approx(1.0, abs=5e-3)
 
-    def test_memory_of_the_last_draw_does_not_survive_an_update(self, flow):
+    def test_memory_of_the_last_draw_does_not_survive_an_update(self, flow: FlowTransform) -> None:
         x = points(flow, 4)
         before = flow(x)
         assert flow(x) is before
@@ -172,7 +171,7 @@ class FlowLaws:
                 parameter.add_(0.1)
         assert not torch.equal(flow(x), before)
 
-    def test_copies_after_use(self, flow):
+    def test_copies_after_use(self, flow: FlowTransform) -> None:
         x = points(flow, 4)
         y = flow(x)
         for other in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
@@ -183,14 +182,39 @@ class FlowLaws:
             assert torch.equal(flow(x), y)
 
     @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")  # Pyro's JIT uses it
-    def test_jit_trace_records_the_flow(self, flow):
+    @pytest.mark.parametrize("num_points", [1, 7])
+    def test_jit_trace_follows_points_and_parameters(self, flow: FlowTransform, num_points: int) -> None:
         flow.requires_grad_(False)
-        x = points(flow, 6)
-        traced = torch.jit.trace(lambda z: flow.forward_and_log_det(z), (x,), check_trace=False)
-        other = points(flow, 6)
-        torch.testing.assert_close(traced(other), flow.forward_and_log_det(other))
+        # As Pyro's JIT does it: the parameters are inputs of the trace, by being the same tensors.
+        parameters = list(flow.parameters())
 
-    def test_units_of_all_parameters(self, flow):
+        def run(x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+            return flow.forward_and_log_det(x)
+
+        traced = torch.jit.trace(run, (points(flow, num_points), *parameters), check_trace=False)
+        for _ in range(50 // num_points):
+            for parameter in parameters:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+            x = points(flow, num_points)
+            actual = traced(x, *parameters)
+            torch.testing.assert_close(actual, flow.forward_and_log_det(x), rtol=1e-7, atol=1e-7)
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+    def test_jit_trace_follows_images_and_parameters_of_the_inverse(self, flow: FlowTransform) -> None:
+        flow.requires_grad_(False)
+        parameters = list(flow.parameters())
+
+        def run(y: Tensor, *_: Tensor) -> Tensor:
+            return flow._inverse(y)
+
+        traced = torch.jit.trace(run, (points(flow, 5), *parameters), check_trace=False)
+        for _ in range(4):
+            for parameter in parameters:
+                parameter.add_(0.03 * torch.randn_like(parameter))
+            y = flow._forward(points(flow, 5))[0]
+            torch.testing.assert_close(traced(y, *parameters), flow._inverse(y), rtol=1e-5, atol=1e-6)
+
+    def test_units_of_all_parameters(self, flow: FlowTransform) -> None:
         units = flow.parameter_units()
         assert set(units) == set(flow.parameters())
         for parameter, unit in units.items():
@@ -198,7 +222,9 @@ class FlowLaws:
             assert (unit > 0).all()
             assert torch.isfinite(unit).all()
 
-    def test_made_on_another_device_than_the_default_one(self, make_flow):
+    def test_made_on_another_device_than_the_default_one(
+        self, make_flow: Callable[[], FlowTransform]
+    ) -> None:
         with torch.device("meta"):
             flow = make_flow()
         assert {p.device.type for p in flow.parameters()} == {"meta"}

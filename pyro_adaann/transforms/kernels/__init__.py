@@ -1,0 +1,1 @@
+"""What flows compute, as functions of tensors with gradients written out; no modules here."""
