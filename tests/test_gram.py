@@ -30,10 +30,10 @@ from pyro_adaann.objectives.fixed_density import fixed_log_density
 from pyro_adaann.objectives.traces import PARTICLE_PLATE
 from pyro_adaann.steps import direction as direction_module
 from pyro_adaann.steps.direction import NaturalDirection, residuals
-from pyro_adaann.steps.linear_maps import calls_of_linear_maps, gradients_of_calls
 from pyro_adaann.steps.mask_groups import mask_groups
 from pyro_adaann.steps.scores import draw_scores, score_matrix
 from pyro_adaann.transforms import PlanarStack
+from pyro_adaann.transforms.linear_maps import calls_of_linear_maps, gradients_of_calls
 from pyro_adaann.transforms.outer import OuterProducts
 
 NUM_DRAWS = 40

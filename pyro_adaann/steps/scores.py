@@ -16,14 +16,11 @@ from pyro_adaann.objectives.fixed_density import (
     score_of_flow,
 )
 from pyro_adaann.objectives.traces import PARTICLE_PLATE, per_particle, sites_of
-from pyro_adaann.steps.linear_maps import calls_of_linear_maps, gradients_of_calls
 from pyro_adaann.steps.transformed import base_point, fixed_density_at, is_transformed_vector
+from pyro_adaann.transforms.linear_maps import calls_of_linear_maps, gradients_of_calls, gradients_row_by_row
 from pyro_adaann.transforms.outer import OuterProducts
 
 __all__ = ["draw_scores", "parameter_units", "score_matrix"]
-
-#: Backward passes that run together for the scores in parameters that are not those of linear maps.
-_ROWS_AT_ONCE = 100
 
 
 def draw_scores(
@@ -115,16 +112,9 @@ class _Sums:
 
     def add_rows(self, log_q: Tensor, parameters: Sequence[Tensor]) -> None:
         """Add the gradients of every entry of ``log_q``, ``(num_particles,)``: many backward passes."""
-        seeds = torch.eye(len(log_q), dtype=log_q.dtype, device=log_q.device)
-        found = [
-            torch.autograd.grad(
-                log_q, parameters, seed, retain_graph=True, is_grads_batched=True, allow_unused=True
-            )
-            for seed in seeds.split(_ROWS_AT_ONCE)
-        ]
-        for parameter, gradients in zip(parameters, zip(*found, strict=True), strict=True):
-            if gradients[0] is not None:
-                self.add(id(parameter), torch.cat(gradients), None)
+        for parameter, gradient in zip(parameters, gradients_row_by_row(log_q, parameters), strict=True):
+            if gradient is not None:
+                self.add(id(parameter), gradient, None)
 
     def result(self) -> list[Tensor | list[OuterProducts]]:
         """Return the scores in every parameter."""

@@ -111,7 +111,7 @@ class FlowTransform(TransformModule):
             y, log_det = self._define(x)
             return (grad_y * y).sum(-1) + grad_log_det * log_det
 
-        return gradients_by_point(self, run)
+        return gradients_by_point(self, run, len(x))
 
     def parameter_units(self) -> dict[Tensor, Tensor]:
         """Return for every parameter what counts as a large change of it, in its shape; here 1."""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_adaann.transforms.base import FlowTransform
-from pyro_adaann.transforms.by_point import gradients_by_point, is_linear
+from pyro_adaann.transforms.by_point import gradients_by_point
+from pyro_adaann.transforms.linear_maps import is_linear
 from pyro_adaann.transforms.outer import OuterProducts
 
 __all__ = ["ZukoFlow", "import_zuko"]
@@ -112,5 +113,5 @@ class ZukoFlow(FlowTransform):
             x, log_det = self.flow().call_and_ladj(y.detach())
             return -(v * x).sum(-1) - grad_log_det * log_det.expand(len(x))
 
-        found = gradients_by_point(self.flow, run)
+        found = gradients_by_point(self.flow, run, len(x))
         return {f"flow.{name}": gradient for name, gradient in found.items()}

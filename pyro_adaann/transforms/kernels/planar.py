@@ -40,7 +40,7 @@ __all__ = ["PlanarFunction", "constrain", "invert", "layer_by_layer", "point_gra
 #: Smallest Jacobian determinant of one layer.
 _MARGIN = 1e-3
 _SOFTPLUS_SHIFT = math.log(math.e - 1)  # softplus of it is 1
-#: Newton's steps of the inverse at most; 5 to 12 reach 1e-9 if u . w < 5,000, and one or two more full accuracy.
+#: Newton's steps of the inverse at most; if u . w < 5,000, 12 reach 1e-9, and one or two more all digits.
 _MAX_ITERATIONS, _TRACED_ITERATIONS = 200, 16
 #: Layers between two matrix products of the recursion: long blocks call NumPy more often on more
 #: rows, short ones call the matrix product more often.

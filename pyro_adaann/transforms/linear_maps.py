@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from pyro_adaann.transforms.outer import OuterProducts
 
-__all__ = ["Call", "calls_of_linear_maps", "gradients_of_calls"]
+__all__ = ["Call", "calls_of_linear_maps", "gradients_of_calls", "gradients_row_by_row", "is_linear"]
 
+#: Backward passes that run together for parameters that are not those of linear maps.
+_ROWS_AT_ONCE = 100
 #: By how much the sum of what single draws ask for may miss autograd's, as a share of all the lengths.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -35,7 +37,7 @@ def calls_of_linear_maps(batch_shape: torch.Size) -> Iterator[list[Call]]:
     calls: list[Call] = []
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if _is_linear(module) and output.requires_grad and output.shape[:-1] == batch_shape:
+        if is_linear(module) and output.requires_grad and output.shape[:-1] == batch_shape:
             weight, bias, mask = (getattr(module, name, None) for name in ("weight", "bias", "mask"))
             calls.append(Call(_leaf(weight), _leaf(bias), _like(mask, weight), inputs[0].detach(), output))
 
@@ -79,6 +81,22 @@ def gradients_of_calls(
     return _explained(found, on_graph, coefficients), set(on_graph)
 
 
+def gradients_row_by_row(values: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the gradient of every entry of ``values``, shape ``(n,)``, in any parameters: n backward passes.
+
+    :return: for every parameter shape ``(n, *its shape)``, None if it is not on the graph.
+    """
+    seeds = torch.eye(len(values), dtype=values.dtype, device=values.device)
+    parts = [
+        torch.autograd.grad(
+            values, parameters, rows, retain_graph=True, is_grads_batched=True, allow_unused=True
+        )
+        for rows in seeds.split(_ROWS_AT_ONCE)
+    ]
+    columns = zip(*parts, strict=True)
+    return [None if column[0] is None else torch.cat(column) for column in columns]
+
+
 def _explained(
     found: Mapping[int, list[Tensor | OuterProducts]], exact: Mapping[int, Tensor], coefficients: Tensor
 ) -> dict[int, list[Tensor | OuterProducts]]:
@@ -104,7 +122,7 @@ def _explained(
     return result
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """Whether a module has a matrix as `nn.Linear` has one; masked maps of other libraries do."""
     weight, *shape = (getattr(module, name, None) for name in ("weight", "out_features", "in_features"))
     return isinstance(weight, Tensor) and list(weight.shape) == shape
@@ -116,4 +134,4 @@ def _leaf(parameter: Any) -> Any:
 
 
 def _like(mask: Any, weight: Any) -> Tensor | None:
-    return mask if isinstance(mask, Tensor) and mask.shape == weight.shape else None
+    return mask.to(weight) if isinstance(mask, Tensor) and mask.shape == weight.shape else None
