@@ -207,7 +207,10 @@ class AdaAnnSchedule(AnnealingSchedule):
 
 
 def _flat(draws: Any) -> Tensor:
-    return torch.as_tensor(draws, dtype=torch.float64).detach().flatten().cpu()
+    # A few hundred numbers, once a stage, of which schedules ask dozens of questions: copied to the CPU once,
+    # they wait for a graphics card once. Lists have no device.
+    draws = draws.detach().cpu() if isinstance(draws, Tensor) else draws
+    return torch.as_tensor(draws, dtype=torch.float64, device="cpu").flatten()
 
 
 def _check_inverse_temperature(name: str, value: float) -> float:

@@ -117,7 +117,9 @@ class _TemperGuide(Messenger):
         weight = path.base_weight(t)
         name = f"{msg['name']}_base"
         self.tempering.guide_rates[name] = -path.base / weight
-        pyro.factor(name, -weight * part.get_base_dist().log_prob(msg["value"]), has_rsample=True)
+        log_factor = -weight * part.get_base_dist().log_prob(msg["value"])
+        with log_factor.device:  # Pyro would move it to torch's default device
+            pyro.factor(name, log_factor, has_rsample=True)
 
 
 class _TemperModel(Messenger):

@@ -33,6 +33,7 @@ from pyro_adaann.diagnostics.model_and_guide import (
 from pyro_adaann.objectives.fixed_density import has_density
 from pyro_adaann.objectives.nonfinite import has_nonfinite_parameter
 from pyro_adaann.objectives.traces import (
+    as_numbers,
     marginal_log_density,
     per_particle,
     sites_of,
@@ -235,7 +236,7 @@ class GuideDraws:
     def guide_density(self, guide_trace: Trace, num_samples: int) -> Tensor:
         """Return the log density of what a guide draws, its `Delta` sites left out, shape ``(n,)``."""
         terms = [per_particle(site, site["log_prob"]) for site in sites_of(guide_trace) if has_density(site)]
-        return torch.as_tensor(sum(terms)).double().reshape(-1).expand(num_samples)
+        return as_numbers(sum(terms), guide_trace).double().expand(num_samples)
 
     def score_guide(self, guide_trace: Trace, num_samples: int) -> Tensor:
         """Return the log density of the guide, with its present parameters, at draws made before."""
@@ -293,4 +294,4 @@ def _does_not_vectorize(got: str) -> ValueError:
 
 
 def _log_density(trace: Trace) -> Tensor:
-    return torch.as_tensor(sum(per_particle(site, site["log_prob"]) for site in sites_of(trace)))
+    return as_numbers(sum(per_particle(site, site["log_prob"]) for site in sites_of(trace)), trace)

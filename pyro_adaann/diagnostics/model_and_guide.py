@@ -53,7 +53,8 @@ def plate_nesting(*traces: Trace) -> int:
 
 def has_scale(trace: Trace) -> bool:
     """Whether a site of a trace has a log density that is scaled."""
-    return any(bool(torch.as_tensor(site["scale"] != 1).any()) for site in sites_of(trace))
+    scales = [site["scale"] for site in sites_of(trace)]
+    return any(bool((s != 1).any()) if torch.is_tensor(s) else s != 1 for s in scales)
 
 
 def check_latents(prototype: Trace, names: list[str]) -> None:

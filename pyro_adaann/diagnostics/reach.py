@@ -191,7 +191,7 @@ def _summarize(draws: _Draws, num_samples: int) -> Reach:
     is_own = draws.width == _WIDTHS.index(1.0)
     sites = [name for name, value in draws.values.items() if _is_outside(value, is_own, is_far, weights)]
     order = square.argsort()
-    index = torch.searchsorted(weights[order].cumsum(0), torch.tensor(_HELD).to(weights))
+    index = torch.searchsorted(weights[order].cumsum(0), weights.new_full((), _HELD))
     held = float(square[order[int(index.clamp(max=len(order) - 1))]])
     return Reach(
         share=share,

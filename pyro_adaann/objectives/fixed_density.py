@@ -21,7 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_adaann.annealing.tempering import is_delta
-from pyro_adaann.objectives.traces import per_particle, sites_of
+from pyro_adaann.objectives.traces import as_numbers, per_particle, sites_of
 
 __all__ = [
     "fixed_log_density",
@@ -55,7 +55,7 @@ def fixed_log_density(guide_trace: Trace) -> Tensor:
                 f"Use AutoPlanar, AutoRealNVP, AutoIAFNormal or a normal guide."
             ) from error
         total = total + per_particle(site, log_q)
-    return torch.as_tensor(total).reshape(-1)
+    return as_numbers(total, guide_trace)
 
 
 def site_log_density(site: Any) -> Tensor:

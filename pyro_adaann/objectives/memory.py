@@ -45,6 +45,8 @@ class LogFactorMemory:
             return
         draws = torch.cat(self._present, dim=1)
         self._present.clear()
+        # Those of a checkpoint are read to the CPU.
+        self._recent = deque(old.to(draws.device) for old in self._recent)
         self._recent.append(draws)
         self._num_recent += draws.shape[1]
         while self._num_recent - self._recent[0].shape[1] >= self.num_draws:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_adaann.annealing.tempering import is_delta
 from pyro_adaann.objectives.fixed_density import has_density, site_log_density
-from pyro_adaann.objectives.traces import PARTICLE_PLATE, per_particle, sites_of
+from pyro_adaann.objectives.traces import PARTICLE_PLATE, as_numbers, per_particle, sites_of
 from pyro_adaann.weights import median_and_reach
 
 __all__ = ["drop_broken", "has_nonfinite_parameter", "limit_gradients", "nonfinite_sites"]
@@ -54,8 +54,8 @@ def drop_broken(
     sites = [*sites_of(model_trace), *guide_sites]
     with torch.no_grad():
         log_p, log_q = (
-            torch.as_tensor(sum(per_particle(site, site["log_prob"]) for site in part)).reshape(-1)
-            for part in (sites_of(model_trace), guide_sites)
+            as_numbers(sum(per_particle(site, site["log_prob"]) for site in sites_of(trace)), trace)
+            for trace in (model_trace, guide_trace)
         )
         log_weight = log_p - log_q
         # A sum is finite only if all its terms are; the difference could hide an infinite pair.
@@ -95,7 +95,7 @@ def _add_score(site: Any, weight: Tensor) -> None:
     # A draw out of reach of the flow's inverse says nothing.
     log_q = torch.where(torch.isfinite(log_q), log_q, 0.0)
     parts = site["score_parts"]
-    entropy_term = torch.as_tensor(parts.entropy_term)
+    entropy_term = torch.as_tensor(parts.entropy_term, device=log_q.device)
     # `Trace_ELBO` takes the sum over the entries, and a constant in the loss has no gradient.
     score = (weight * log_q).sum() / entropy_term.numel()
     site["score_parts"] = parts._replace(entropy_term=entropy_term + score)
@@ -188,7 +188,7 @@ def nonfinite_sites(model: Any, guide: Any, args: Any, kwargs: Any) -> list[str]
         for trace in (guide_trace, model_trace):
             for name, site in trace.nodes.items():
                 if site["type"] == "sample" and name not in names:
-                    log_prob = torch.as_tensor(site["fn"].log_prob(site["value"]))
+                    log_prob = site["fn"].log_prob(site["value"])
                     if not torch.isfinite(log_prob).all():
                         names.append(name)
     return names

@@ -27,6 +27,7 @@ from pyro_adaann.annealing.tempering import Tempering
 
 __all__ = [
     "PARTICLE_PLATE",
+    "as_numbers",
     "captured_parameters",
     "check_full_plates",
     "draw_log_factors",
@@ -86,6 +87,12 @@ def per_particle(site: Any, log_prob: Tensor) -> Tensor:
     return log_prob.sum()
 
 
+def as_numbers(total: Tensor | float, trace: Trace) -> Tensor:
+    """Return a sum over sites, a plain number if there were none, flat and on the device of a trace."""
+    device = next((site["value"].device for site in sites_of(trace)), None)
+    return torch.as_tensor(total, device=device).reshape(-1)
+
+
 def log_factors(tempering: Tempering, model_trace: Trace, guide_trace: Trace) -> Tensor | None:
     """Return d/dt log p_t of every particle of a pair of traces, detached, shape ``(n,)``.
 
@@ -110,7 +117,7 @@ def log_factors(tempering: Tempering, model_trace: Trace, guide_trace: Trace) ->
             rate = tempering.guide_rates.get(site["name"], 0.0)
             if rate:
                 total = total - rate * per_particle(site, site["log_prob"])
-    return torch.as_tensor(total).reshape(-1)
+    return as_numbers(total, model_trace)
 
 
 def log_weights(model_trace: Trace, guide_trace: Trace) -> Tensor:
@@ -121,7 +128,7 @@ def log_weights(model_trace: Trace, guide_trace: Trace) -> Tensor:
         else:
             log_p = sum(per_particle(site, site["log_prob"]) for site in sites_of(model_trace))
         log_q = sum(per_particle(site, site["log_prob"]) for site in sites_of(guide_trace))
-    return torch.as_tensor(log_p - log_q).reshape(-1)
+    return as_numbers(log_p - log_q, model_trace)
 
 
 def finite_log_weights(model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:

@@ -105,8 +105,10 @@ class WeightObjective(Objective):
 
 def minus_mean(weights: Tensor) -> float:
     """Return minus the mean of the finite log weights, NaN where there is none."""
-    finite = weights[weights > -torch.inf]
-    return float(-finite.mean()) if len(finite) else math.nan
+    is_finite = weights > -torch.inf
+    total = torch.where(is_finite, weights.double(), 0.0).sum()
+    total, count = torch.stack([total, is_finite.sum().double()]).tolist()  # a graphics card is asked once
+    return -total / count if count else math.nan
 
 
 def _without_graph(model: Any) -> Any:

@@ -129,6 +129,9 @@ class StageControl:
             steps = self.objective.draw_log_factors(
                 self.num_variance_samples, call.model, call.guide, call.args, call.kwargs
             )
+            # A dozen numbers are asked of them, one after the other: a graphics card is waited for once.
+            sizes = [step.shape[1] for step in steps]
+            steps = list(torch.cat(steps, dim=1).cpu().split(sizes, dim=1))
             stage.record(*torch.cat(steps, dim=1))
             draws = spread_within_steps([factors for factors, _ in steps])
             weights = torch.cat([weights for _, weights in steps])

@@ -85,13 +85,14 @@ class NaturalDirection:
         for _ in range(_MAX_RAISES):
             damped = self._gram.to(self._residual.dtype, copy=True)
             damped.diagonal().add_(damping)
-            factor, failed = torch.linalg.cholesky_ex(damped)
+            factor, info = torch.linalg.cholesky_ex(damped)
+            solution = torch.cholesky_solve(self._residual.unsqueeze(1), factor).squeeze(1)
+            # By the system itself, F along the direction is what damping leaves of the residual.
+            divergence = 0.5 * (self._residual - damping * solution).square().mean()
+            kl, failed = torch.stack([divergence, info.to(divergence)]).tolist()
             if not failed:
                 break
             damping *= 10  # below the rounding of the matrix
-        solution = torch.cholesky_solve(self._residual.unsqueeze(1), factor).squeeze(1)
-        # By the system itself, F along the direction is what damping leaves of the residual.
-        kl = 0.5 * float((self._residual - damping * solution).square().mean())
         coefficients = ((solution - solution.mean()) / len(solution)).to(self._gram.dtype)
         direction = torch.cat([part.combine(coefficients) for part in self._parts])
         if kl <= max_kl:

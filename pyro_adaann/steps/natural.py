@@ -207,7 +207,7 @@ def is_not_worse(trial: Tensor, present: Tensor) -> bool:
     has been lost, and it grows at first where a guide that is too narrow widens. Near the end, where most
     draws count, it is the finer measure, and is asked too.
     """
-    (affinity, noise, variance), (before, noise_before, variance_before) = map(_moments, (trial, present))
+    (affinity, noise, variance), (before, noise_before, variance_before) = _moments(trial, present)
     if -math.inf in (affinity, before):
         return before == -math.inf
     if variance_before < _VARIANCE_NEAR and variance > _VARIANCE_FACTOR * variance_before + _VARIANCE_SLACK:
@@ -215,11 +215,17 @@ def is_not_worse(trial: Tensor, present: Tensor) -> bool:
     return affinity >= before - _MAX_FALL * math.sqrt((noise + noise_before) / len(present))
 
 
-def _moments(log_weights: Tensor) -> tuple[float, float, float]:
-    """Return the log of the mean root of the weights, and the relative variances of root and weight."""
-    powers = torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64, device=log_weights.device)
-    sums = (powers * log_weights.double()).logsumexp(1) - math.log(len(log_weights))
-    half, one, two = sums.tolist()
+def _moments(*batches: Tensor) -> list[tuple[float, float, float]]:
+    """Return the log of the mean root of the weights of every batch, and the relative variances of root and
+    weight.
+    """
+    powers = (0.5, 1.0, 2.0)
+    sums = [(p * batch.double()).logsumexp(0) - math.log(len(batch)) for batch in batches for p in powers]
+    found = torch.stack(sums).tolist()
+    return [_variances(*found[i : i + 3]) for i in range(0, len(found), 3)]
+
+
+def _variances(half: float, one: float, two: float) -> tuple[float, float, float]:
     if one == -math.inf:
         return half, math.inf, math.inf
     return half, math.expm1(max(one - 2 * half, 0.0)), math.expm1(max(two - 2 * one, 0.0))

@@ -87,7 +87,7 @@ def _evaluate(fn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         is_of_vectors = max(transform.domain.event_dim, transform.codomain.event_dim) == 1
         total = total + (log_det if is_of_vectors else log_det.sum(-1))
         x = y
-    return log_base, torch.as_tensor(total), x
+    return log_base, torch.as_tensor(total, device=x.device), x
 
 
 def _flat(transforms: Iterable[Any]) -> list[Any]:

@@ -58,7 +58,9 @@ class PlanarStack(FlowTransform):
         A layer acts where ``|w . z + b|`` is of order one. Away from there its tanh is flat, and so
         is its gradient: on a base far from the origin, b = 0 would be a stack that cannot learn.
         """
-        loc, scale = (torch.as_tensor(value).to(self.w) for value in (loc, scale))
+        loc, scale = (
+            torch.as_tensor(value, dtype=self.w.dtype, device=self.w.device) for value in (loc, scale)
+        )
         with torch.no_grad():
             self.u.normal_(0, 0.01)
             self.w.normal_(0, 1 / math.sqrt(self.input_dim)).div_(scale)

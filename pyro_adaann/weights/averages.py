@@ -144,9 +144,10 @@ def resample(log_weights: Tensor, num_samples: int, *, replacement: bool = True)
         tensor([0, 2])
     """
     log_weights = finite_or_no_weight(log_weights.double())
-    uniform = torch.rand(num_samples if replacement else log_weights.numel()).to(log_weights)
+    num_uniform = num_samples if replacement else log_weights.numel()
+    uniform = torch.rand(num_uniform, dtype=log_weights.dtype, device=log_weights.device)
     if replacement:
-        points = (torch.arange(num_samples).to(uniform) + uniform) / num_samples
+        points = (torch.arange(num_samples, device=uniform.device) + uniform) / num_samples
         total = log_weights.softmax(0).cumsum(0)
         index = torch.searchsorted(total / total[-1], points, right=True)
         return index[torch.randperm(num_samples, device=index.device)]
@@ -168,8 +169,8 @@ def truncated_weights(log_weights: Tensor) -> Tensor:
         tensor([0.7143, 0.1429, 0.1429, 0.0000])
     """
     log_weights = finite_or_no_weight(log_weights)
-    if (log_weights == -torch.inf).all():
-        return torch.full_like(log_weights, 1 / len(log_weights))
+    # Where none has a weight all have the same. No branch: a graphics card would be waited for.
+    log_weights = torch.where((log_weights == -torch.inf).all(), 0.0, log_weights)
     limit = log_weights.logsumexp(0) - 0.5 * math.log(len(log_weights))
     return log_weights.clamp(max=limit).softmax(0)
 

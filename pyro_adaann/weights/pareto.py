@@ -62,7 +62,7 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float]:
     # ArviZ shifts all weights so that they add up to 1; those below the tail are moved by that alone.
     lowest = int(positive.argmin())
     shift = float(positive[lowest]) - float(normalized[lowest])
-    smoothed = torch.as_tensor(normalized).to(positive) + shift
+    smoothed = torch.as_tensor(normalized, dtype=positive.dtype, device=positive.device) + shift
     return log_weights.masked_scatter(is_positive, smoothed), k_hat
 
 
