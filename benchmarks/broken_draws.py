@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import pyro_adaann.objectives.objective
 import torch
 from pyro.infer import Trace_ELBO
 
-import pyro_adaann.objectives.objective
 from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoRealNVP, importance_draws
 
 for folder in ("examples", "tests"):

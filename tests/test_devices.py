@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -35,12 +36,14 @@ from pyro_adaann import (
     to_arviz,
 )
 from pyro_adaann.objectives.memory import LogFactorMemory
+from pyro_adaann.state.checkpoint import read_checkpoint
+from pyro_adaann.state.parameters import FitParameters
 
 PACKAGE = str(Path(pyro_adaann.__file__).parent)
 TORCH = str(Path(torch.__file__).parent)
 
-#: Functions that make a tensor on torch's default device unless they are told another. `as_tensor` even moves a
-#: tensor there.
+#: Functions that make a tensor on torch's default device unless they are told another; `as_tensor` even moves
+#: a tensor there.
 FACTORIES = {
     *(
         "arange",
@@ -207,8 +210,42 @@ def use_everything(guide: str, step: str, folder: Path, dtype: torch.dtype = tor
     mixture_draws(svi, num_samples=100)
     resample(draws.log_weights, 10, replacement=False)
     to_arviz(svi, num_samples=100, diagnosis=diagnosis)
+    if guide not in PYROS:
+        svi.guide.median()
+        svi.guide.log_prob(svi.guide.sample_posterior(10))
     assert draws.samples["z"].dtype == dtype
     return svi
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("torch.zeros(3)", "made"),
+        ("torch.as_tensor(torch.zeros(3, device='cpu'))", "made"),
+        ("torch.distributions.Normal(0.0, 1.0, validate_args=False)", "made"),
+        ("x.cpu()", "moved"),
+        ("x.to('cpu')", "moved"),
+        ("x.numpy()", "moved"),
+        ("float(x[0])", "waited"),
+        ("bool(x.any())", "waited"),
+        ("x[x > 0].sum()", "waited"),
+        ("torch.stack([x, x]).tolist()", "waited"),
+    ],
+)
+def test_the_watch_sees_what_the_package_does_and_nobody_else(code, kind):
+    x = torch.ones(2)
+    for file, expected in ((f"{PACKAGE}/room/module.py", [f"room/module.py:1 {kind}"]), ("user.py", [])):
+        with Watch() as watch:
+            exec(compile(code, file, "exec"), {"torch": torch, "x": x})
+        found = {"made": watch.made, "moved": watch.moved, "waited": watch.waited}
+        assert {f"{p.split()[0]} {k}" for k, places in found.items() for p in places} == set(expected)
+
+
+def test_a_device_of_a_block_counts_as_one_that_is_given():
+    code = "with torch.device('cpu'): torch.zeros(3)"
+    with Watch() as watch:
+        exec(compile(code, f"{PACKAGE}/module.py", "exec"), {"torch": torch})
+    assert not watch.made
 
 
 @pytest.mark.parametrize("step", list(STEPS))
@@ -272,3 +309,32 @@ def test_draws_of_a_checkpoint_follow_those_of_the_device():
     memory.end_step()
     assert {step.device.type for step in memory.steps(0.5)} == {"meta"}
     assert torch.cat(memory.steps(0.5), dim=1).shape == (2, 10)
+
+
+def test_state_of_a_checkpoint_goes_to_the_device_of_the_parameters(tmp_path):
+    """A checkpoint is read to the CPU. What is on another device here has no values, and stays there."""
+    svi = make_fit("planar", "adam")
+    for _ in range(8):
+        svi.step()
+    svi.save_checkpoint(tmp_path / "fit.pt")
+    state = read_checkpoint(tmp_path / "fit.pt")["parameters"]
+    there = {
+        name: torch.empty_like(value, device="meta").requires_grad_()
+        for name, value in svi._fit.parameters.tensors.items()
+        if name in state["optimizers"]
+    }
+    parameters = FitParameters(svi.model, lambda: None, svi._fit.step)
+    parameters.optim = pyro.optim.Adam({"lr": 0.02})
+    parameters.restore({**state, "values": {name: state["values"][name] for name in there}}, there)
+    assert {p.device.type for p in parameters.tensors.values()} == {"meta"}
+    for name, parameter in there.items():
+        memory = parameters.optim.optim_objs[parameter].state[parameter]
+        assert memory["exp_avg"].device.type == "meta", name
+        assert memory["step"].device.type == "cpu", name  # as torch's own Adam has it
+
+
+def test_benchmark_for_graphics_cards_runs_on_the_cpu(capsys):
+    path = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    main = runpy.run_path(str(path))["main"]
+    assert main(["--device", "cpu", "--quick"]) == 0
+    assert "natural, planar 20" in capsys.readouterr().out

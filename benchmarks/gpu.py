@@ -1,0 +1,319 @@
+"""Is everything right on a graphics card, and how long does a step take there? One run, under six minutes.
+
+    python benchmarks/gpu.py [--device cuda] [--quick] [--json FILE]
+
+First the device against the CPU, in double precision: image, log-determinant, score, gradients by points and
+inverse of every kind of flow; Gram matrix and direction of a natural step. Then a short fit of each kind on
+the device, resumed from a checkpoint to the last bit. Then the time of one step, by flow and number of draws,
+with what was launched and waited for in it. The exit status is 1 if something is wrong. ``--device cpu
+--quick`` tries the script itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+
+from pyro_adaann import (
+    AdaAnnSchedule,
+    AdaAnnSVI,
+    AutoPlanar,
+    AutoRealNVP,
+    AutoSpline,
+    ConstantSchedule,
+    Ladder,
+    NaturalStep,
+    TraceMixedKL_ELBO,
+    diagnose,
+)
+from pyro_adaann.steps.direction import NaturalDirection
+from pyro_adaann.transforms import (
+    AffineLayer,
+    ComposedFlow,
+    FlowTransform,
+    OuterProducts,
+    PlanarStack,
+    RealNVPStack,
+    SplineStack,
+)
+
+#: Largest relative difference between devices in double precision.
+TOLERANCE = 1e-7
+#: No more cells of a row once one has taken this long, in seconds.
+MAX_CELL = 15.0
+FLOWS: dict[str, Callable[[], FlowTransform]] = {
+    "planar 100": lambda: PlanarStack(3, 100),
+    "RealNVP 6 x 25": lambda: RealNVPStack(3, 6, [25, 25]),
+    "spline 2 x 32": lambda: SplineStack(5, 2, 8, [32, 32]),
+    "planar 20, affine": lambda: ComposedFlow([PlanarStack(4, 20), AffineLayer(4)]),
+}
+#: (flow, a guide from a model, step by number of draws, numbers of draws), largest last.
+Row = tuple[str, Callable[[Any], Any], Callable[[int], tuple[Any, ...]], Sequence[int]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", help="a device of torch's")
+    parser.add_argument("--quick", action="store_true", help="small flows and few draws")
+    parser.add_argument("--json", type=Path, default=None, help="where to write the results")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    logging.getLogger("pyro").setLevel(logging.WARNING)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    print(f"{name}, torch {torch.__version__}, pyro {pyro.__version__}")
+    checks = check_flows(device) | check_natural_step(device)
+    for what, difference in checks.items():
+        print(f"{what:48} {difference:9.1e}  {'ok' if difference < TOLERANCE else 'WRONG'}")
+    fits = {kind: fit_and_resume(kind, device) for kind in FITS}
+    for kind, problem in fits.items():
+        print(f"{'fit, ' + kind:48} {problem or 'ok'}")
+    times = time_steps(device, is_quick=args.quick)
+    if args.json:
+        results = {"device": name, "torch": torch.__version__, "checks": checks, "fits": fits, "steps": times}
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    is_right = all(d < TOLERANCE for d in checks.values()) and not any(fits.values())
+    return 0 if is_right else 1
+
+
+def far_from_identity(make_flow: Callable[[], FlowTransform]) -> FlowTransform:
+    torch.manual_seed(0)
+    flow = make_flow().double()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return flow
+
+
+def difference(here: Tensor, there: Tensor) -> float:
+    """Return the largest difference, relative to the largest number."""
+    return float((here - there.cpu()).abs().max() / here.abs().max().clamp(min=1e-300))
+
+
+def check_flows(device: torch.device) -> dict[str, float]:
+    found = {}
+    for name, make_flow in FLOWS.items():
+        flow = far_from_identity(make_flow)
+        x = torch.randn(500, flow.input_dim, dtype=torch.float64)
+        here, there = results(flow, x), results(copy.deepcopy(flow).to(device), x.to(device))
+        for what, value in here.items():
+            found[f"{name}: {what}"] = difference(value, there[what])
+    return found
+
+
+def results(flow: FlowTransform, x: Tensor) -> dict[str, Tensor]:
+    """Return whatever a flow computes, on its device."""
+    y, log_det = flow.forward_and_log_det(x)
+    parameters = list(flow.parameters())
+    gradients = torch.autograd.grad(y.square().sum() - log_det.sum(), parameters, allow_unused=True)
+    by_point = flow.point_gradients(x, x, -1.0)
+    return {
+        "image": y.detach(),
+        "log det": log_det.detach(),
+        "gradient": torch.cat([g.flatten() for g in gradients if g is not None]),
+        "score": flow.score(x, -x),
+        "point gradients": torch.cat([dense(by_point[p]).flatten(1) for p in parameters], 1),
+        "inverse": flow._inverse(y.detach()).detach(),
+    }
+
+
+def dense(gradient: Tensor | OuterProducts) -> Tensor:
+    return gradient.dense() if isinstance(gradient, OuterProducts) else gradient
+
+
+def check_natural_step(device: torch.device) -> dict[str, float]:
+    found = {}
+    for name, make_flow in FLOWS.items():
+        flow = far_from_identity(make_flow)
+        x = torch.randn(300, flow.input_dim, dtype=torch.float64)
+        log_weights = torch.randn(300, dtype=torch.float64)
+        moved = copy.deepcopy(flow).to(device)
+        here, there = (
+            natural(f, x.to(d), log_weights.to(d)) for f, d in ((flow, torch.device("cpu")), (moved, device))
+        )
+        for what, value in here.items():
+            found[f"{name}: natural step, {what}"] = difference(value, there[what])
+    return found
+
+
+def natural(flow: FlowTransform, x: Tensor, log_weights: Tensor) -> dict[str, Tensor]:
+    gradients = flow.point_gradients(x, -flow.score(x, -x), -1.0).values()
+    scores: list[Any] = [[g] if isinstance(g, OuterProducts) else g for g in gradients]
+    direction = NaturalDirection(scores, log_weights)
+    return {"Gram matrix": direction._gram, "direction": direction.solve(0.1)[0]}
+
+
+def make_model(dim: int, device: torch.device) -> Callable[[], None]:
+    """Two modes in the first coordinate, the others normal."""
+    zero, sd = torch.zeros(dim, device=device), torch.full((dim,), 3.0, device=device)
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(zero, sd).to_event(1))
+        pyro.factor("log_density", -2 * (z[..., 0].abs() - 2).square() - z[..., 1:].square().sum(-1))
+
+    return model
+
+
+#: Short fits: a guide of the model, and an optimizer with a loss, or a step.
+FITS: dict[str, tuple[Callable[[Any], Any], Callable[[], tuple[Any, ...]]]] = {
+    "planar, Adam": (lambda m: AutoPlanar(m, 16), lambda: (adam(), elbo(50))),
+    "RealNVP, mixed divergence": (
+        lambda m: AutoRealNVP(m, 4, [16, 16]),
+        lambda: (adam(), TraceMixedKL_ELBO(0.5, num_particles=200)),
+    ),
+    "planar, natural": (lambda m: AutoPlanar(m, 16), lambda: (NaturalStep(200),)),
+    "spline, natural": (lambda m: AutoSpline(m, 2, 4, [16, 16]), lambda: (NaturalStep(200),)),
+}
+
+
+def adam() -> Any:
+    return pyro.optim.Adam({"lr": 0.005})
+
+
+def elbo(num_particles: int) -> Trace_ELBO:
+    return Trace_ELBO(num_particles=num_particles, vectorize_particles=True)
+
+
+def fit_and_resume(kind: str, device: torch.device) -> str:
+    """Return what is wrong with a fit on the device, nothing if nothing is."""
+    make_guide, make_step = FITS[kind]
+
+    def make_fit() -> AdaAnnSVI:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        model = make_model(3, device)
+        return AdaAnnSVI(
+            model,
+            make_guide(model),
+            *make_step(),
+            schedule=AdaAnnSchedule(1.0, initial_inverse_temperature=0.1),
+            ladder=Ladder(),
+            num_initial_steps=5,
+            num_steps_per_stage=1,
+            num_final_steps=15,
+        )
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a fit that is far too short
+        whole = make_fit()
+        for _ in range(10):
+            whole.step()
+        whole.save_checkpoint(Path(folder) / "fit.pt")
+        whole.run(progress_bar=False)
+        expected = [p.detach().clone() for p in whole.guide.parameters()]
+        resumed = make_fit()
+        resumed.load_checkpoint(Path(folder) / "fit.pt")
+        resumed.run(progress_bar=False)
+        got = list(resumed.guide.parameters())
+        diagnose(resumed, num_samples=500)
+        draws = resumed.guide.sample_posterior(100)["z"]
+    # A device without a number, "cuda", is that with the present number.
+    if {p.device.type for p in (*got, draws)} != {device.type}:
+        return f"parameters on {sorted({str(p.device) for p in got})}"
+    if not all(torch.isfinite(p).all() for p in got):
+        return "parameters that are not finite"
+    if not all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)):
+        return "another fit after a checkpoint"
+    return ""
+
+
+def rows(*, is_quick: bool) -> list[Row]:
+    def gradient(num_draws: int) -> tuple[Any, ...]:
+        return adam(), elbo(num_draws)
+
+    def natural(num_draws: int) -> tuple[Any, ...]:
+        return (NaturalStep(num_draws),)
+
+    if is_quick:
+        return [
+            ("planar 20", lambda m: AutoPlanar(m, 20), gradient, [100, 1000]),
+            ("RealNVP 2 x 10", lambda m: AutoRealNVP(m, 2, [10, 10]), gradient, [100, 1000]),
+            ("natural, planar 20", lambda m: AutoPlanar(m, 20), natural, [100]),
+        ]
+    many = [100, 1000, 10_000, 100_000]
+    return [
+        ("planar 250", lambda m: AutoPlanar(m, 250), gradient, many),
+        ("planar 50", lambda m: AutoPlanar(m, 50), gradient, many),
+        ("RealNVP 12 x 100", lambda m: AutoRealNVP(m, 12, [100, 100]), gradient, many),
+        ("spline", AutoSpline, gradient, many),
+        ("natural, planar 64", lambda m: AutoPlanar(m, 64), natural, [500, 4000]),
+        ("natural, planar 250", lambda m: AutoPlanar(m, 250), natural, [500, 4000]),
+        ("natural, RealNVP 12 x 100", lambda m: AutoRealNVP(m, 12, [100, 100]), natural, [500, 4000]),
+        ("natural, spline", AutoSpline, natural, [500, 4000]),
+    ]
+
+
+def time_steps(device: torch.device, *, is_quick: bool) -> list[dict[str, Any]]:
+    found = []
+    print(f"\n{'a step':28} {'draws':>8} {'ms':>9} {'launches':>9} {'waits':>6}")
+    for name, make_guide, make_step, counts in rows(is_quick=is_quick):
+        for num_draws in counts:
+            start = time.perf_counter()
+            cell = time_step(make_guide, make_step(num_draws), device)
+            found.append({"step": name, "draws": num_draws, **cell})
+            launches, waits = (cell[key] if cell[key] is not None else "" for key in ("launches", "waits"))
+            print(f"{name:28} {num_draws:8,} {cell['ms']:9.2f} {launches:>9} {waits:>6}", flush=True)
+            if time.perf_counter() - start > MAX_CELL:
+                break
+    return found
+
+
+def time_step(
+    make_guide: Callable[[Any], Any], step: tuple[Any, ...], device: torch.device
+) -> dict[str, Any]:
+    """Return the median time of a step in ms; on CUDA, its kernels and how often it waits for them."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    model = make_model(3, device)
+    svi = AdaAnnSVI(model, make_guide(model), *step, schedule=ConstantSchedule(0.5))
+    times: list[float] = []
+    began = time.perf_counter()
+    while (len(times) < 25 and time.perf_counter() - began < MAX_CELL / 3) or len(times) < 3:
+        start = time.perf_counter()
+        svi.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1000 * (time.perf_counter() - start))
+    is_cuda = device.type == "cuda"
+    return {
+        "ms": round(statistics.median(times[len(times) // 3 :]), 3),
+        "launches": count_launches(svi) if is_cuda else None,
+        "waits": count_waits(svi) if is_cuda else None,
+    }
+
+
+def count_launches(svi: AdaAnnSVI) -> int:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        svi.step()
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("cudaLaunch"))
+
+
+def count_waits(svi: AdaAnnSVI) -> int:
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            svi.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
