@@ -191,7 +191,7 @@ def _rank(truth: Tensor, draws: Tensor) -> Tensor:
     """Return where the truth is among n draws, spread evenly over its n-th part of (0, 1)."""
     below = (draws < truth).sum(0)
     ties = (draws == truth).sum(0)
-    return (below + torch.rand(truth.shape) * (ties + 1)) / (len(draws) + 1)
+    return (below + torch.rand(truth.shape, device=truth.device) * (ties + 1)) / (len(draws) + 1)
 
 
 class _DrawObserved(UnconditionMessenger):

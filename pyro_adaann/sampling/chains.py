@@ -67,7 +67,7 @@ class GuidedChains:
         flow = guide_flow(guide, self.model, args, kwargs)
         self.target = TemperedTarget(self.model, JOINT, "guide", flow)
         self.kernel = kernel
-        self.generator: Generator = torch.Generator().manual_seed(seed)
+        self.generator: Generator = torch.Generator("cpu").manual_seed(seed)
         self.step_size = kernel.initial_step_size(self.model.dim)
         self._num_steps = 0
         self.metric = Metric(torch.ones_like(self.model.example))
@@ -89,7 +89,7 @@ class GuidedChains:
                 f"Expected draws of the guide at which the model has a finite log density; got none of "
                 f"{num_draws}. Fit the guide before its draws are polished."
             )
-        seed = int(torch.randint(2**62, (), generator=self.generator))
+        seed = int(torch.randint(2**62, (), generator=self.generator, device="cpu"))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             # Different places rather than the one or two draws that unreliable weights rest on.

@@ -221,7 +221,9 @@ class UnconstrainedModel:
 
 def _log_density(sites: Iterable[Any]) -> Tensor:
     """Return the summed log density of sites, of every particle where they depend on it."""
-    return torch.as_tensor(sum(per_particle(site, site["log_prob"]) for site in sites))
+    total = sum(per_particle(site, site["log_prob"]) for site in sites)
+    # One number, of no site, goes with tensors of any device; one that is a tensor stays where it is.
+    return total if isinstance(total, Tensor) else torch.tensor(float(total), device="cpu")
 
 
 class without_validation:

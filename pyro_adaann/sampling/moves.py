@@ -78,12 +78,12 @@ class Move(Protocol):
 
 def normal(like: Tensor, generator: Generator) -> Tensor:
     """Return standard normal noise of the shape, dtype and device of ``like``."""
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
 
 def uniform(num: int, like: Tensor, generator: Generator) -> Tensor:
     """Return ``num`` uniform random numbers of the dtype and device of ``like``."""
-    return torch.rand(num, generator=generator, dtype=like.dtype).to(like.device)
+    return torch.rand(num, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
 
 def accept(
@@ -244,7 +244,7 @@ def independence_move(
 
 def draw_base(base: Any, num_samples: int, generator: Generator) -> Tensor:
     """Return draws from a distribution, from ``generator`` instead of torch's global one."""
-    seed = int(torch.randint(2**62, (), generator=generator))
+    seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         draws: Tensor = base.sample(torch.Size([num_samples]))

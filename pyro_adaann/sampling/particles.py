@@ -98,7 +98,9 @@ def systematic_resampling(log_weights: Tensor, generator: Generator) -> Tensor:
     """
     num_groups, num = log_weights.shape
     weights = torch.nan_to_num(log_weights.softmax(-1), nan=1.0)
-    start = torch.rand(num_groups, 1, generator=generator, dtype=torch.float64).to(weights.device)
+    start = torch.rand(num_groups, 1, generator=generator, dtype=torch.float64, device="cpu").to(
+        weights.device
+    )
     points = (torch.arange(num, device=weights.device) + start) / num
     total = weights.cumsum(-1)
     return torch.searchsorted(total / total[:, -1:], points, right=True).clamp(max=num - 1)

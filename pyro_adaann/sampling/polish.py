@@ -162,7 +162,7 @@ def polish(
     check_count("num_samples", num_samples, 1)
     check_count("num_warmup", num_warmup, 0)
     check_count("num_walkers", num_walkers, num_chains)
-    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
     chains = GuidedChains(svi, args, kwargs, kernel=get_kernel(kernel), vectorize=vectorize, seed=seed)
     points = chains.tune(chains.start(num_walkers), num_warmup)
     points = points[torch.arange(num_chains, device=points.x.device)]
@@ -231,7 +231,7 @@ class GuideKernel(MCMCKernel):
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Tune scales and step size on walkers, and choose where the chain starts."""
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
         chains = GuidedChains(self.svi, args, kwargs, kernel=self.kernel, vectorize=True, seed=seed)
         points = chains.tune(chains.start(self.num_walkers), self.num_tuning_steps)
         self._chains, self._acceptances = chains, []
@@ -266,10 +266,10 @@ class GuideKernel(MCMCKernel):
 
     def logging(self) -> dict[str, str]:
         """Return what the progress bar of `MCMC` shows."""
-        move, guide = torch.tensor(self._acceptances).mean(0).tolist()
+        move, guide = torch.tensor(self._acceptances, device="cpu").mean(0).tolist()
         return {"acc. prob": f"{move:.3f}", "guide acc. prob": f"{guide:.3f}"}
 
     def diagnostics(self) -> dict[str, float]:
         """Return the mean acceptance probabilities."""
-        move, guide = torch.tensor(self._acceptances).mean(0).tolist()
+        move, guide = torch.tensor(self._acceptances, device="cpu").mean(0).tolist()
         return {"acceptance rate": move, "guide acceptance rate": guide}

@@ -48,7 +48,7 @@ class Sampler:
     def __init__(self, target: TemperedTarget, settings: Settings, seed: int) -> None:
         self.target, self.settings, self.seed = target, settings, seed
         self.stages: list[SMCStage] = []
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         self.particles: Particles | None = None
         self._step_size = settings.kernel.initial_step_size(target.model.dim)
 
@@ -130,7 +130,7 @@ class Sampler:
         if target.base is not None:
             z = draw_base(target.base, num, self.generator).to(target.model.example)
         else:
-            seed = int(torch.randint(2**62, (), generator=self.generator))
+            seed = int(torch.randint(2**62, (), generator=self.generator, device="cpu"))
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 z = target.model.draw_prior(num)

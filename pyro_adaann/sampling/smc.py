@@ -189,7 +189,7 @@ class AnnealedSMC:
         return sampler.result()
 
     def _make_sampler(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sampler:
-        seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
+        seed = int(torch.randint(2**62, (), device="cpu")) if self.seed is None else self.seed
         model = UnconstrainedModel(self.model, args, kwargs, vectorize=self.vectorize)
         base = self.base
         flow = None

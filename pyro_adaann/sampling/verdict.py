@@ -82,7 +82,7 @@ def _kolmogorov_tail(u: Tensor) -> float:
     """Return the probability of a larger distance from uniform, by Stephens' approximation."""
     num = len(u)
     ordered = u.sort().values
-    grid = torch.arange(num + 1, dtype=torch.float64) / num
+    grid = torch.arange(num + 1, dtype=torch.float64, device=u.device) / num
     distance = max(float((grid[1:] - ordered).max()), float((ordered - grid[:-1]).max()))
     x = (math.sqrt(num) + 0.12 + 0.11 / math.sqrt(num)) * distance
     total = sum((-1) ** (k - 1) * math.exp(-2 * (k * x) ** 2) for k in range(1, 101))
