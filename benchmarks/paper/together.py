@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from pyro_adaann import AnnealingSchedule
 from pyro_adaann.transforms import FlowTransform, PlanarStack, RealNVPStack
-from pyro_adaann.transforms.planar import constrain
+from pyro_adaann.transforms.kernels.planar import constrain
 
 __all__ = ["Flows", "Planars", "RealNVPs", "Trials", "fit_together"]
 
