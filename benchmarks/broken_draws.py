@@ -24,7 +24,6 @@ import pyro
 import torch
 from pyro.infer import Trace_ELBO
 
-import pyro_adaann.objectives.objective
 from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoRealNVP, importance_draws
 
 for folder in ("examples", "tests"):

@@ -15,7 +15,7 @@ from pyro_adaann.annealing.history import AnnealingHistory
 from pyro_adaann.state.checkpoint import CheckpointKeeper, read_checkpoint, write_checkpoint
 from pyro_adaann.state.fit import Fit
 from pyro_adaann.state.interrupt import InterruptGuard
-from pyro_adaann.state.progress import ProgressBar
+from pyro_adaann.state.progress import show_progress
 from pyro_adaann.state.resume import check_same_fit, fit_state, restore_fit
 from pyro_adaann.steps.base import Step
 
@@ -78,7 +78,7 @@ class Runs(ABC):
         if checkpoint is not None:
             keeper = CheckpointKeeper(checkpoint, checkpoint_every, lambda: self._state())
             self._resume(checkpoint, args, kwargs)
-        bar = ProgressBar(self.history, self._fit.settings.schedule, self._fit.stages.plan, progress_bar)
+        bar = show_progress(self.history, self._fit.settings.schedule, self._fit.stages.plan, progress_bar)
         with bar, InterruptGuard() as interrupt:
             try:
                 while not (self.is_done or interrupt.requested):

@@ -21,7 +21,8 @@ from pyro_adaann.state.fit import Fit
 from pyro_adaann.state.resume import settings_of
 from pyro_adaann.state.rungs import Rung, Rungs
 from pyro_adaann.state.settings import FitSettings
-from pyro_adaann.state.unfinished import announce_short_training, watch_end
+from pyro_adaann.state.summary import html_table, summary_of
+from pyro_adaann.state.unfinished import warn_of_evaluation, watch_end
 from pyro_adaann.steps.base import Call, Step
 
 __all__ = ["AdaAnnSVI"]
@@ -39,9 +40,9 @@ class AdaAnnSVI(Runs, SVI):
 
     A fit is a sequence of stages: ``num_initial_steps`` steps at the schedule's first
     inverse temperature, ``num_steps_per_stage`` at every following one, ``num_final_steps`` at 1.
-    After that it goes on as plain SVI. :meth:`step` is one step, so an existing loop works
-    unchanged; :meth:`run` runs to the end. A loop that stops before :attr:`inverse_temperature` is 1
-    leaves a guide of the *tempered* posterior.
+    After that it goes on as plain SVI. :meth:`step` is one step, for an existing loop; :meth:`run` runs
+    to the end. A loop of a given length needs ``num_training_steps``: if it stops before
+    :attr:`inverse_temperature` is 1, the guide is one of the *tempered* posterior.
 
     With a :class:`~pyro_adaann.NaturalStep` in place of ``optim`` and ``loss`` the steps are natural ones;
     :func:`natural_svi` has the settings that go with it.
@@ -66,16 +67,19 @@ class AdaAnnSVI(Runs, SVI):
     :param num_variance_samples: M, fresh guide draws behind each answer of the schedule. By default
         the draws of the latest training steps are used again, which costs no model run: those of
         one stage, and of the stages before it where they are fewer than 100.
-    :param num_training_steps: how many times the user's loop will call :meth:`step`, if that is known:
-        a warning at construction says if the schedule does not reach 1 by then. Whether given or not,
-        a training of 100 steps or more that ends below 1 is logged when the driver goes out of use.
+    :param num_training_steps: how many times the user's loop will call :meth:`step`. An `AdaAnnSchedule`
+        without a stage rule then plans the annealing as :meth:`run` does with ``num_steps``: it arrives at
+        1 with steps left. With other settings a warning at construction says if they do not reach 1 by
+        then, or that this cannot be known.
     :param lr_schedule: when :meth:`run` steps a `PyroLRScheduler`: in the ``"final"`` stage (the
         paper's way), ``"always"`` or ``"never"``. :meth:`step` leaves that to the caller, as
         `SVI.step` does.
     :param loss_and_grads: as in `pyro.infer.SVI`, for a callable loss.
+    :param num_samples: as in `pyro.infer.SVI`, which deprecates it. `pyro.infer.Predictive` draws.
+    :param num_steps: as in `pyro.infer.SVI`, which deprecates it; the same as ``num_training_steps``.
     :raises ValueError: at construction, if an argument is out of range or this loss or guide cannot
-        be tempered; at the first step, before a parameter changes, if the guide has no latent site
-        or the model no finite log density.
+        be tempered; at the first step, before a parameter changes, if the guide has no latent site,
+        the model no finite log density, or a callable loss does not depend on the inverse temperature.
 
     With `Trace_ELBO`, a particle whose log density is not finite adds nothing to the loss, and to the
     update only a push out of the broken region. A loss
@@ -115,6 +119,9 @@ class AdaAnnSVI(Runs, SVI):
         guide: Callable[..., Any],
         optim: PyroOptim | Step,
         loss: ELBO | Callable[..., Any] | None = None,
+        loss_and_grads: Callable[..., Any] | None = None,
+        num_samples: int = 0,
+        num_steps: int = 0,
         *,
         schedule: AnnealingSchedule | None = None,
         path: str | Path = "joint",
@@ -128,8 +135,8 @@ class AdaAnnSVI(Runs, SVI):
         num_variance_samples: int | None = None,
         num_training_steps: int | None = None,
         lr_schedule: Literal["final", "always", "never"] = "final",
-        loss_and_grads: Callable[..., Any] | None = None,
     ) -> None:
+        num_training_steps = num_steps or num_training_steps
         check_count("num_training_steps", num_training_steps, 1)
         settings = FitSettings(
             AdaAnnSchedule() if schedule is None else schedule,
@@ -151,6 +158,8 @@ class AdaAnnSVI(Runs, SVI):
             PyroOptim(torch.optim.SGD, {}) if is_step else optim,
             _no_loss if is_step else loss,
             loss_and_grads,
+            num_samples,
+            num_steps,
         )
         self.optim = optim
         self.schedule, self.path, self.stage_rule = settings.schedule, settings.path, stage_rule
@@ -165,7 +174,9 @@ class AdaAnnSVI(Runs, SVI):
         self.loss = self._fit.objective.loss
         self.loss_and_grads = getattr(self._fit.objective, "loss_and_grads", _no_loss)
         self._settings = settings_of(self._fit, optim, loss, getattr(step, "final_loss", None))
-        announce_short_training(self.num_annealing_steps, num_training_steps)
+        if num_training_steps is not None:
+            self._fit.stages.plan_training(num_training_steps)
+        self._has_warned = False
         watch_end(self, self.history, self.schedule.final_inverse_temperature)
 
     @property
@@ -193,8 +204,26 @@ class AdaAnnSVI(Runs, SVI):
         """
         self._sync_optim()
         call = Call(self.model, self.guide, args, kwargs, self.loss_and_grads, self.optim)
-        loss: float = self._fit.take_step(call, self.evaluate_loss)
+        loss: float = self._fit.take_step(call, super().evaluate_loss)
         return loss
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """Return the loss at the present inverse temperature without a step, as `SVI.evaluate_loss` does.
+
+        Below 1 it is a loss of the tempered posterior, and the first call warns of that.
+        """
+        if self.inverse_temperature < self.schedule.final_inverse_temperature and not self._has_warned:
+            self._has_warned = True
+            warn_of_evaluation(self.inverse_temperature, self.history.num_steps)
+        loss: float = super().evaluate_loss(*args, **kwargs)
+        return loss
+
+    def __repr__(self) -> str:
+        texts = [f"{name} {value}" for name, value in summary_of(self._fit).items()]
+        return f"AdaAnnSVI({', '.join(texts)})"
+
+    def _repr_html_(self) -> str:
+        return html_table("AdaAnnSVI", summary_of(self._fit))
 
     def restart(self, rung: Rung | None = None, *, lr_factor: float = 0.5) -> None:
         """Anneal once more from the schedule's first inverse temperature, with the guide as it is.

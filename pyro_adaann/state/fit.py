@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_adaann.annealing.history import AnnealingHistory, Outcome
 from pyro_adaann.objectives.base import Objective
 from pyro_adaann.objectives.nonfinite import nonfinite_sites
+from pyro_adaann.state.callable_loss import check_loss_is_tempered
 from pyro_adaann.state.parameters import FitParameters
 from pyro_adaann.state.recovery import MAX_REJECTED, NoFiniteStateError, SafetyNet
 from pyro_adaann.state.rungs import Rung, Rungs
@@ -77,6 +78,8 @@ class Fit:
         self.parameters.add(found)
         if self.net.is_set:
             return
+        t = self.stages.present.inverse_temperature
+        check_loss_is_tempered(self.step, call, found.values(), self.settings.path, t)
         self.net.keep()
         if self.rungs is not None:
             names = self.parameters.names_of_guide(call.args, call.kwargs)

@@ -8,6 +8,7 @@ import warnings
 import torch
 
 from pyro_adaann.annealing.history import AnnealingHistory, AnnealingStage
+from pyro_adaann.annealing.schedules import AdaAnnSchedule
 from pyro_adaann.objectives.base import Objective
 from pyro_adaann.objectives.memory import spread_within_steps
 from pyro_adaann.state.budget import StepPlan, next_within_budget, plan_steps, projected_num_steps
@@ -15,6 +16,7 @@ from pyro_adaann.state.parameters import FitParameters
 from pyro_adaann.state.recovery import SafetyNet
 from pyro_adaann.state.rungs import Rungs
 from pyro_adaann.state.settings import FitSettings
+from pyro_adaann.state.unfinished import warn_of_short_training, warn_of_unplanned_training
 from pyro_adaann.steps.base import Call
 from pyro_adaann.weights import standard_deviation
 
@@ -162,6 +164,17 @@ class StageControl:
                 f"is; got {num_steps}. Leave one of them out."
             )
         self.budget = plan_steps(self.schedule, self.own_plan, num_steps)
+
+    def plan_training(self, num_steps: int) -> None:
+        """Plan the fit for a loop of ``num_steps`` steps; warn where it will not, or may not, reach 1."""
+        if isinstance(self.schedule, AdaAnnSchedule) and self.stage_rule is None:
+            self.set_budget(num_steps)
+            return
+        num_annealing = self.own_plan.num_annealing(self.schedule)
+        if self.stage_rule is not None or self.schedule.needs_log_factor:
+            warn_of_unplanned_training(str(self.stage_rule or self.schedule), num_steps)
+        elif num_annealing is not None and num_steps <= num_annealing:
+            warn_of_short_training(num_annealing, num_steps)
 
     def warn_if_unfinished(self) -> None:
         """Warn at the end of a run that has not come to the end of annealing, or was interrupted."""
