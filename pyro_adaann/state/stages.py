@@ -22,7 +22,7 @@ from pyro_adaann.weights import standard_deviation
 
 __all__ = ["StageControl"]
 
-#: More stages than this are absurd (the paper's longest run has 4,645), and when that can be told.
+#: A projected number of stages above this one is reported (the paper's longest run has 4,645), at this stage.
 _MAX_STAGES = 50_000
 _NUM_STAGES_TO_PROJECT = 20
 
@@ -32,9 +32,9 @@ class StageControl:
 
     :param settings: schedule, stage rule and numbers of steps.
     :param history: the history of the fit, which gets the stages.
-    :param objective: what is told the inverse temperature.
-    :param parameters: what rungs are made of.
-    :param net: the safety net, whose recoveries shorten increments.
+    :param objective: the objective, which is set to the inverse temperature.
+    :param parameters: the parameters, which are copied into rungs.
+    :param net: the safety net; each of its recoveries halves the increments.
     :param rungs: the rungs of the fit, or None.
     """
 
@@ -82,18 +82,18 @@ class StageControl:
         self.tell_objective()
 
     def tell_objective(self) -> None:
-        """Let the objective stand at the inverse temperature of the present stage."""
+        """Set the objective to the inverse temperature of the present stage."""
         t = self.present.inverse_temperature
         self.objective.start_stage(t, is_final=t >= self.schedule.final_inverse_temperature)
 
     def go_back(self, inverse_temperature: float) -> None:
-        """Go on at an earlier state of the guide: its draws of the meantime say nothing of it."""
+        """Continue from an earlier state of the guide; the draws made since then are dropped."""
         self.objective.memory.forget()
         if inverse_temperature != self.present.inverse_temperature:
             self.start(inverse_temperature)
 
     def begin_pass(self, inverse_temperature: float) -> None:
-        """Anneal anew from an inverse temperature, by the own plan."""
+        """Anneal again from an inverse temperature, by the settings' own numbers of steps."""
         self.budget = None
         self.net.begin_pass()
         self.objective.memory.forget()
@@ -102,8 +102,8 @@ class StageControl:
     def advance(self, call: Call) -> None:
         """Start the next stage if the present one is over.
 
-        At the start of a step and not at the end of the one before, so that the inverse temperature is
-        always the one at which the guide has been trained. Steps that diverge are not counted.
+        Called at the start of a step, so that between two steps the inverse temperature is the one at which
+        the guide has been trained. Steps that diverged are not counted.
         """
         stage, plan = self.present, self.plan
         is_first = stage.inverse_temperature == self.schedule.initial_inverse_temperature
@@ -136,7 +136,8 @@ class StageControl:
             weights = torch.cat([weights for _, weights in steps])
             stage.log_factor_sd = standard_deviation(draws)  # what the schedule sees
         following = next_within_budget(self.schedule, self.plan, self.history, draws, weights)
-        # A fixed schedule has its grid: half the way to the next point, and half of that, would never arrive.
+        # Not for a fixed schedule: half the distance to the next grid point, at every stage, never arrives
+        # there.
         if self.schedule.needs_log_factor and self.plan.num_total is None:
             factor = self.net.increment_factor
             following = max(t + factor * (following - t), math.nextafter(t, math.inf))

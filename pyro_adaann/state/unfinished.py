@@ -1,10 +1,9 @@
 """Warn if training stops before annealing finishes.
 
-A guide that was left below an inverse temperature of 1 looks like any other. `run` goes on to the end;
-a user's own loop around `step` may stop anywhere, and only Python knows when the driver of a
-loop is used no more: hence a finalizer, which sees every kind of guide and loop. It writes to the log
-and raises no warning: it may run while Python shuts down or clears away an exception's frames, where
-a warning that is turned into an error cannot be caught by anybody.
+A guide below an inverse temperature of 1 looks like any other. `run` goes on to 1; a user's own loop around
+`step` may stop anywhere, and only the finalizer of the driver tells that no further step will come. The
+finalizer writes to the log and raises no warning: it may run while Python shuts down or clears the frames of
+an exception, where a warning that is turned into an error cannot be caught.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-#: A fit of fewer steps is no training that anybody expects to have ended, and so many lines are enough.
+#: Fits of fewer steps are not reported, and at most this many lines are logged.
 _MIN_STEPS, _MAX_LINES = 100, 5
 _num_lines = 0
 
@@ -64,7 +63,7 @@ def warn_of_evaluation(inverse_temperature: float, num_steps: int) -> None:
 
 
 def watch_end(svi: Any, history: AnnealingHistory, final_inverse_temperature: float) -> None:
-    """Log a warning when ``svi`` is used no more and has taken steps, none of the latest at 1.
+    """Log a warning when ``svi`` is deleted after training that has not reached 1.
 
     The finalizer holds the history alone, no model and no guide.
     """

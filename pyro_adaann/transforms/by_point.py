@@ -1,4 +1,4 @@
-r"""What every point adds to a gradient, for modules made of linear maps, from one backward pass.
+r"""The gradient of every single point, for modules made of linear maps, from one backward pass.
 
 A linear map with input :math:`a_i` and output gradient :math:`g_i` at point i adds :math:`g_i a_i^\top` to
 the gradient in its matrix. Hooks on the maps collect both.
