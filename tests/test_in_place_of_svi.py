@@ -159,7 +159,7 @@ def test_a_log_gets_a_line_every_thirty_seconds(capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4  # 40 steps of 2.5 s, and one at the end
     assert all(line.startswith("step ") and "\r" not in line for line in lines)
-    assert "inverse temperature 0.505" in lines[1]
+    assert "inverse temperature 0.505" in lines[0]
     assert lines[-1].startswith("step 40/40, inverse temperature 1, stage 3")
 
 
