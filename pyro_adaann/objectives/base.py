@@ -38,7 +38,7 @@ class Objective(ABC):
     """What is minimized at the inverse temperature of the present stage.
 
     At inverse temperature 1 model and guide are evaluated as they are. A new objective implements
-    :meth:`loss`, and passes the traces of its training evaluations to :meth:`_look`.
+    :meth:`loss`, and passes the traces of its training evaluations to `_look`.
 
     :param path: the path of tempered densities.
     :param num_recycled_draws: least number of draws of the latest training steps whose log factors are

@@ -29,7 +29,7 @@ class ELBOObjective(Objective):
     :param evaluate_and_grads: likewise, with gradients.
     :param path: the path of tempered densities.
     :param final_loss: the ELBO of the final stage, None for ``loss``.
-    :param num_recycled_draws: as in :class:`Objective`.
+    :param num_recycled_draws: as in :class:`~pyro_adaann.objectives.base.Objective`.
     :param max_gradient_ratio: bound on the gradient of one particle, see
         :func:`~pyro_adaann.objectives.nonfinite.limit_gradients`.
     """

@@ -46,7 +46,7 @@ class WeightObjective(Objective):
     :param path: the path of tempered densities.
     :param num_particles: n.
     :param max_plate_nesting: as in Pyro's ELBOs; guessed at the first evaluation if not given.
-    :param num_recycled_draws: as in :class:`Objective`.
+    :param num_recycled_draws: as in :class:`~pyro_adaann.objectives.base.Objective`.
     """
 
     def __init__(
