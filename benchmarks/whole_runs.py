@@ -22,7 +22,7 @@ import pyro
 import torch
 
 from pyro_adaann import AdaAnnSVI
-from pyro_adaann.objectives import objective
+from pyro_adaann.objectives import base
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -47,8 +47,9 @@ class Stopwatch:
 def run(name: str, svi: AdaAnnSVI, args: tuple[Any, ...]) -> dict[str, Any]:
     """Run a fit to its end; return the figures."""
     schedule = Stopwatch()
-    svi._advance = schedule.watch(svi._advance)
-    objective.log_factors = schedule.watch(objective.log_factors)
+    stages = svi._fit.stages
+    stages.advance = schedule.watch(stages.advance)
+    base.log_factors = schedule.watch(base.log_factors)
     phases = {"initial": 0.0, "annealing": 0.0, "final": 0.0}
     while not svi.is_done:
         start = time.perf_counter()

@@ -26,7 +26,7 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_type_aliases = {"Fit": "Fit"}
-autodoc_default_options: dict[str, Any] = {"members": True, "show-inheritance": False}
+autodoc_default_options: dict[str, Any] = {"members": True}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 

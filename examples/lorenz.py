@@ -10,9 +10,9 @@ are below 0.1, and r = 28 is nine sds of the base away. Run it with::
 
     python examples/lorenz.py --noise-variance 0.2 --out lorenz_results
 
-Settings are those of the paper (Section 4.4 and Table 7); their guide ends too wide, twice at variance
-0.001. ``--settings natural`` follows every tempered density by natural gradients: two hundred updates
-in place of thousands, and closer. The result is printed beside the paper's Table 4 and the exact posterior of
+Settings are those of the paper (Section 4.4 and Table 7), with which the guide is too wide at the end, twice
+at variance 0.001. ``--settings natural`` takes two hundred natural-gradient steps in place of thousands, and
+fits more closely. The result is printed beside the paper's Table 4 and the exact posterior of
 the same data, which ``benchmarks/reference/ode_exact.py`` computes.
 """
 
@@ -148,7 +148,10 @@ def plot_data(data: Tensor, draws: dict[str, Tensor], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Lorenz system (AdaAnn paper, example 4).")
+    parser = argparse.ArgumentParser(
+        description="Lorenz system (AdaAnn paper, example 4).",
+        epilog="Takes about 90 seconds on one core, with --settings natural 20 seconds.",
+    )
     parser.add_argument("--noise-variance", type=float, choices=list(PAPER), default=0.2)
     parser.add_argument("--seed", type=int, default=0, help="seed of the fit")
     parser.add_argument("--data-seed", type=int, default=DATA_SEED, help="seed of the data")

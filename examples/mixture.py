@@ -1,4 +1,4 @@
-"""What the two mixture examples share: the density, the fit, the figures."""
+"""Parts of both mixture examples: the density, the fits, the figures."""
 
 from __future__ import annotations
 
@@ -105,12 +105,17 @@ def make_svi(
     )
 
 
-def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
-    """Add the options of both examples to their own, and parse."""
-    parser.add_argument("--seed", type=int, default=0)
+def parse_arguments(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, folder: str
+) -> argparse.Namespace:
+    """Add the options of both examples to their own, and parse.
+
+    :param folder: the default of ``--out``.
+    """
+    parser.add_argument("--seed", type=int, default=0, help="seed of the fits")
     parser.add_argument("--settings", choices=["paper", "natural"], default="paper", help="of AdaAnnSVI")
     parser.add_argument("--fast", action="store_true", help="a few steps only, to try the script")
-    parser.add_argument("--out", type=Path, default=Path("mixture_results"), help="folder of the files")
+    parser.add_argument("--out", type=Path, default=Path(folder), help="folder of the files")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""`natural_svi`: an annealed fit by natural steps, with the settings that go with them."""
+"""`natural_svi`: an annealed fit by natural-gradient steps, with matching settings."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ def natural_svi(
     num_final_steps: int = 40,
     **kwargs: Any,
 ) -> AdaAnnSVI:
-    """Return an `AdaAnnSVI` that follows the tempered densities closely, by natural gradients.
+    """Return an `AdaAnnSVI` that fits every tempered density closely, by natural-gradient steps.
 
-    It anneals from the base of the guide, on path ``"bridge"``; every stage waits until four fifths of the
-    guide's draws count (:class:`~pyro_adaann.ESSStageRule`), the next inverse temperature leaves nine
-    tenths of them (:class:`~pyro_adaann.CESSSchedule`), the steps are natural ones
-    (:class:`~pyro_adaann.NaturalStep`), and a :class:`~pyro_adaann.Ladder` watches for lost parts. It
-    takes some hundred steps in all. Meant for flow guides whose base reaches the modes.
+    It anneals from the base of the guide (path ``"bridge"``) by :class:`~pyro_adaann.NaturalStep`. A stage
+    ends when the effective sample size of the guide's draws is four fifths of their number
+    (:class:`~pyro_adaann.ESSStageRule`); the next inverse temperature keeps a conditional effective sample
+    size of nine tenths (:class:`~pyro_adaann.CESSSchedule`); a :class:`~pyro_adaann.Ladder` records the guide
+    for :func:`diagnose`. A fit takes about a hundred steps. It is meant for flow guides whose base covers
+    the modes.
 
-    :param model: a Pyro model that vectorizes, without parameters of its own and without subsampling.
+    :param model: a Pyro model that vectorizes, has no parameters of its own and does not subsample.
     :param guide: a guide of this package; for another one pass ``path="joint"``.
-    :param num_particles: draws of a step, which runs the model on as many twice or more.
+    :param num_particles: draws of a step. A step evaluates the model on two or more such batches.
     :param max_kl: bound on the divergence of one step, in nats.
-    :param damping: of the first step.
-    :param max_plate_nesting: how many plates the model nests, guessed if not given.
+    :param damping: damping of the first step.
+    :param max_plate_nesting: number of nested plates in the model; guessed if not given.
     :param num_final_steps: steps at inverse temperature 1.
-    :param kwargs: other arguments of `AdaAnnSVI`, in place of these.
+    :param kwargs: other arguments of `AdaAnnSVI`, which override the settings above.
     :raises ValueError: as :class:`~pyro_adaann.AdaAnnSVI` does.
 
     Example::

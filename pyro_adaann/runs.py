@@ -1,4 +1,4 @@
-"""A fit run to its end, written to a file on the way, and read back."""
+"""Running a fit to its end, writing checkpoints, and resuming from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyro_adaann.annealing.history import AnnealingHistory
 from pyro_adaann.state.checkpoint import CheckpointKeeper, read_checkpoint, write_checkpoint
 from pyro_adaann.state.fit import Fit
 from pyro_adaann.state.interrupt import InterruptGuard
-from pyro_adaann.state.progress import ProgressBar
+from pyro_adaann.state.progress import show_progress
 from pyro_adaann.state.resume import check_same_fit, fit_state, restore_fit
 from pyro_adaann.steps.base import Step
 
@@ -68,7 +68,7 @@ class Runs(ABC):
         :param checkpoint: a file. If it exists and this fit has taken no step, the fit goes on from
             it, bit for bit: the same script, started again after a crash, finishes the run.
         :param checkpoint_every: how often to write it, in steps or as a `timedelta`. It is also
-            written at the end. Where the disk refuses there is a warning and the run goes on.
+            written at the end. If writing fails, the run warns and continues.
         :raises ValueError: if an argument is out of range, if the file cannot be used
             (:meth:`load_checkpoint`) or is another fit's, and as :meth:`step` does.
         """
@@ -78,7 +78,7 @@ class Runs(ABC):
         if checkpoint is not None:
             keeper = CheckpointKeeper(checkpoint, checkpoint_every, lambda: self._state())
             self._resume(checkpoint, args, kwargs)
-        bar = ProgressBar(self.history, self._fit.settings.schedule, self._fit.stages.plan, progress_bar)
+        bar = show_progress(self.history, self._fit.settings.schedule, self._fit.stages.plan, progress_bar)
         with bar, InterruptGuard() as interrupt:
             try:
                 while not (self.is_done or interrupt.requested):
@@ -97,22 +97,22 @@ class Runs(ABC):
         return self.history
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Write all that decides how the fit goes on to one file, whole or not at all.
+        """Write the whole state of the fit to one file; a failed write leaves no partial file.
 
-        :raises OSError: if the disk refuses; what was at ``path`` is still there.
+        :raises OSError: if writing fails; an earlier file at ``path`` is kept.
         """
         write_checkpoint(path, self._state())
 
     def load_checkpoint(self, path: str | os.PathLike[str], /, *args: Any, **kwargs: Any) -> None:
-        """Bring the fit to the state in a file of :meth:`save_checkpoint` or :meth:`run`.
+        """Restore the fit from a file of :meth:`save_checkpoint` or :meth:`run`.
 
-        The next steps then give what they would have given in the fit that wrote it, bit for bit
-        with the same versions on the same machine: the random states are part of it. The file is
-        read without running code from it.
+        The next steps then give the numbers of the fit that wrote the file, bit for bit with the same
+        versions on the same machine: the file contains the random states. It is read without running code
+        from it.
 
         :param args: arguments of model and guide, as ``kwargs``; both run once.
-        :raises ValueError: if the file is damaged, foreign, of another version, or of another model, guide or
-            other settings. The fit is then what it was.
+        :raises ValueError: if the file is damaged, not a checkpoint, or of another version, model, guide or
+            other settings. The fit is then unchanged.
         """
         state = read_checkpoint(path)
         self._sync_optim()
@@ -129,7 +129,7 @@ class Runs(ABC):
         return fit_state(self._fit, self._settings)
 
     def _sync_optim(self) -> None:
-        """Let the parameters know the optimizer that the fit has now: a user may assign another one."""
+        """Use the present optimizer: the user may have assigned another one to the fit."""
         if not isinstance(self.optim, Step):
             self._fit.parameters.optim = self.optim
 

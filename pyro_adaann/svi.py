@@ -21,13 +21,14 @@ from pyro_adaann.state.fit import Fit
 from pyro_adaann.state.resume import settings_of
 from pyro_adaann.state.rungs import Rung, Rungs
 from pyro_adaann.state.settings import FitSettings
-from pyro_adaann.state.unfinished import announce_short_training, watch_end
+from pyro_adaann.state.summary import html_table, summary_of
+from pyro_adaann.state.unfinished import warn_of_evaluation, watch_end
 from pyro_adaann.steps.base import Call, Step
 
 __all__ = ["AdaAnnSVI"]
 
-#: How much longer than the median particle's a particle's gradient may be while annealing. Far out of
-#: the way of a healthy fit: the steepest of 1,000 draws of a normal posterior has a ratio of 5.
+#: How many times as long as the median particle's gradient that of a particle may be while annealing. The
+#: largest ratio among 1,000 draws of a normal posterior is 5.
 _MAX_GRADIENT_RATIO = 100.0
 
 
@@ -39,52 +40,54 @@ class AdaAnnSVI(Runs, SVI):
 
     A fit is a sequence of stages: ``num_initial_steps`` steps at the schedule's first
     inverse temperature, ``num_steps_per_stage`` at every following one, ``num_final_steps`` at 1.
-    After that it goes on as plain SVI. :meth:`step` is one step, so an existing loop works
-    unchanged; :meth:`run` runs to the end. A loop that stops before :attr:`inverse_temperature` is 1
-    leaves a guide of the *tempered* posterior.
+    After that it goes on as plain SVI. :meth:`step` is one step, for an existing loop; :meth:`run` runs
+    to the end. A loop of a given length needs ``num_training_steps``: if it stops before
+    :attr:`inverse_temperature` is 1, the guide is one of the *tempered* posterior.
 
-    With a :class:`~pyro_adaann.NaturalStep` in place of ``optim`` and ``loss`` the steps are natural ones;
-    :func:`natural_svi` has the settings that go with it.
+    With a :class:`~pyro_adaann.NaturalStep` in place of ``optim`` and ``loss`` it takes natural-gradient
+    steps; :func:`natural_svi` sets the other arguments to match.
 
     :param model: a Pyro model.
-    :param guide: any Pyro guide that runs apart from the model; flow guides gain most.
+    :param guide: any Pyro guide that does not run the model itself.
     :param optim: a `pyro.optim.PyroOptim`, or a :class:`~pyro_adaann.NaturalStep`.
     :param loss: an ELBO of Pyro's, or a callable ``loss(model, guide, *args, **kwargs)``; none with a
-        `NaturalStep`. What is assigned to an ELBO between steps counts.
+        `NaturalStep`. Attributes of an ELBO may be assigned between steps.
     :param schedule: the schedule, by default :class:`~pyro_adaann.AdaAnnSchedule`.
     :param path: ``"joint"`` (the paper), ``"likelihood"``, ``"bridge"``, ``"kl_warmup"`` or a
-        :class:`~pyro_adaann.Path`; :mod:`pyro_adaann.annealing.paths` says what each of them targets.
+        :class:`~pyro_adaann.Path`; :mod:`pyro_adaann.annealing.paths` describes the target of each.
     :param num_initial_steps: T0 in the paper, steps at the first inverse temperature.
     :param num_steps_per_stage: T, steps at every inverse temperature between the first and 1.
     :param num_final_steps: T1, steps at 1 before :attr:`is_done`.
-    :param num_final_particles: N1, particles of the ELBO at 1; by default its own number.
+    :param num_final_particles: N1, particles of the ELBO at 1; by default as below 1.
     :param final_loss: another ELBO at 1, in place of ``loss`` and ``num_final_particles``.
-    :param stage_rule: when a stage below 1 ends, once it has its number of steps; by default then. The
-        first stage then has ``num_initial_steps`` at least.
-    :param ladder: a :class:`~pyro_adaann.Ladder`: keep the guide at a few inverse temperatures, by which
-        :func:`diagnose` sees whether a part of the posterior was lost on the way.
+    :param stage_rule: decides when a stage below 1 ends, after its planned number of steps
+        (``num_initial_steps`` in the first stage). By default a stage ends at that number.
+    :param ladder: a :class:`~pyro_adaann.Ladder`: keeps copies of the guide at a few inverse temperatures,
+        from which :func:`diagnose` finds parts of the posterior that were lost while annealing.
     :param num_variance_samples: M, fresh guide draws behind each answer of the schedule. By default
-        the draws of the latest training steps are used again, which costs no model run: those of
-        one stage, and of the stages before it where they are fewer than 100.
-    :param num_training_steps: how many times the user's loop will call :meth:`step`, if that is known:
-        a warning at construction says if the schedule does not reach 1 by then. Whether given or not,
-        a training of 100 steps or more that ends below 1 is logged when the driver goes out of use.
+        the draws of the latest training steps are used again, at no cost in model runs: those of
+        one stage, and of earlier stages if they are fewer than 100.
+    :param num_training_steps: how many times the user's loop will call :meth:`step`. An `AdaAnnSchedule`
+        without a stage rule then plans the annealing as :meth:`run` does with ``num_steps``: it arrives at
+        1 with steps left. With other settings a warning at construction says if they do not reach 1 by
+        then, or that this cannot be known.
     :param lr_schedule: when :meth:`run` steps a `PyroLRScheduler`: in the ``"final"`` stage (the
         paper's way), ``"always"`` or ``"never"``. :meth:`step` leaves that to the caller, as
         `SVI.step` does.
     :param loss_and_grads: as in `pyro.infer.SVI`, for a callable loss.
+    :param num_samples: as in `pyro.infer.SVI`, which deprecates it. `pyro.infer.Predictive` draws.
+    :param num_steps: as in `pyro.infer.SVI`, which deprecates it; the same as ``num_training_steps``.
     :raises ValueError: at construction, if an argument is out of range or this loss or guide cannot
-        be tempered; at the first step, before a parameter changes, if the guide has no latent site
-        or the model no finite log density.
+        be tempered; at the first step, before a parameter changes, if the guide has no latent site,
+        the model no finite log density, or a callable loss does not depend on the inverse temperature.
 
-    With `Trace_ELBO`, a particle whose log density is not finite adds nothing to the loss, and to the
-    update only a push out of the broken region. A loss
-    or gradient that is not finite changes no parameter, and such a step does not count toward the length of a
-    stage. Both are counted in :attr:`history`. After 20 such steps in a row, or where a parameter or the
-    optimizer's memory has become infinite, the fit returns to its last good state with half the learning rate
-    and, where the schedule adapts, half the increments, at most 10 times. While
-    annealing, the gradient of one particle is at most 100 times as long as the median particle's,
-    so that one absurd draw does not set the course.
+    With `Trace_ELBO`, a particle whose log density is not finite ("broken") adds nothing to the loss; its
+    gradient lowers the guide's mass where the log density is not finite. A step whose loss or gradient is
+    not finite changes no parameter and does not count toward the length of a stage. Both are counted in
+    :attr:`history`. After 20 such steps in a row, or if a parameter or the optimizer's state becomes
+    infinite, the fit returns to its last good state with half the learning rate and, if the schedule
+    adapts, half the increments, at most 10 times. While annealing, the gradient of one particle is clipped
+    at 100 times the length of the median particle's, so that an outlier does not decide a step.
 
     Source: Cobian et al., *AdaAnn*, arXiv 2202.00792, Algorithm 1.
 
@@ -115,6 +118,9 @@ class AdaAnnSVI(Runs, SVI):
         guide: Callable[..., Any],
         optim: PyroOptim | Step,
         loss: ELBO | Callable[..., Any] | None = None,
+        loss_and_grads: Callable[..., Any] | None = None,
+        num_samples: int = 0,
+        num_steps: int = 0,
         *,
         schedule: AnnealingSchedule | None = None,
         path: str | Path = "joint",
@@ -128,8 +134,8 @@ class AdaAnnSVI(Runs, SVI):
         num_variance_samples: int | None = None,
         num_training_steps: int | None = None,
         lr_schedule: Literal["final", "always", "never"] = "final",
-        loss_and_grads: Callable[..., Any] | None = None,
     ) -> None:
+        num_training_steps = num_steps or num_training_steps
         check_count("num_training_steps", num_training_steps, 1)
         settings = FitSettings(
             AdaAnnSchedule() if schedule is None else schedule,
@@ -144,20 +150,22 @@ class AdaAnnSVI(Runs, SVI):
         )
         check_parts(guide, optim, loss, final_loss, settings)
         is_step = isinstance(optim, Step)
-        # `SVI` asks for an optimizer and a loss, which a natural step does without.
+        # `SVI` requires an optimizer and a loss; a natural step has neither.
         super().__init__(
             model,
             guide,
             PyroOptim(torch.optim.SGD, {}) if is_step else optim,
             _no_loss if is_step else loss,
             loss_and_grads,
+            num_samples,
+            num_steps,
         )
         self.optim = optim
         self.schedule, self.path, self.stage_rule = settings.schedule, settings.path, stage_rule
         self.num_initial_steps, self.num_steps_per_stage = num_initial_steps, num_steps_per_stage
         self.num_final_steps, self.num_variance_samples = num_final_steps, num_variance_samples
         self.lr_schedule = lr_schedule
-        # At 1 from the start it is plain SVI, to the last digit.
+        # A schedule that starts at 1 gives exactly the numbers of `SVI`.
         max_ratio = _MAX_GRADIENT_RATIO if self.schedule.initial_inverse_temperature < 1 else math.inf
         calls = self.loss, self.loss_and_grads
         step = make_step(optim, loss, calls, final_loss, num_final_particles, max_ratio)
@@ -165,7 +173,9 @@ class AdaAnnSVI(Runs, SVI):
         self.loss = self._fit.objective.loss
         self.loss_and_grads = getattr(self._fit.objective, "loss_and_grads", _no_loss)
         self._settings = settings_of(self._fit, optim, loss, getattr(step, "final_loss", None))
-        announce_short_training(self.num_annealing_steps, num_training_steps)
+        if num_training_steps is not None:
+            self._fit.stages.plan_training(num_training_steps)
+        self._has_warned = False
         watch_end(self, self.history, self.schedule.final_inverse_temperature)
 
     @property
@@ -180,35 +190,53 @@ class AdaAnnSVI(Runs, SVI):
 
     @property
     def inverse_temperature(self) -> float:
-        """The inverse temperature of the latest step; before the first step, of that one."""
+        """The inverse temperature of the latest step; before the first step, that of the first step."""
         return self._fit.stages.present.inverse_temperature
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one step and return the loss, a float, as `SVI.step` does.
 
-        The loss is that of the present inverse temperature. The arguments go to model and guide.
+        The loss is that of the present inverse temperature. The arguments are passed to model and guide.
 
         :raises ValueError: if the loss is not finite in 100 attempts, at the first step or in 100
             steps in a row, or after 10 recoveries. The parameters then are the last good ones.
         """
         self._sync_optim()
         call = Call(self.model, self.guide, args, kwargs, self.loss_and_grads, self.optim)
-        loss: float = self._fit.take_step(call, self.evaluate_loss)
+        loss: float = self._fit.take_step(call, super().evaluate_loss)
         return loss
 
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """Return the loss at the present inverse temperature without a step, as `SVI.evaluate_loss` does.
+
+        Below 1 it is a loss of the tempered posterior, and the first call warns of that.
+        """
+        if self.inverse_temperature < self.schedule.final_inverse_temperature and not self._has_warned:
+            self._has_warned = True
+            warn_of_evaluation(self.inverse_temperature, self.history.num_steps)
+        loss: float = super().evaluate_loss(*args, **kwargs)
+        return loss
+
+    def __repr__(self) -> str:
+        texts = [f"{name} {value}" for name, value in summary_of(self._fit).items()]
+        return f"AdaAnnSVI({', '.join(texts)})"
+
+    def _repr_html_(self) -> str:
+        return html_table("AdaAnnSVI", summary_of(self._fit))
+
     def restart(self, rung: Rung | None = None, *, lr_factor: float = 0.5) -> None:
-        """Anneal once more from the schedule's first inverse temperature, with the guide as it is.
+        """Anneal again from the schedule's first inverse temperature, starting with the present guide.
 
-        A total number of steps of an earlier :meth:`run` no longer counts.
+        A number of steps planned by ``num_training_steps`` or by an earlier :meth:`run` no longer applies.
 
-        :param rung: a rung of :attr:`ladder`: anneal once more from there, with parameters and optimizers
-            as they were then. The rungs above it are forgotten.
-        :param lr_factor: with a rung, what the learning rates of then, or the lengths of natural steps, are
-            multiplied by: where a part of the posterior was lost, smaller steps may keep it.
+        :param rung: a rung of :attr:`ladder`: anneal again from its inverse temperature, with its parameters
+            and optimizers. The rungs above it are deleted.
+        :param lr_factor: with a rung, the factor on its learning rates, or on the lengths of natural steps.
+            Smaller steps may keep a part of the posterior that was lost.
         :raises ValueError: if the rung is not one of this fit.
 
-        This makes every schedule a cyclical one (Fu et al., *Cyclical annealing schedule*, NAACL 2019).
-        A cycle rises to 1 and stays there for ``num_final_steps`` steps::
+        Called whenever :attr:`is_done` is true, it makes any schedule cyclical (Fu et al., *Cyclical
+        annealing schedule*, NAACL 2019). A cycle rises to 1 and stays there for ``num_final_steps`` steps::
 
             for epoch in range(num_epochs):
                 if svi.is_done:

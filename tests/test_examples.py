@@ -28,6 +28,15 @@ def test_every_example_is_listed():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SCRIPTS) | ELSEWHERE
 
 
+@pytest.mark.parametrize("name", [*SCRIPTS, "lorenz", "hiv"])
+def test_help_names_the_duration_and_a_folder_of_its_own(name, capsys):
+    source = (EXAMPLES / f"{name}.py").read_text()
+    assert f'"{name}_results"' in source
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main(["--help"])
+    assert "Takes about" in capsys.readouterr().out
+
+
 # With a few steps alone the verdict is what it should be.
 @pytest.mark.filterwarnings("ignore:The verdict on the fit is:UserWarning")
 @pytest.mark.parametrize("name", list(SCRIPTS))

@@ -19,8 +19,10 @@ from pyro_adaann import (
     AdaAnnSchedule,
     AdaAnnSVI,
     AnnealingSchedule,
+    CESSSchedule,
     ConstantSchedule,
     CosineSchedule,
+    ESSStageRule,
     LinearSchedule,
     SequenceSchedule,
 )
@@ -111,7 +113,10 @@ def test_a_training_known_to_be_too_short_is_announced_at_the_start():
     with pytest.warns(UserWarning, match="takes 7 steps to reach 1, and training ends after 7"):
         make(num_training_steps=7)
     make(num_training_steps=8)
-    make(num_training_steps=1, schedule=AdaAnnSchedule())  # which nobody knows
+    with pytest.warns(UserWarning, match="cannot be planned for num_training_steps=50"):
+        make(num_training_steps=50, schedule=CESSSchedule(0.9))
+    with pytest.warns(UserWarning, match="With ESSStageRule.*cannot be planned"):
+        make(num_training_steps=50, schedule=AdaAnnSchedule(), stage_rule=ESSStageRule(0.5))
     with pytest.raises(ValueError, match="num_training_steps"):
         make(num_training_steps=0)
 

@@ -1,5 +1,5 @@
 """Which tempered density, which inverse temperature next, when a stage ends, and the record of a fit.
 
-What lives here never changes (paths, schedules, stage rules, a ladder's settings) or is a record (the
-history). Nothing here runs a model, but for the handlers that temper one.
+Objects here are immutable settings (paths, schedules, stage rules, ladders) or records (the history). Nothing
+here runs a model except the handlers that temper one.
 """

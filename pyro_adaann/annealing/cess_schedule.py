@@ -22,10 +22,10 @@ class CESSSchedule(AnnealingSchedule):
     .. math:: \mathrm{CESS}(\epsilon) = \frac{(\sum_i W_i v_i)^2}{\sum_i W_i v_i^2}, \qquad
               v_i = e^{\epsilon f_i}, \quad f_i = \frac{d}{dt} \log p_t(z_i)
 
-    with the normalized weights W of the guide's draws against the tempered density: the share of draws
-    of :math:`p_t` that is left, effectively, as a sample of :math:`p_{t + \epsilon}`. The increment is the
-    largest one with at least the target, by bisection; at most t, since where weights are uneven few draws
-    say how far to go, and at least 1e-5 of that. For a normal log factor
+    with the normalized weights W of the guide's draws against the tempered density: the effective share of
+    draws of :math:`p_t` as a sample of :math:`p_{t + \epsilon}`. The increment is the largest one that keeps
+    the target, by bisection; at most t, since with uneven weights few draws decide it, and at least 1e-5 of
+    that. For a normal log factor
     :math:`\mathrm{CESS} = e^{-\epsilon^2 \mathrm{Var} f}`: a target of 0.9 is a tolerance of 0.32 of
     :class:`AdaAnnSchedule`.
 

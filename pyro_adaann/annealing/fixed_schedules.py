@@ -1,7 +1,7 @@
 """Schedules that are fixed in advance: they read no draws and cost no model evaluation.
 
-Any of them is made cyclical (Fu et al., *Cyclical annealing schedule*, NAACL 2019) by `AdaAnnSVI.restart`
-whenever a cycle is over. With one inverse temperature per epoch, and two epochs at 1::
+Each of them becomes cyclical (Fu et al., *Cyclical annealing schedule*, NAACL 2019) with `AdaAnnSVI.restart`
+at the end of every cycle. With one inverse temperature per epoch, and two epochs at 1::
 
     >>> import pyro, torch, pyro.distributions as dist
     >>> from pyro.infer import Trace_ELBO
@@ -154,7 +154,7 @@ class SequenceSchedule(AnnealingSchedule):
 class ConstantSchedule(AnnealingSchedule):
     """One inverse temperature from the first step to the last.
 
-    At 1 (the default) it is no annealing: `AdaAnnSVI` then does what `pyro.infer.SVI` does. Below 1
+    At 1 (the default) nothing is annealed: `AdaAnnSVI` then gives the numbers of `pyro.infer.SVI`. Below 1
     the guide is fitted to the *tempered* posterior and stays there.
 
     :param inverse_temperature: in (0, 1].

@@ -16,7 +16,7 @@ __all__ = ["AnnealingHistory", "AnnealingStage", "Outcome", "Recovery", "StepRes
 
 
 class Outcome(Enum):
-    """What became of a step.
+    """The outcome of a step.
 
     Example::
 
@@ -24,7 +24,7 @@ class Outcome(Enum):
         'accepted'
     """
 
-    #: The parameters have moved.
+    #: The parameters have changed.
     ACCEPTED = "accepted"
     #: Every trial would have made the guide worse; no parameter has changed.
     REJECTED = "rejected"
@@ -34,9 +34,9 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did.
+    """The record of a step.
 
-    :param outcome: what became of it.
+    :param outcome: the outcome.
     :param loss: the loss before the step, a float, or a tuple of floats for losses that return one.
     :param num_trials: directions tried.
     :param damping: damping after the step, None for a step without damping.
@@ -61,10 +61,10 @@ class AnnealingStage:
     """A block of steps at one inverse temperature.
 
     ``losses`` holds the loss of every step *of the tempered objective*: losses of different stages
-    are not comparable. What is said of the log factor is known when the
-    stage has ended.
+    are not comparable. The fields about the log factor are set when the
+    stage ends.
 
-    :param inverse_temperature: where the stage is, in (0, 1].
+    :param inverse_temperature: the inverse temperature of the stage, in (0, 1].
     :param losses: the loss of every step.
 
     Example::
@@ -91,8 +91,8 @@ class AnnealingStage:
     num_broken: int = 0
     #: Particles of all steps.
     num_particles: int = 0
-    #: Mean and standard deviation of the log factor under the guide; None where the schedule asked
-    #: for no draws, or too few were finite.
+    #: Mean and standard deviation of the log factor under the guide; None if the schedule needs no draws
+    #: or fewer than two were finite.
     log_factor_mean: float | None = None
     log_factor_sd: float | None = None
     #: The same under the tempered density: the draws weighted by p_t / q.
@@ -104,7 +104,7 @@ class AnnealingStage:
     ess: float | None = None
     #: Whether the stage rule was met when the stage ended; None without a rule, and at 1.
     is_tracked: bool | None = None
-    #: Draws that they are of, and those among them left out as not finite.
+    #: Number of these draws, and how many of them were left out as not finite.
     num_draws: int = 0
     num_nonfinite_draws: int = 0
     #: Whether a plate was sub-sampled: the draws of a step then are weighted against a part of the data.
@@ -125,7 +125,7 @@ class AnnealingStage:
             self.kl = (self.kl or 0.0) + result.kl
 
     def record(self, log_factors: Tensor, log_weights: Tensor) -> None:
-        """Note what draws of the log factor say, and their log weights against the tempered density.
+        """Record statistics of draws of the log factor, and of their weights against the tempered density.
 
         :param log_factors: draws of d/dt log p_t, shape ``(n,)``.
         :param log_weights: their log weights log p_t - log q, shape ``(n,)``.
@@ -221,9 +221,9 @@ class AnnealingHistory:
 
     @property
     def present_pass(self) -> list[AnnealingStage]:
-        """The stages by which the guide has come to where it is, with rising inverse temperatures.
+        """The stages that led to the present guide, with rising inverse temperatures.
 
-        After a recovery or a restart the stages that were gone back over are left out.
+        Stages that a recovery or a restart has undone are left out.
         """
         stages: list[AnnealingStage] = []
         for stage in self.stages:
@@ -248,7 +248,7 @@ class AnnealingHistory:
         num_stages = len(self.stages)
         if not num_stages:
             return 0
-        # A stage that is over does not change: every step asks, and a fit may have thousands of stages.
+        # Cached: stages that are over do not change, every step asks, and a fit may have thousands of stages.
         if self._num_steps_before[0] != num_stages:
             self._num_steps_before = num_stages, sum(stage.num_steps for stage in self.stages[:-1])
         return self._num_steps_before[1] + self.stages[-1].num_steps

@@ -1,4 +1,4 @@
-"""How far apart the inverse temperatures are at which a fit keeps its guide."""
+"""The distance between the inverse temperatures at which a fit keeps copies of its guide."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["Ladder"]
 
 @dataclass(frozen=True)
 class Ladder:
-    """Keep the guide at inverse temperatures a given distance apart, the lowest rung before training.
+    """Keep copies of the guide at inverse temperatures a given distance apart, the first before training.
 
-    Give one to `AdaAnnSVI` (``ladder=Ladder()``); it may be shared by several fits. The rungs of a fit are in
-    ``svi.ladder.rungs``: :func:`diagnose` compares every rung with the next ones and says where a part of the
-    posterior was lost; :func:`mixture_draws` weighs draws of all rungs against the posterior;
+    Pass one to `AdaAnnSVI` (``ladder=Ladder()``); several fits may share it. The rungs of a fit are in
+    ``svi.ladder.rungs``: :func:`diagnose` compares every rung with the next ones and reports where a part of
+    the posterior was lost; :func:`mixture_draws` weights draws of all rungs against the posterior;
     ``svi.restart(rung)`` anneals again from a rung. A rung costs as much memory as the parameters and
     their optimizers.
 

@@ -22,8 +22,8 @@ bridge                            q0(z)^(1 - t) p(x, z)^t, between the guide's b
 kl_warmup     beta-annealing      p(z) p(x | z)^(1 / beta), **sharper** than the posterior
 ============  ==================  =============================================================
 
-The first three explore: for inference in a given model. KL warm-up fits the data first and lets the
-prior in later: for learning the model's own parameters (a VAE), never for finding modes.
+The first three are for inference in a given model. KL warm-up starts with the likelihood and raises the
+weight of the prior later: it is for learning the model's own parameters (a VAE), not for finding modes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Path:
     The density there is ``prior^prior * likelihood^likelihood * base^base`` with the exponents given
     here, each in [0, 1]; the weights in between are linear in t.
 
-    :param name: what the user calls it.
+    :param name: name of the path.
     :param prior: weight of the log prior at t = 0; it ends at 1.
     :param likelihood: weight of the log likelihood (observed, `pyro.factor` and model-enumerated
         sites) at t = 0; it ends at 1.

@@ -1,11 +1,11 @@
 r"""Annealing schedules: which inverse temperature comes after which.
 
-A schedule is pure. The driver asks it at the end of a stage, outside the training loop::
+A schedule is a pure function. The driver calls it at the end of a stage, outside the training loop::
 
     inverse_temperature = schedule.next(inverse_temperature, log_factor)
 
-and obeys. The answers are strictly increasing, finite, and end at exactly 1, whatever the
-``log_factor`` draws are: :meth:`AnnealingSchedule.next` sees to it for every schedule.
+The answers are strictly increasing and finite and end at exactly 1, whatever the ``log_factor`` draws are:
+:meth:`AnnealingSchedule.next` ensures this for every schedule.
 
 To write another, subclass :class:`AnnealingSchedule`, implement :meth:`~AnnealingSchedule.propose`
 and, if it reads the draws, set ``needs_log_factor = True``::
@@ -18,11 +18,11 @@ and, if it reads the draws, set ``needs_log_factor = True``::
         def propose(self, inverse_temperature, log_factor):
             return self.factor * inverse_temperature
 
-A schedule knows inverse temperatures and no steps. For one inverse temperature per step, per 100 steps
+A schedule does not count steps. For one inverse temperature per step, per 100 steps
 or per epoch, give the driver ``num_steps_per_stage`` = 1, 100 or the number of mini-batches,
 ``len(loader)``, and ``num_initial_steps`` likewise; ``LinearSchedule(10)`` then warms up for 10 epochs.
-A cyclical schedule is one of these and `AdaAnnSVI.restart` whenever a cycle is over: each cycle rises to
-exactly 1, and no schedule has to remember where it is.
+For a cyclical schedule call `AdaAnnSVI.restart` at the end of every cycle: each cycle rises to exactly 1, and
+schedules need no state.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class AnnealingSchedule(ABC):
     def num_stages(self) -> int | None:
         """Number of inverse temperatures, both ends included.
 
-        None where draws decide, and above a million.
+        None if it depends on draws, and above a million.
         """
         if self.needs_log_factor:
             return None
@@ -87,7 +87,7 @@ class AnnealingSchedule(ABC):
         """
 
     def propose_weighted(self, inverse_temperature: float, log_factor: Tensor, log_weight: Tensor) -> float:
-        """Do :meth:`propose` for weighted draws; by default the weights are not used.
+        """Return :meth:`propose` for weighted draws; by default the weights are not used.
 
         :param inverse_temperature: as there, and so is ``log_factor``.
         :param log_weight: log p_t - log q of every draw, up to a constant, float64.
@@ -134,16 +134,16 @@ class AdaAnnSchedule(AnnealingSchedule):
               \mathrm{KL}(p_t \| p_{t+\epsilon}) = \tfrac12 \epsilon^2 \mathrm{Var}_{p_t}[\log p]
               + O(\epsilon^3) \approx \tfrac12 \tau^2
 
-    The sd (with the number of draws minus one in the denominator) is that of the finite draws, outliers
-    moved in (:func:`standard_deviation`). Where
-    they say nothing (fewer than two, or all equal to rounding), the increment is that of a
-    two-dimensional normal posterior, :math:`\tau t`, with at most 0.1 for :math:`\tau`: annealing goes on
-    carefully and never jumps. For the same reason an increment is at least 0.1 % of :math:`\tau t`, the
-    one of a normal posterior in two million dimensions, so a few absurd draws cannot stall it.
+    The sd (with the number of draws minus one in the denominator) is that of the finite draws, winsorized
+    (:func:`standard_deviation`). If they determine none (fewer than two draws, or all equal to rounding), the
+    increment is that of a two-dimensional normal posterior, :math:`\tau t`, with at most 0.1 for
+    :math:`\tau`, so that annealing neither jumps nor stops. An increment is at least 0.1 % of
+    :math:`\tau t`, that of a normal posterior in two million dimensions, so that a few outliers cannot stall
+    annealing.
 
     **Mini-batches.** Where the arguments of a step are a mini-batch of B of N data, log p is that of the
     batch as the model's plates scale it, and the sd is over particles that share the batch: the draws of
-    a training step are compared with each other alone, and fresh ones (``num_variance_samples``) all see
+    a training step are compared only with each other, and fresh ones (``num_variance_samples``) all see
     the batch of the step that asks. For global latent variables and a plate scaled to N data that is an
     estimate of the sd on all data. For local ones (a VAE) log p is a sum of independent terms: the sd of a
     batch is :math:`\sqrt{B/N}` times that of all data if the plate is not scaled, and
@@ -155,9 +155,9 @@ class AdaAnnSchedule(AnnealingSchedule):
     :param tolerance: :math:`\tau` > 0. The paper uses 0.005 to 0.01 for multimodal posteriors and 0.5 for
         a unimodal one; 1 loses modes.
     :param initial_inverse_temperature: the first inverse temperature, in (0, 1].
-    :param weighted: whether to take the sd under the tempered density itself, which the theorem speaks of,
-        by weighting the draws, instead of the sd under the guide. An increment is then at most t: where
-        weights are uneven, few draws say how far to go.
+    :param weighted: whether to take the sd under the tempered density itself, as in the theorem, by weighting
+        the draws, instead of the sd under the guide. An increment is then at most t, since with uneven
+        weights few draws decide it.
     :raises ValueError: if the tolerance is not a positive number.
 
     Source: Cobian et al., *AdaAnn*, arXiv 2202.00792, Theorem 1, Eq. 19 and Algorithm 1.

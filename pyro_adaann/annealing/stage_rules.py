@@ -1,11 +1,11 @@
 """Stage rules: when a stage at one inverse temperature ends.
 
-Without a rule a stage has the number of steps that `AdaAnnSVI` was given. A rule is asked after each
-further step, and sees how well the guide stands for the tempered density of the stage::
+Without a rule a stage has the number of steps that `AdaAnnSVI` was given. A rule is called after each
+further step, with the effective sample size of the guide's draws against the tempered density of the stage::
 
     rule.is_over(num_steps, ess)
 
-It knows nothing of the schedule, nor the schedule of it. To write another, subclass :class:`StageRule`.
+Rules and schedules are independent of each other. To write another, subclass :class:`StageRule`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class StageRule(ABC):
 
     @abstractmethod
     def is_met(self, ess: float) -> bool:
-        """Whether the guide is where the rule wants it, or the stage has only run out of steps.
+        """Whether the rule's condition holds; false for a stage that only ran out of steps.
 
         :param ess: as in :meth:`is_over`.
         """
@@ -53,17 +53,17 @@ class StageRule(ABC):
 
 
 class ESSStageRule(StageRule):
-    r"""A stage goes on until the guide tracks its tempered density, in effective sample size.
+    r"""A stage continues until the guide's draws have a given effective sample size.
 
     .. math:: \frac{(\sum_i w_i)^2}{n \sum_i w_i^2} \ge \text{target}, \qquad
               w_i = \frac{p_t(z_i)}{q(z_i)}, \quad z_i \sim q
 
-    Modes are lost where the inverse temperature runs ahead of the guide. The draws are those of the
-    latest training steps, at least 500: they cost no model run, and smooth the decision.
-    A stage that ends without is noted (:attr:`AnnealingStage.is_tracked`), and :func:`diagnose` says so.
+    Modes are lost when the inverse temperature rises faster than the guide adapts. The draws are those of the
+    latest training steps, at least 500, at no cost in model runs. A stage that reaches ``max_num_steps``
+    first is recorded as not tracked (:attr:`AnnealingStage.is_tracked`), and :func:`diagnose` reports it.
 
     :param target: share of the draws, in (0, 1).
-    :param max_num_steps: most steps of a stage.
+    :param max_num_steps: largest number of steps of a stage.
     :raises ValueError: if one is out of range.
 
     Source: Chopin, *A sequential particle filter method for static models*, Biometrika 89 (2002), for the
@@ -84,7 +84,7 @@ class ESSStageRule(StageRule):
         self.max_num_steps = max_num_steps
 
     def is_over(self, num_steps: int, ess: float) -> bool:
-        """Whether the target is reached, or the stage has its most steps."""
+        """Whether the target is reached, or the stage has ``max_num_steps`` steps."""
         return self.is_met(ess) or num_steps >= self.max_num_steps
 
     def is_met(self, ess: float) -> bool:

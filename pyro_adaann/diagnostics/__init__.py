@@ -1,4 +1,4 @@
-"""Is the fit to be trusted? Draws, importance weights, ladder, evidence, verdict.
+"""Diagnostics of a fit: draws, importance weights, ladder, evidence, verdict.
 
-What lives here looks at a fit and changes nothing of it.
+Functions here read a fit and do not change it.
 """

@@ -1,4 +1,4 @@
-"""A verdict on a fitted guide: how well do its draws stand for the posterior?"""
+"""Measure a fitted guide against the posterior, and give a verdict."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pyro_adaann.weights import effective_sample_size, log_mean_error, log_mean_
 
 __all__ = ["Diagnosis", "assess", "diagnose", "get_inverse_temperature"]
 
-#: Draws behind the mean log factor at t = 1. It counts for one of many stages.
+#: Draws for the mean log factor at t = 1, which is one of many nodes.
 _NUM_FINAL_DRAWS = 1000
 
 
@@ -43,16 +43,16 @@ def diagnose(
               p(x) \approx \frac{1}{n} \sum_i w_i, \qquad
               \mathrm{ELBO} \approx \frac{1}{n} \sum_i \log w_i
 
-    Print the result for a verdict. The same guide from wider bases tells whether posterior is out of reach,
-    and the rungs of a ladder whether a part was lost. Memory does not grow with the number of draws but for
-    a few numbers each.
+    Print the result for a verdict. Draws of the same guide from wider bases show parts of the posterior
+    beyond the guide's draws, and the rungs of a ladder show parts lost while annealing. Memory grows by a few
+    numbers for each draw.
 
-    :param svi: an `AdaAnnSVI`, a `pyro.infer.SVI`, or a pair ``(model, guide)``. Of the first two the
-        inverse temperature is known, and a tempered posterior is not taken for the posterior.
+    :param svi: an `AdaAnnSVI`, a `pyro.infer.SVI`, or a pair ``(model, guide)``. For the first two
+        the inverse temperature is known, and a guide of a tempered posterior is reported as such.
     :param args: arguments of model and guide as in ``svi.step``, with ``kwargs``.
     :param num_samples: number of draws, at least 100.
     :param batch_size: how many at a time.
-    :param vectorize: whether model and guide run for a batch at once; slower, but safe, without.
+    :param vectorize: whether model and guide run on a whole batch at once; False is slower and always works.
     :raises ValueError: if ``num_samples`` < 100, if a plate is subsampled, if the guide misses a latent
         site, if the model does not vectorize, or if hardly any draw has a finite log density.
 
@@ -88,7 +88,7 @@ def assess(
     batch_size: int,
     vectorize: bool,
 ) -> Diagnosis:
-    """Return the diagnosis of a fit whose draws have been weighted already."""
+    """Return the diagnosis of a fit from the log weights of its draws."""
     is_scaled = has_scale(draws.prototype)
     model, guide = get_model_and_guide(svi)
     num_samples = len(log_weights)
@@ -98,7 +98,7 @@ def assess(
         is_done=svi.is_done if isinstance(svi, AdaAnnSVI) else None,
         reach=measure_reach(model, guide, args, kwargs, num_samples, batch_size, vectorize),
         is_scaled=is_scaled,
-        # Of a part of the data scaled up there is no second opinion.
+        # Thermodynamic integration is not valid for a part of the data scaled up.
         thermodynamic=None if is_scaled else _thermodynamic(svi, args, kwargs, batch_size, vectorize),
         **_annealing(svi, args, kwargs, batch_size, vectorize),
     )

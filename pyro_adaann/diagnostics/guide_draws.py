@@ -1,7 +1,7 @@
 r"""Draws from a guide with their log densities, in batches.
 
-Diagnostics and exports need the same thing: draws z of the guide, with :math:`\log q(z)` under the guide
-and :math:`\log p(x, z)` under the model, in memory that does not grow with their number.
+Diagnostics and exports need draws z of the guide with :math:`\log q(z)` under the guide and
+:math:`\log p(x, z)` under the model, in batches, so that memory does not grow with the number of draws.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from pyro_adaann.weights import finite_or_no_weight
 
 __all__ = ["DrawBatch", "GuideDraws"]
 
-#: How far a batch and a single run may differ in a log density, absolutely and relatively: adaptive
-#: solvers round differently in a batch; a model that adds its particles up is off by their number.
+#: Tolerated difference of a log density between a batch and a single run, absolute and relative: adaptive
+#: solvers round differently in a batch; a model that sums over its particles is off by their number.
 _TOLERANCE = 0.1, 0.01
 #: Draws of the first batch that are compared with runs of their own.
 _NUM_CHECKED = 5
@@ -131,7 +131,7 @@ class GuideDraws:
         return self._run(run)
 
     def _run_batch(self, run: Callable[[], Any]) -> Any:
-        """Run, and say that the model may not vectorize where a batch fails; a single draw has worked."""
+        """Run; an error of a batch, after a single draw has worked, says that the model may not vectorize."""
         try:
             return self._run(run)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -185,9 +185,9 @@ class GuideDraws:
     def _check_vectorizes(self, batch: DrawBatch) -> None:
         """Compare a few draws of a batch with runs of their own.
 
-        A model that sums over all dimensions runs under a plate of particles, and is wrong without
-        a word, at every draw. A single draw that differs says nothing: alone, the guide's density goes
-        through the inverse of a flow, and in single precision some draws have none.
+        A model that sums over all dimensions runs under a plate of particles without an error, and is wrong
+        at every draw. A single draw that differs is no evidence: alone, the guide's density uses the
+        inverse of a flow, which in single precision fails at some draws.
         """
         finite = torch.isfinite(batch.log_p + batch.log_q).nonzero().reshape(-1).tolist()
         differences = [

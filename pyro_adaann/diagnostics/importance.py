@@ -46,7 +46,7 @@ class WeightedDraws:
 
     @property
     def ess(self) -> float:
-        """Effective number of draws behind a weighted mean."""
+        """Effective sample size of the weighted draws."""
         return effective_sample_size(self.log_weights)
 
     def mean(self, name: str) -> Tensor:
@@ -67,13 +67,13 @@ def importance_draws(
     vectorize: bool = True,
     **kwargs: Any,
 ) -> WeightedDraws:
-    """Draw from a fitted guide and weigh the draws against the model.
+    """Draw from a fitted guide and weight the draws by the model.
 
     :param svi: an `AdaAnnSVI`, a `pyro.infer.SVI`, or a pair ``(model, guide)``.
     :param args: arguments of model and guide as in ``svi.step``, with ``kwargs``.
     :param num_samples: number of draws.
     :param batch_size: how many at a time.
-    :param vectorize: whether model and guide run for a batch at once; slower, but safe, without.
+    :param vectorize: whether model and guide run on a whole batch at once; False is slower and always works.
     :raises ValueError: if a plate is subsampled, if the guide misses a latent site, or if the model does
         not vectorize.
 

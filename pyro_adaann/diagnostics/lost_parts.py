@@ -1,21 +1,22 @@
-r"""Was a part of the posterior lost on the way? Every rung of a ladder is weighed against the rungs above it.
+r"""Parts of the posterior that were lost while annealing, by comparing the rungs of a ladder.
 
-No number from the draws of the final guide sees a mode that none of them visits; the guide at a lower
-inverse temperature visits it. With draws :math:`z_i \sim q_r` of a rung, weighted to the tempered density
-:math:`p_{t_s}` of a rung s above it, a part of that density is lost where the guide has next to none of it:
+Numbers computed from the draws of the final guide do not show a mode without draws; the guide at a lower
+inverse temperature may still have draws there. With draws :math:`z_i \sim q_r` of a rung, weighted to the
+tempered density
+:math:`p_{t_s}` of a rung s above it, a part of that density is lost where rung s has almost no density:
 
 .. math:: \text{lost share} = \sum_i W_i\, 1\Bigl[c_s(z_i) < \tfrac{1}{20} \min(1, c(z_i))\Bigr], \qquad
           W_i \propto \frac{p_{t_s}(z_i)}{q_r(z_i)}, \qquad c_s(z) = \frac{q_s(z)}{p_{t_s}(z)}
 
-The coverage :math:`c_s` of a rung is compared with c, the best one of the rung r and of some below it. A
-guide that is too wide covers everything badly, from the beginning on; one that loses a mode little by
-little covers it well at first. Neighbors overlap in any dimension; the posterior itself, at t = 1, is in
-reach of a wide rung in few.
+The coverage :math:`c_s` of a rung is compared with c, the largest one of rung r and of some rungs below it: a
+guide that is too wide covers everything badly from the start, while one that loses a mode gradually covers it
+well at first. Neighboring rungs overlap in any dimension; draws of a wide rung reach the posterior itself, at
+t = 1, only in few dimensions.
 
-The normalizer of :math:`p_{t_s}` is the larger of two: of the draws of rung r, and of those of rung s
-itself, which do not know what is lost; what is lost and what rung s has are the whole. Where the posterior
-lies many widths of the base away, its mass arrives late on the bridge, and the draws of a lower rung hold
-nothing of it: normalized by their own evidence, next to nothing would look like all of it.
+The normalizer of :math:`p_{t_s}` is the larger of two estimates: from the draws of rung r, and from those of
+rung s, to whose evidence the lost part is added. If the posterior lies many widths of the base away, the
+draws of a lower rung hold almost none of its mass; normalized by their own evidence alone, a negligible part
+would look like the whole.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ from pyro_adaann.svi import AdaAnnSVI
 
 __all__ = ["LadderReport", "LostPart", "find_lost_parts"]
 
-#: A guide has next to nothing of a density where it has less than this share of it, or of what it had.
+#: Coverage below this value, or below this share of the earlier coverage, counts as lost.
 _MIN_COVER = 1 / 20
-#: How many rungs below the one whose draws are looked at: what the guide had before.
+#: How many rungs below the one compared the earlier coverage is taken from.
 _LOOKBACK = (2, 4)
-#: A smaller share is a tail, not a mode: of the posterior, and of a tempered density, where a guide that
-#: is still on its way lacks more.
+#: A smaller share is a tail, not a mode: of the posterior, and of a tempered density, where a guide that has
+#: not converged lacks more.
 _MIN_SHARE, _MIN_TEMPERED_SHARE = 0.05, 0.15
 #: Standard errors that a share has to be above zero, and above the smallest one that counts.
 _NUM_ERRORS, _NUM_ERRORS_ABOVE = 3.0, 2.0
-#: Draws of a rung, and as many more while they leave a loss possible.
+#: Draws of a rung in one batch; more are taken while a loss cannot be excluded.
 _FIRST_DRAWS = 5000
-#: Fewest effective draws behind a share, and the heaviest tail of their weights: from a shape of 1 on they
-#: have no mean, and the error of the share means nothing.
+#: Smallest effective sample size for a share, and largest shape of the tail of its weights: from a shape of 1
+#: on they have no mean, and the error of the share is meaningless.
 _MIN_ESS, _MAX_SHAPE = 10.0, 1.0
-#: The heaviest tail that a few times as many draws may thin so far.
+#: Largest shape that a few times as many draws may reduce to that.
 _MAX_SHAPE_IN_REACH = 2.0
 
 
@@ -57,11 +58,11 @@ _MAX_SHAPE_IN_REACH = 2.0
 class LostPart:
     """A part of the posterior that the guide lost between two rungs.
 
-    :param rung: the last rung that has it.
-    :param lower: its inverse temperature.
-    :param upper: that of the first rung that has it not, 1 for the final guide.
+    :param rung: the last rung with the part.
+    :param lower: inverse temperature of that rung.
+    :param upper: inverse temperature of the first rung without the part, 1 for the final guide.
     :param share: share of the tempered density at ``upper`` that is lost.
-    :param share_se: its standard error.
+    :param share_se: standard error of the share.
 
     Example::
 
@@ -80,12 +81,12 @@ class LostPart:
 
 @dataclass(frozen=True)
 class LadderReport:
-    """What the rungs of a ladder say of each other.
+    """The comparison of the rungs of a ladder.
 
-    :param num_rungs: how many there are, the final guide not counted.
-    :param lost: what was lost and not found again, from the lowest inverse temperature to the highest.
-    :param min_ess: effective sample size, as a share, between the two neighbors that overlap least: below
-        a few percent there, a loss may stay unseen.
+    :param num_rungs: number of rungs, without the final guide.
+    :param lost: parts that were lost and not found again, by rising inverse temperature.
+    :param min_ess: smallest effective sample size between neighboring rungs, as a share of the draws; below a
+        few percent a loss may not be detected.
 
     Example::
 
@@ -99,7 +100,7 @@ class LadderReport:
 
     @property
     def lost_share(self) -> float:
-        """Share of the posterior that is lost in all, as far as the rungs see it."""
+        """Total share of the posterior that is lost, as estimated from the rungs."""
         return 1 - math.prod(1 - loss.share for loss in self.lost)
 
     def __str__(self) -> str:
@@ -123,15 +124,15 @@ def find_lost_parts(
 ) -> LadderReport:
     """Compare every rung of the ladder of a fit with the next two and with the guide.
 
-    A part that a rung lacks and the next one has again was not lost. One that both lack is reported,
-    with the inverse temperatures between which it went; likewise a part of the posterior itself that
-    the draws of a rung, weighted all the way, see and the guide lacks.
+    A part that is missing in one rung and present in the next was not lost. A part missing in both is
+    reported with the inverse temperatures between which it was lost; likewise a part of the posterior that is
+    present in the draws of a rung, weighted to t = 1, and missing in the guide.
 
     :param svi: a fit with a ladder.
     :param args: arguments of model and guide as in ``svi.step``, with ``kwargs``.
-    :param num_samples: most draws of a rung. The first 5,000 are all where they leave no loss possible.
+    :param num_samples: largest number of draws of a rung. The first 5,000 are all if they exclude a loss.
     :param batch_size: how many at a time.
-    :param vectorize: whether model and guide run for a batch at once; slower, but safe, without.
+    :param vectorize: whether model and guide run on a whole batch at once; False is slower and always works.
     :raises ValueError: if the fit has no ladder or has taken no step, if a count is below 1, and as
         :func:`diagnose` does.
 
@@ -164,7 +165,7 @@ def find_lost_parts(
         return LostPart(rung, lower, higher, share.share, share.se)
 
     lost = {r: loss(r, r + 1, look.above[0]) for r, look in enumerate(found) if _are_lost(look.above)}
-    # What several rungs see from afar has gone above the highest of them; the surest knows its share.
+    # A part found by several rungs was lost above the highest of them; the smallest error gives its share.
     seen = [r for r, look in enumerate(found) if _is_lost(look.afar, _MIN_SHARE)]
     if seen:
         surest = min((found[r].afar for r in seen), key=lambda afar: afar.se)
@@ -180,21 +181,21 @@ def _is_lost(found: Comparison, min_share: float) -> bool:
 
 
 def _seems_lost(found: Comparison, min_share: float) -> bool:
-    """Whether more draws may show that a part is lost."""
+    """Whether a part may be lost, so that more draws are worth their cost."""
     return found.share > min_share and found.k_hat <= _MAX_SHAPE_IN_REACH
 
 
 def _are_lost(above: list[Comparison]) -> bool:
-    """Whether all lack a part: what a rung lacks and the next one has again was not lost."""
+    """Whether a part is missing in all of these rungs: one that is present in the next was not lost."""
     return all(_is_lost(found, _MIN_TEMPERED_SHARE) for found in above)
 
 
 class _Look(NamedTuple):
-    """What the draws of a rung say.
+    """The comparisons of the draws of one rung.
 
-    :param above: of the next two rungs, each at its own inverse temperature.
-    :param afar: of the guide.
-    :param upper: the first of these that lacks most of what the guide lacks.
+    :param above: with the next two rungs, each at its own inverse temperature.
+    :param afar: with the guide.
+    :param upper: the first of these rungs that lacks most of what the guide lacks.
     """
 
     above: list[Comparison]
@@ -204,7 +205,7 @@ class _Look(NamedTuple):
 
     @property
     def is_settled(self) -> bool:
-        """Whether more draws would say no more: what seems lost is surely."""
+        """Whether more draws are not needed: everything that may be lost is known to be."""
         is_open_above = all(_seems_lost(found, _MIN_TEMPERED_SHARE) for found in self.above)
         is_open_afar = _seems_lost(self.afar, _MIN_SHARE)
         return (_are_lost(self.above) or not is_open_above) and (
@@ -213,18 +214,18 @@ class _Look(NamedTuple):
 
 
 class _Looks:
-    """The rungs of a fit, to be looked at from the lowest to the highest."""
+    """The rungs of a fit, compared one after the other from the lowest to the highest."""
 
     def __init__(self, rungs: Rungs, num_samples: int) -> None:
         self.rungs = rungs
         self._num_samples = num_samples
         self._last = len(rungs.rungs) - 1
         self._first = [rungs.draw(r, min(_FIRST_DRAWS, num_samples)) for r in range(self._last + 1)]
-        #: Of the density of every rung, from its own draws.
+        #: Log normalizer of the density of every rung, from its own draws.
         self._log_normalizers = [drawn.log_normalizer(drawn.own) for drawn in self._first]
 
     def look(self, r: int) -> _Look:
-        """Look at the first draws of rung r, and at more while they leave a loss possible."""
+        """Compare the first draws of rung r, and more while a loss cannot be excluded."""
         below = [r - back for back in (0, *_LOOKBACK) if back <= r]
         above = range(r + 1, self._last + 1)[:2]
         scorers = {*below, *above, self._last}
@@ -239,8 +240,8 @@ class _Looks:
         own[drawn.own] = drawn.log_normalizer(drawn.own)
         best = torch.stack([drawn.log_coverage(k, own[k]) for k in below]).amax(0)
         least = best.clamp(max=0.0) + math.log(_MIN_COVER)
-        # Draws that come nowhere near a density have too small a normalizer of it, those of a guide that
-        # lost a part likewise: none has one that is too large but by chance.
+        # Draws far from a density give too small a normalizer, and so do those of a guide that lost a part;
+        # too large ones occur by chance only.
         lacking = {
             s: drawn.log_coverage(s, max(drawn.log_normalizer(s), own[s])) < least for s in (*above, last)
         }

@@ -15,13 +15,13 @@ __all__ = ["Measurements"]
 #: Two estimates of the log evidence differ if by more than this many nats, a quarter of the evidence, and
 #: by 3 standard errors. A lost mode of half the mass makes log 2 = 0.69.
 _NOTICEABLE_DIFFERENCE, _NUM_ERRORS = 0.3, 3.0
-#: A part of the posterior that this many draws see, or fewer, has no share that can be relied on; less than
-#: this share does not matter.
+#: The share of a part with this many draws or fewer is not reliable; a share below the second number does
+#: not matter.
 _FEW_DRAWS, _NEGLIGIBLE_SHARE = 10, 0.01
-#: Above this share of broken draws the rest says little about the guide.
+#: Above this share of broken draws the other numbers say little about the guide.
 _MAX_BROKEN_SHARE = 0.1
-#: Above this share of stages without a guide that keeps up, rungs say little of what was lost; the weights
-#: alone are relied on if they have a variance, up to this shape.
+#: Above this share of untracked stages the ladder is not reliable; the weights are then called reliable only
+#: up to this shape, at which they have a variance.
 _MAX_UNTRACKED_SHARE, _FINITE_VARIANCE = 0.1, 0.5
 
 
@@ -37,11 +37,11 @@ class Measurements:
     :param log_evidence_se: its standard error.
     :param elbo: mean log weight.
     :param elbo_se: its standard error.
-    :param inverse_temperature: where the fit stands.
+    :param inverse_temperature: inverse temperature of the fit.
     :param is_done: whether it has taken all its steps.
     :param thermodynamic: the log evidence from the temperatures visited.
-    :param ladder: what the rungs say.
-    :param reach: what wider bases see.
+    :param ladder: the comparison of the rungs.
+    :param reach: the share found from wider bases.
     :param num_untracked: stages whose stage rule was not met.
     :param num_stalled: stages in which no step was accepted.
     :param num_stages: stages below 1.
@@ -78,12 +78,13 @@ class Measurements:
 
     @property
     def gap_se(self) -> float:
-        """Standard error of the gap. A few absurd draws make the ELBO, and its error, alone."""
+        """Standard error of the gap. A few outliers can dominate the ELBO and its error."""
         return math.hypot(self.log_evidence_se, self.elbo_se)
 
     @property
     def largest_shift(self) -> float:
-        r"""By how many standard deviations of the draws their mean may be off the weighted mean.
+        r"""Bound on the difference of mean and weighted mean of the draws, in standard deviations of the
+        draws.
 
         :math:`|E_q[f] - E_p[f]| = |\mathrm{Cov}_q(w, f)| \le \mathrm{sd}_q(w) \, \mathrm{sd}_q(f)`, and the
         relative variance of the weights is :math:`n / \mathrm{ESS} - 1`.
@@ -92,7 +93,7 @@ class Measurements:
 
     @property
     def is_annealed(self) -> bool:
-        """Whether the guide was fitted to the posterior, not to a tempered one."""
+        """Whether the guide was fitted to the posterior and not to a tempered one."""
         return self.inverse_temperature >= 1
 
     @property
@@ -119,7 +120,7 @@ class Measurements:
 
     @property
     def has_nearly_equal_weights(self) -> bool:
-        r"""Whether what ten draws see, or fewer, holds less than 1 % of the weights.
+        r"""Whether any ten draws hold less than 1 % of the weights.
 
         Ten draws or fewer that hold a share m add about :math:`n m^2 / 10` or more to the relative variance
         :math:`n / \mathrm{ESS} - 1`.
@@ -128,10 +129,10 @@ class Measurements:
 
     @property
     def is_tail_harmless(self) -> bool:
-        """Whether a tail that is too heavy is known to hold next to nothing.
+        """Whether a tail that is too heavy is known to hold a negligible share.
 
-        Weights that are nearly equal have such a tail at the rim of a part that the guide does not reach,
-        or of nothing. Draws from wider bases tell which: they see less than 1 % more evidence.
+        Nearly equal weights have such a tail at the edge of a part that the guide does not reach, or of no
+        part. In the second case draws from wider bases find less than 1 % more evidence.
         """
         if self.reach is None or not self.reach.is_known or self.reach.is_short or self.has_lost_part:
             return False
@@ -142,16 +143,16 @@ class Measurements:
 
     @property
     def has_reliable_weights(self) -> bool:
-        """Whether weighted means and the log evidence can be relied on, as far as the draws reach."""
+        """Whether weighted means and the log evidence are reliable, for the region that the draws cover."""
         is_shape_good = self.k_hat <= self.k_threshold or self.is_tail_harmless
         return is_shape_good and not self.has_many_broken
 
     @property
     def lost_share(self) -> float | None:
-        """Share of the evidence that thermodynamic integration sees and the weights do not.
+        """Share of the evidence that thermodynamic integration finds and the weights do not.
 
-        None unless it sees noticeably more. The reverse, less, comes from a guide that was far from the
-        tempered densities on the way, and says nothing of where it is now.
+        None unless it finds noticeably more. It finds less if the guide was far from the tempered densities
+        while annealing, which does not bear on the present guide.
         """
         if self.thermodynamic is None:
             return None
@@ -162,5 +163,5 @@ class Measurements:
 
     @property
     def has_lost_part(self) -> bool:
-        """Whether the ladder or thermodynamic integration sees a part that the draws do not."""
+        """Whether the ladder or thermodynamic integration finds a part without draws of the guide."""
         return self.lost_share is not None or (self.ladder is not None and bool(self.ladder.lost))

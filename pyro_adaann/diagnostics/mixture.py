@@ -1,4 +1,4 @@
-"""The rungs of a ladder and the guide together: a posterior repaired where the guide lost a part."""
+"""Weighted draws from the rungs of a ladder and the guide together, for a guide that lost a part."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def mixture_draws(
     vectorize: bool = True,
     **kwargs: Any,
 ) -> WeightedDraws:
-    r"""Draw from the rungs of a ladder and the guide together, and weigh the draws against the posterior.
+    r"""Draw from the rungs of a ladder and the guide together, and weight the draws by the posterior.
 
     .. math:: w_i = \frac{p(x, z_i)}{\tfrac{1}{R} \sum_r q_r(z_i)}, \qquad z_i \sim q_1, \dots, q_R
 
-    Where a rung still has a part that the guide lost, the weighted draws have it too: a repaired
-    posterior, as good as its Pareto k-hat and effective sample size say. A part that is narrow where the
-    rung is wide gets few draws, of large weights, and too small a share: then k-hat is too large.
+    If a rung still has a part that the guide lost, the weighted draws contain it; Pareto k-hat and effective
+    sample size measure how well. A part that is much narrower than the rung gets few draws with large weights
+    and too small a share, and k-hat is too large then.
 
     :param svi: a fit with a ladder.
     :param args: arguments of model and guide as in ``svi.step``, with ``kwargs``.
-    :param num_samples: draws in all, the same number of every rung.
+    :param num_samples: total number of draws, the same number from every rung.
     :param batch_size: how many at a time.
-    :param vectorize: whether model and guide run for a batch at once; slower, but safe, without.
+    :param vectorize: whether model and guide run on a whole batch at once; False is slower and always works.
     :raises ValueError: if the fit has no ladder or has taken no step, and as :func:`diagnose` does.
 
     Warns if k-hat is too large. Anneal again then from the rung that :func:`find_lost_parts` names, more
@@ -76,7 +76,7 @@ def mixture_draws(
             for rung in rungs:
                 with guide_at(rung, svi._fit.parameters.tensors):
                     mixture.append(draws.score_guide(batch.guide_trace, len(batch.log_p)))
-            # A draw out of reach of a rung's inverse has no density there.
+            # A draw that a rung's inverse does not reach has no density under that rung.
             log_mixture = torch.stack(mixture).nan_to_num(-torch.inf).logsumexp(0) - math.log(len(rungs))
             # The rest of the guide's density, that of its Delta sites, does not depend on the rung.
             parts.append((batch.log_p, batch.log_q - log_q + log_mixture))

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them: no digit that matters is rounded away."""
+"""Numbers as text, rounded without losing the digits that matter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["nats", "percent", "rounded"]
 
 
 def nats(value: float) -> str:
-    """Return a log density with three digits after the point, an absurd one with six digits in all.
+    """Return a log density with three digits after the point, a very large one with six digits.
 
     Example::
 

@@ -1,4 +1,4 @@
-r"""Is there posterior where no draw of the guide comes? The same guide from a wider base looks there.
+r"""The share of the posterior beyond all draws of the guide, from draws of the same guide with wider bases.
 
 A guide whose draws are a transformation of a standard normal :math:`\varepsilon` in d coordinates draws
 nearly nothing beyond the radius R that one of n draws exceeds. With widths c of 1, 1.5, 2 and 3,
@@ -10,8 +10,8 @@ all draws together are weighted against their mixture, :math:`w = p(x, z) / \fra
 
 .. math:: \text{share out of reach} = \frac{\sum_i w_i 1[\|\varepsilon_i\| > R]}{\sum_i w_i} .
 
-Of the guide's own draws no number sees this share: Pareto's k-hat extrapolates what they show, and they show
-nothing there.
+No number computed from the guide's own draws shows this share: Pareto's k-hat extrapolates from draws, and
+there are none beyond R.
 """
 
 from __future__ import annotations
@@ -45,30 +45,30 @@ from pyro_adaann.weights import (
 __all__ = ["Reach", "measure_reach"]
 
 _WIDTHS = (1.0, 1.5, 2.0, 3.0)
-#: Rounds of a quarter of the draws of each width: one, or more where they see something that is not sure.
+#: Rounds with a quarter of the draws of each width: one, or more if the share is not significant yet.
 _MAX_ROUNDS, _ROUND = 8, 0.25
-#: A smaller share out of reach does not matter. Standard errors that it has to be above that and above zero.
-#: The latter holds for a share of six effective draws and more.
+#: Smallest share that matters; standard errors by which the share must exceed it, and zero. The latter holds
+#: for a share of six effective draws and more.
 _MIN_SHARE, _NUM_ERRORS_ABOVE, _NUM_ERRORS = 0.005, 2.0, 2.5
-#: Fewest effective draws behind a share, and the heaviest tail of weights that have a mean.
+#: Smallest effective sample size for a share, and largest shape of weights that have a mean.
 _MIN_ESS, _MAX_SHAPE = 10.0, 1.0
-#: A site is named if this part of what is out of reach lies outside all that the guide draws of it.
+#: A site is named if this part of the share lies outside the range of the guide's draws of the site.
 _NAMED_PART = 0.2
-#: What a wider base is to hold of the posterior.
+#: Share of the posterior that a wider base should hold.
 _HELD = 0.999
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What draws from wider bases see of the posterior beyond the guide's own draws.
+    """The share of the posterior beyond the guide's own draws, from draws with wider bases.
 
     :param share: share of the posterior out of reach.
     :param share_se: its standard error.
-    :param sites: names of the sites whose values are outside all that the guide draws there.
-    :param factor: how many times as wide a base would hold 999 thousandths of what is seen.
-    :param log_evidence: by all these draws together.
+    :param sites: names of the sites whose values there are outside the range of the guide's draws.
+    :param factor: factor on the width of the base that would hold 99.9 % of the posterior found.
+    :param log_evidence: log evidence from all these draws together.
     :param log_evidence_se: its standard error.
-    :param ess: effective number of draws behind these.
+    :param ess: effective sample size of these draws.
     :param k_hat: shape of the tail of their weights.
 
     Example::
@@ -90,12 +90,12 @@ class Reach:
 
     @property
     def is_known(self) -> bool:
-        """Whether enough of the draws count for silence to mean something."""
+        """Whether the effective sample size is large enough for the share to be known."""
         return self.ess >= _MIN_ESS and self.k_hat <= _MAX_SHAPE
 
     @property
     def is_short(self) -> bool:
-        """Whether a noticeable share is surely out of reach."""
+        """Whether a share that matters is significantly out of reach."""
         least = max(_NUM_ERRORS * self.share_se, _MIN_SHARE + _NUM_ERRORS_ABOVE * self.share_se)
         return self.share > least
 
@@ -113,12 +113,12 @@ def measure_reach(
     batch_size: int,
     vectorize: bool,
 ) -> Reach | None:
-    """Draw from the guide at four widths and return what lies beyond the guide itself.
+    """Draw from the guide at four widths and return the share beyond the guide's own draws.
 
-    :param num_samples: of the guide's own draws, whose reach it is. As many are drawn here, and again up to
-        seven times where they see something and are not sure of it.
-    :return: None where a wider guide cannot be made: its densities are to be normal ones or transformed from
-        them, as those of Pyro's autoguides and of the flow guides are.
+    :param num_samples: number of the guide's own draws, whose radius counts. As many are drawn here, and
+        again up to seven times while the share is neither negligible nor significant.
+    :return: None if the guide cannot be widened: its densities must be normal or transformed from normal
+        ones, as those of Pyro's autoguides and of the flow guides are.
     """
     guides = [_Wider(width)(guide) for width in _WIDTHS]
     draws = [GuideDraws((model, wider), args, kwargs, vectorize=vectorize) for wider in guides]
@@ -185,7 +185,7 @@ def _summarize(draws: _Draws, num_samples: int) -> Reach:
     se = float((weights * (is_far.double() - share)).square().sum().sqrt())
     try:
         k_hat = pareto_smooth(log_weights)[1]
-    except ValueError:  # next to no draw has a weight
+    except ValueError:  # almost no draw has a weight
         k_hat = math.inf
     ess = effective_sample_size(log_weights)
     is_own = draws.width == _WIDTHS.index(1.0)

@@ -11,18 +11,18 @@ from pyro_adaann.diagnostics.numbers import percent, rounded
 
 __all__ = ["Finding", "Level", "findings"]
 
-#: From this divergence on, in nats, a guide is worth correcting: between normal distributions of equal
+#: Divergence in nats from which a guide should be corrected: between normal distributions of equal
 #: width it is a shift of the mean by sqrt(2 * 0.05) = 0.3 standard deviations.
 _NOTICEABLE_GAP = 0.05
-#: From this one on, in nats, or where it is not surely above half of this, it says nothing of the bulk of the
-#: draws: a few of them make it.
+#: Divergence in nats from which a few outliers, and not the bulk of the draws, determine it; likewise if its
+#: standard error is more than half of it.
 _FAR_GAP = 5.0
-#: With fewer effective draws the guide is somewhere else.
+#: With a smaller effective sample size the guide is far from the posterior.
 _ELSEWHERE = 25.0
 
 
 class Level(IntEnum):
-    """How far draws can be used, from best to worst. A verdict is the worst of all findings."""
+    """How the draws can be used, from best to worst. A verdict has the worst level of all findings."""
 
     GOOD = 0
     NOT_FINISHED = 1
@@ -39,7 +39,7 @@ class Level(IntEnum):
 
 
 class Finding(NamedTuple):
-    """What a rule says: a level at least, and why."""
+    """The result of a rule: a level, which the verdict is at least, and the reason."""
 
     level: Level
     sentence: str
@@ -49,13 +49,13 @@ Rule = Callable[[Measurements], Finding | None]
 
 
 def findings(measured: Measurements) -> list[Finding]:
-    """Return what the rules find, the worst first. A fit that is not annealed is nothing else."""
+    """Return the findings, the worst first. A fit that is not annealed has no other finding."""
     tempered = _not_annealed(measured)
     if tempered is not None:
         return [tempered]
     found = sorted(filter(None, (rule(measured) for rule in _ALARMS)), key=lambda f: -f.level)
     if not any(finding.level > Level.USABLE_WITH_WEIGHTS for finding in found):
-        # Beside an alarm nothing is said of what weights are good for.
+        # Beside an alarm no advice about weights is given.
         gap = _gap(measured)
         if gap.level > Level.GOOD or not found:
             found = sorted([*found, gap], key=lambda f: -f.level)
@@ -88,7 +88,7 @@ def _thermodynamic(m: Measurements) -> Finding | None:
     if m.lost_share is None or (m.ladder is not None and m.ladder.lost):
         return None
     return Finding(
-        # Weights that are not reliable may themselves be what is too low.
+        # With unreliable weights the evidence by weights may be the one that is wrong.
         Level.LOST_PART if m.has_reliable_weights else Level.UNRELIABLE,
         f"Thermodynamic integration finds more evidence than the guide's draws: {percent(m.lost_share)} of "
         f"the posterior may be in a part that the guide lost while annealing, such as a mode. Anneal more "
@@ -100,7 +100,7 @@ def _reach(m: Measurements) -> Finding | None:
     if m.reach is None or not m.reach.is_short:
         return None
     return Finding(
-        # Weights that are not reliable say so first.
+        # Unreliable weights are the more serious finding.
         Level.OUT_OF_REACH if m.has_reliable_weights else Level.UNRELIABLE,
         f"{m.reach}: the same guide from a wider base finds it, and no draw of the guide itself comes there, "
         f"so that no weights make up for it. Fit again from a base at least "
@@ -129,9 +129,9 @@ def _tail(m: Measurements) -> Finding | None:
     if m.ess < _ELSEWHERE:
         return Finding(
             Level.UNRELIABLE,
-            f"{text} Hardly any draw counts, so the posterior lies where the guide hardly draws. Give it a "
-            f"base that reaches the posterior (base_loc, base_scale), or another path, before more layers or "
-            f"steps.",
+            f"{text} A few draws have almost all the weight, so the posterior lies where the guide has "
+            f"little mass. Use a base that covers the posterior (base_loc, base_scale), or another path, "
+            f"before more layers or steps.",
         )
     if m.has_nearly_equal_weights:
         text += (
@@ -157,8 +157,8 @@ def _gap(m: Measurements) -> Finding:
     distance = f"{rounded(m.gap)} +- {rounded(m.gap_se, 2)} nats"
     if m.gap > _FAR_GAP or _FAR_GAP / 10 < m.gap < 2 * m.gap_se:
         text = (
-            f"A few draws of the guide are absurd to the model: they put the mean log weight {distance} "
-            f"below the log evidence, which says nothing of the others."
+            f"A few draws of the guide are outliers: they put the mean log weight {distance} below the log "
+            f"evidence, and the other draws may be much better than that."
         )
     else:
         text = (

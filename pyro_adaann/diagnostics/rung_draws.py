@@ -20,12 +20,12 @@ from pyro_adaann.weights import effective_sample_size, finite_or_no_weight, log_
 
 __all__ = ["Comparison", "RungDraws", "Rungs"]
 
-#: The inverse temperature to draw at: the log weight is linear in t, and scaling by 1/2 is free of rounding.
+#: The inverse temperature of the draws: the log weight is linear in t, and scaling by 1/2 is exact.
 _HALF = 0.5
 
 
 class Comparison(NamedTuple):
-    """The share of the density at a rung that it lacks, its error, and the weights behind it."""
+    """The share of a rung's density that the rung lacks, its error, and its weights' ess and shape."""
 
     share: float
     se: float
@@ -70,15 +70,15 @@ class RungDraws:
         return log_mean_weight(self.log_weights(s))
 
     def log_coverage(self, s: int, log_normalizer: float) -> Tensor:
-        """Log of what rung s has of its density."""
+        """Log coverage of the density of rung s by rung s."""
         log_p = self.log_q[self.own] + self.log_weights(s) - log_normalizer
         return (self.log_q[s] - log_p).nan_to_num(-torch.inf)
 
     def compare(self, s: int, is_lacking: Tensor, log_normalizer: float) -> Comparison:
         """Share of the density of rung s at draws that it lacks.
 
-        :param log_normalizer: of that density, as the draws of rung s itself give it. They do not know what
-            the rung lacks, so the whole is at least the sum of both.
+        :param log_normalizer: of that density, as the draws of rung s itself give it. It lacks what the
+            rung lacks, so the whole is at least the sum of both.
         """
         log_weights = self.log_weights(s)
         try:
@@ -125,8 +125,8 @@ class Rungs:
                 factor = log_factors(self._tempering, batch.model_trace, batch.guide_trace)
                 if factor is None:
                     raise ValueError(
-                        "Expected a guide without enumerated sites; got one with, whose draws have no "
-                        "weights of their own. Enumerate in the model."
+                        "Expected a guide without enumerated sites; got one whose enumerated sites leave no "
+                        "weight for a single draw. Enumerate in the model."
                     )
                 log_q = self._guide_draws.guide_density(batch.guide_trace, len(batch.log_p))
                 columns.append(torch.stack([log_q, batch.log_weights - _HALF * factor, factor.double()]))

@@ -7,13 +7,13 @@ With the normalizing constant :math:`Z_t` of the tempered density and the log fa
           \qquad \frac{d}{dt} E_{p_t}[g] = \mathrm{Var}_{p_t}[g] .
 
 At every stage the driver keeps mean and standard deviation of g, weighted by the importance weights of
-the draws against :math:`p_t`: the guide is always somewhat behind, and unweighted means would make the
-integral too low by a nat or more. The trapezoidal rule with the variances as slopes adds them up
+the draws against :math:`p_t`: the guide always lags somewhat, and unweighted means would make the
+integral too low by a nat or more. The trapezoidal rule with the variances as slopes integrates them
 (Friel, Hurn & Wyse, *Improving power posterior estimation of statistical evidence*, 2014).
 
-What the weights of the final guide miss, this sees: if the guide forgets one of two modes on the way, its
-own weights give log Z - log 2 with the best of k-hats, and the integral still gives log Z, since g is
-distributed alike in both.
+It finds what the weights of the final guide miss: if the guide loses one of two equal modes, its weights give
+log Z - log 2 with a small k-hat, and the integral still gives log Z, since g has the same distribution in
+both.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class TemperatureNode:
     :param inverse_temperature: t in (0, 1].
     :param mean: its mean under the tempered density.
     :param sd: its standard deviation there.
-    :param ess: effective number of draws behind both.
+    :param ess: effective sample size of both.
     :param log_normalizer: log of the normalizing constant, by the weights of the same draws.
     :param log_normalizer_se: its standard error.
     """
@@ -82,7 +82,7 @@ class ThermodynamicEstimate:
 
     :param log_evidence: the estimate, in nats.
     :param standard_error: its Monte Carlo error.
-    :param quadrature_error: how much the slopes change it: more than the error of the quadrature.
+    :param quadrature_error: change of the estimate by the slopes, a bound on the error of the quadrature.
     """
 
     log_evidence: float
@@ -123,8 +123,8 @@ def integrate(nodes: Sequence[TemperatureNode]) -> ThermodynamicEstimate:
 def history_nodes(history: AnnealingHistory) -> list[TemperatureNode]:
     """Return the nodes of the stages below 1.
 
-    None if the schedule asked for no draws in one of them, or if a plate was sub-sampled: weights of the
-    draws against a random part of the data overfit to it, and the integral is too large.
+    An empty list if the schedule needed no draws in one of them, or if a plate was subsampled: weights
+    against a random part of the data are biased, and the integral is too large.
     """
     stages = [stage for stage in history.present_pass if stage.inverse_temperature < 1]
     nodes = []
@@ -133,7 +133,7 @@ def history_nodes(history: AnnealingHistory) -> list[TemperatureNode]:
         if None in values or stage.is_subsampled:
             return []
         mean, weighted_sd, sd, log_normalizer, ess = values
-        # With few effective draws the weighted sd is too small; the other one stands in for it.
+        # With few effective draws the weighted sd is too small; the unweighted one bounds it from below.
         weighted_sd = max(weighted_sd, sd / math.sqrt(ess))
         se = log_mean_error(ess, stage.num_draws - stage.num_nonfinite_draws)
         nodes.append(TemperatureNode(stage.inverse_temperature, mean, weighted_sd, ess, log_normalizer, se))
@@ -150,7 +150,7 @@ def final_node(
     vectorize: bool,
 ) -> TemperatureNode:
     """Draw the node at t = 1 from a fitted guide."""
-    # The log factor does not depend on t, and with t = 1/2 scaling is free of rounding.
+    # The log factor does not depend on t, and with t = 1/2 scaling is exact.
     t = 0.5
     tempering = Tempering(svi.model, svi.guide, path, t)
     draws = GuideDraws((tempering.model, tempering.guide), args, kwargs, vectorize=vectorize)

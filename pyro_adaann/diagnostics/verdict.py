@@ -1,4 +1,4 @@
-"""The record of a diagnosis and how it reads."""
+"""The record of a diagnosis, as text and as a table."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ __all__ = ["Diagnosis"]
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis(Measurements):
-    r"""What importance weights of guide draws say about a fit; ``print`` it for a verdict.
+    r"""A fit measured by the importance weights of guide draws; ``print`` it for a verdict.
 
-    All is measured against the model itself, at inverse temperature 1, whatever the guide was fitted to.
+    Everything is measured against the model at inverse temperature 1, whatever the guide was fitted to.
 
     :param num_samples: number of draws.
     :param num_broken: draws whose log density was not finite; they count as weight zero.
     :param k_hat: shape of the tail of the weights, by ArviZ.
     :param ess: effective sample size of the draws under their smoothed weights.
     :param log_evidence: :math:`\log p(x)` by the smoothed weights, in nats; a lower bound on average.
-    :param log_evidence_se: its standard error, to be believed if ``k_hat`` is below the threshold.
+    :param log_evidence_se: its standard error, valid if ``k_hat`` is below the threshold.
     :param elbo: mean of :math:`\log p(x, z) - \log q(z)` over the draws that are not broken.
     :param elbo_se: its standard error.
-    :param inverse_temperature: where the fit stands; draws are of the posterior at 1 alone.
-    :param is_done: whether the fit has taken all its steps; None where the fit does not say.
-    :param thermodynamic: the log evidence from the temperatures visited, a second opinion; None where
-        the schedule asked for no draws, nothing was annealed, or the data came in mini-batches.
-    :param ladder: what the rungs of the fit's ladder say of lost parts; None without a ladder.
-    :param reach: what draws from wider bases see beyond the guide's; None where the guide has no normal base.
+    :param inverse_temperature: inverse temperature of the fit; below 1 the draws are of a tempered posterior.
+    :param is_done: whether the fit has taken all its steps; None if the fit does not count them.
+    :param thermodynamic: a second estimate of the log evidence, from the temperatures visited; None if
+        the schedule needs no draws, nothing was annealed, or the data came in mini-batches.
+    :param ladder: lost parts, by the rungs of the fit's ladder; None without a ladder.
+    :param reach: share beyond the guide's draws, from wider bases; None if the guide has no normal base.
     :param num_untracked: stages of the present pass that ran out of steps before their stage rule was met.
     :param num_stalled: stages of the present pass below 1 in which no step was accepted.
     :param num_stages: stages of the present pass below 1.
@@ -55,20 +55,20 @@ class Diagnosis(Measurements):
 
     @property
     def level(self) -> Level:
-        """How far the draws can be used."""
+        """How the draws can be used."""
         return max(finding.level for finding in findings(self))
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing here speaks against using the draws of the guide as they are.
+        """Whether no finding is against using the draws of the guide as they are.
 
-        No number computed from the guide's own draws sees a mode that none of them visits.
+        Numbers computed from the guide's own draws do not show a mode without draws.
         """
         return self.level == Level.GOOD
 
     @property
     def asks_for_weights(self) -> bool:
-        """Whether the draws stand for the posterior under their weights, and not as they are."""
+        """Whether the draws represent the posterior with their weights, and not without them."""
         return self.level == Level.USABLE_WITH_WEIGHTS
 
     @property
@@ -135,7 +135,7 @@ def _out_of_reach(d: Diagnosis) -> str:
 def _second_way(d: Diagnosis, estimate: ThermodynamicEstimate) -> str:
     error = math.hypot(estimate.error, d.log_evidence_se)
     if d.has_reliable_weights and estimate.log_evidence < d.log_evidence - 3 * error:
-        # The error does not know the bias of weights with few effective draws.
+        # The error does not include the bias of weights with few effective draws.
         return f"{nats(estimate.log_evidence)} (thermodynamic integration, too low: the guide was behind)"
     value = f"{nats(estimate.log_evidence)} +- {nats(estimate.error)}"
     return f"{value} (thermodynamic integration, rather too low)"

@@ -31,7 +31,7 @@ from pyro_adaann.weights import pareto_smooth, resample
 
 __all__ = ["to_arviz"]
 
-#: What the group ``annealing`` says of every stage.
+#: Fields of every stage in the group ``annealing``.
 _STAGE_FIELDS = (
     "inverse_temperature",
     "num_steps",
@@ -71,7 +71,7 @@ def to_arviz(
     :param args: arguments of model and guide as in ``svi.step``, with ``kwargs``.
     :param num_samples: number of draws.
     :param batch_size: how many at a time.
-    :param vectorize: whether model and guide run for a batch at once; slower, but safe, without.
+    :param vectorize: whether model and guide run on a whole batch at once; False is slower and always works.
     :param coords: labels of dimensions, plates included.
     :param dims: for a site the names of those of its dimensions that belong to no plate, or of all.
     :param constant_data: arrays for the group of that name.
@@ -79,24 +79,23 @@ def to_arviz(
     :param log_likelihood: whether to compute it.
     :param prior: whether to draw from the prior too, with new data.
     :param weighted: whether to resample the draws by their importance weights. By default it is done where
-        the verdict on the fit is "usable with weights", and the attribute ``weighted`` says so. Then there
-        are no weights in ``sample_stats``: each is the same.
+        the verdict on the fit is "usable with weights", and the attribute ``weighted`` says so.
+        ``sample_stats`` is then left out, since all weights are equal.
     :param diagnosis: what :func:`diagnose` has returned for this fit, so that nothing is measured twice.
     :param sample_dims: dimensions of the draws: ``["chain", "draw"]``, one chain, or with ArviZ 1.x
         ``["sample"]``, which says that they are independent.
     :return: ``arviz.InferenceData`` if ArviZ before version 1 is installed, else ``xarray.DataTree``.
-        Besides the usual groups it has ``annealing``, the stages of the fit; its attributes say the
+        Besides the usual groups it has ``annealing``, the stages of the fit; its attributes hold the
         settings, the inverse temperature, the verdict and the Pareto k-hat of the draws.
     :raises ValueError: if ``dims`` or ``sample_dims`` do not fit, if a plate is subsampled, if the guide
         misses a latent site, if the model does not vectorize, or if observations have no log likelihood
         each.
     :raises ImportError: if there is no ArviZ.
 
-    Warns if the draws do not stand for the posterior, with weights or without, unless the diagnosis that
-    says so is given. Several fits become
-    chains of one data set by ``arviz.concat(first, second, dim="chain", reset_dim=True)`` with ArviZ 0.x,
-    and with 1.x by ``xarray.concat([first, second], "chain", data_vars="minimal", coords="minimal",
-    compat="override", join="outer")``.
+    Warns if the draws do not represent the posterior, with or without weights, unless a ``diagnosis`` is
+    given. Several fits become chains of one data set by ``arviz.concat(first, second, dim="chain",
+    reset_dim=True)`` with ArviZ 0.x, and with 1.x by ``xarray.concat([first, second], "chain",
+    data_vars="minimal", coords="minimal", compat="override", join="outer")``.
 
     Example::
 
@@ -163,7 +162,7 @@ def _verdict(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def _warning(diagnosis: Diagnosis) -> str | None:
-    """Return what is to be said of draws that do not stand for the posterior."""
+    """Return a warning about draws that do not represent the posterior, or None."""
     if diagnosis.level <= Level.USABLE_WITH_WEIGHTS:
         return None
     if diagnosis.level == Level.NOT_ANNEALED:
@@ -222,7 +221,7 @@ def _convert(
     sample_dims: list[str],
     attrs: dict[str, Any],
 ) -> Any:
-    """Hand the groups to the ArviZ that is installed."""
+    """Convert the groups by the ArviZ that is installed."""
     data: dict[str, Any] = {group: _to_numpy(part) for group, part in groups.items()}
     if len(sample_dims) == 2:
         data = {group: {name: value[None] for name, value in part.items()} for group, part in data.items()}
@@ -255,7 +254,7 @@ def _to_numpy(part: Mapping[str, Any]) -> dict[str, Any]:
 def _add_history(data: Any, history: AnnealingHistory, sample_dims: list[str]) -> None:
     """Add the stages of a fit as group ``annealing``, with the loss of every step.
 
-    A fit is a chain there too, so that several of them can be put together.
+    It has a chain dimension, so that several fits can be concatenated.
     """
     import xarray
 

@@ -49,7 +49,7 @@ def plot_loss(
     """Plot the loss of every step, colored by inverse temperature.
 
     Losses of different inverse temperatures are of different densities, so a rise between stages is
-    no divergence. The axis spans what lies between the 1st and 99th percentile.
+    normal. The axis spans what lies between the 1st and 99th percentile.
 
     :param history: of a fit.
     :param ax: where to draw.
@@ -166,8 +166,8 @@ def plot_pair(
 def plot_weights(log_weights: Tensor, *, ax: Axes | None = None, bins: int = 80, **kwargs: Any) -> Axes:
     """Plot the importance weights of draws over their mean, on logarithmic axes.
 
-    Of a good guide they crowd around 1. A tail to the right, of weights ten times the mean and more,
-    means that the guide is missing mass there.
+    For a good guide they are close to 1. A tail to the right, of weights ten times the mean and more, means
+    that the guide has too little mass there.
 
     :param log_weights: log weights, shape ``(n,)``, up to a constant.
     :param ax: where to draw.

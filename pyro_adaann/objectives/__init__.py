@@ -1,4 +1,4 @@
-"""What is minimized: a loss of Pyro's on the tempered model, or the weights of draws, particle by particle.
+"""What is minimized: a loss of Pyro's on the tempered model, or the importance weights of the guide's draws.
 
-What lives here reads the traces of model and guide. A loss says itself what it can bear (`capabilities.py`).
+Modules here read the traces of model and guide. Each loss declares what it supports (`capabilities.py`).
 """

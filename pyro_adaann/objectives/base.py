@@ -1,4 +1,4 @@
-"""What every objective shares: the tempered density of a stage, with a look at every particle."""
+"""The base class of objectives: it tempers model and guide and reads every particle of their traces."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from pyro_adaann.objectives.traces import (
 
 __all__ = ["Objective", "sites_in"]
 
-#: Fresh draws behind a variance where training leaves none. With fewer, the sd is itself uncertain by
-#: more than 1 / sqrt(2 * 100) = 7 %.
+#: Fresh draws for a variance if training leaves none. With fewer, the relative error of the sd exceeds
+#: 1 / sqrt(2 * 100) = 7 %.
 _NUM_FRESH_DRAWS = 100
 
 
 class Objective(ABC):
     """What is minimized at the inverse temperature of the present stage.
 
-    At inverse temperature 1 it sees model and guide themselves. A new objective implements :meth:`loss`, and
-    lets :meth:`_look` see the traces of its training evaluations.
+    At inverse temperature 1 model and guide are evaluated as they are. A new objective implements
+    :meth:`loss`, and passes the traces of its training evaluations to `_look`.
 
     :param path: the path of tempered densities.
-    :param num_recycled_draws: of how many draws of the latest training steps the log factors are
-        remembered, at least; 0 for none.
+    :param num_recycled_draws: least number of draws of the latest training steps whose log factors are
+        kept; 0 for none.
     """
 
-    #: Whether the loss is a number to go by.
+    #: Whether the value of the loss is meaningful.
     reports_loss = True
 
     def __init__(self, path: Path, num_recycled_draws: int) -> None:
@@ -57,7 +57,7 @@ class Objective(ABC):
         self.num_particles = 0
         #: Whether a plate of the model has been sub-sampled in training.
         self.is_subsampled = False
-        #: The model's sites and their distributions, by which a checkpoint knows its model.
+        #: The model's sites and their distributions, by which a checkpoint is matched with its model.
         self.sites: list[str] | None = None
         #: The log factors of the latest training draws.
         self.memory = LogFactorMemory(num_recycled_draws)
@@ -80,11 +80,11 @@ class Objective(ABC):
         self.num_broken = self.num_particles = 0
 
     def forgives(self, error: ValueError) -> bool:
-        """Whether the error says no more than that a particle is broken; call :meth:`stop_validating` then.
+        """Whether the error only means that a particle is broken; call :meth:`stop_validating` then.
 
         Torch's validation raises when a distribution gets a parameter that is not finite: one
         trajectory that overflows would end the run. Without validation its log density is NaN, and
-        the particle is left out and counted like any other.
+        the particle is left out and counted like other broken ones.
         """
         return self._validates and has_nonfinite_parameter(error)
 
@@ -113,7 +113,7 @@ class Objective(ABC):
         return nullcontext() if self._validates else pyro.validation_enabled(False)
 
     def _look(self, model_trace: Trace, guide_trace: Trace) -> None:
-        """Note the model's sites, and the log factors of a training step."""
+        """Record the model's sites, and the log factors of a training step."""
         if self.sites is None:
             self.sites = sites_in(model_trace)
         self.is_subsampled = self.is_subsampled or subsampled_plate(model_trace) is not None
@@ -131,7 +131,7 @@ class Objective(ABC):
                 self.memory.add(factors, weights, self.inverse_temperature)
 
     def ess_share(self) -> float:
-        """Return the effective sample size of the remembered draws as a share of their number."""
+        """Return the effective sample size of the kept draws as a share of their number."""
         return self.memory.ess_share(self.inverse_temperature)
 
     def draw_log_factors(

@@ -1,7 +1,7 @@
-"""What a loss can bear, said by the loss itself or known of Pyro's, and which losses can be tempered.
+"""What a loss supports, and which losses can be tempered.
 
-A loss of one's own says it by an attribute ``capabilities``, an instance of :class:`Capabilities`; one of
-Pyro's, and a subclass of it, has those that are listed here.
+A user's own loss declares an attribute ``capabilities``, an instance of :class:`Capabilities`; those of
+Pyro's losses and their subclasses are listed here.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from pyro_adaann.annealing.tempering import flow_parts
 
 __all__ = ["Capabilities", "capabilities_of", "check_can_temper", "elbo_of"]
 
-#: What a broken draw costs more than a typical good one, in nats, see `drop_broken`.
+#: The cost of a broken draw above that of a typical good one, in nats, see `drop_broken`.
 _BROKEN_COST = 10.0
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a loss can bear.
+    """What a loss supports.
 
     :param drops_broken: whether a particle can be left out, since the loss is a sum over particles.
-    :param broken_cost: how hard the gradient pushes away from draws that are left out, in nats; 0 for a
-        loss that does so by itself.
-    :param drops_lost: whether draws a thousand nats below the others are left out, too.
-    :param needs_posterior: whether the loss weighs draws by the density of a given posterior, so that a path
-        on which the guide's own density has another weight is none for it.
-    :param reports_loss: whether its value is a number to go by.
-    :param is_tempered: whether it tempers model and guide by itself, so that nobody else may.
-    :param is_compiled: whether it is compiled once, with the inverse temperature of that moment.
-    :param compares_samples: whether it is made of draws alone, and sees no density.
-    :param has_analytic_kl: whether prior and guide have one weight in it.
+    :param broken_cost: cost of a draw that is left out, in nats, by which the gradient lowers the guide's
+        mass there; 0 for a loss that does so itself.
+    :param drops_lost: whether draws a thousand nats below the others are also left out.
+    :param needs_posterior: whether the loss weights draws by the density of a given posterior, which excludes
+        paths on which the guide's own density has a weight.
+    :param reports_loss: whether its value is meaningful.
+    :param is_tempered: whether it tempers model and guide itself, so that the driver must not.
+    :param is_compiled: whether it is compiled once, which freezes the inverse temperature.
+    :param compares_samples: whether it compares draws and evaluates no density.
+    :param has_analytic_kl: whether prior and guide share one weight.
 
     Example::
 
@@ -70,7 +70,7 @@ class Capabilities:
     has_analytic_kl: bool = False
 
 
-#: Of Pyro's losses; the first row that a loss is an instance of counts.
+#: Capabilities of Pyro's losses: those of the first row that a loss is an instance of.
 _OF_PYRO: list[tuple[Any, Capabilities]] = [
     (
         (JitTrace_ELBO, JitTraceGraph_ELBO, JitTraceEnum_ELBO, JitTraceMeanField_ELBO),
@@ -86,7 +86,7 @@ _OF_PYRO: list[tuple[Any, Capabilities]] = [
 
 
 def capabilities_of(loss: Any) -> Capabilities:
-    """Return what a loss can bear: what it says, or what its class of Pyro's can."""
+    """Return the capabilities that a loss declares, or those of its class of Pyro's."""
     loss = elbo_of(loss) or loss
     own = getattr(loss, "capabilities", None)
     if isinstance(own, Capabilities):

@@ -22,14 +22,14 @@ __all__ = ["ELBOObjective"]
 class ELBOObjective(Objective):
     """A loss of Pyro's on the tempered model and guide.
 
-    The user's own loss is the one that is evaluated: what is assigned to it between steps counts.
+    The user's own object is evaluated, so attributes may be assigned between steps.
 
     :param loss: an ELBO or a callable ``loss(model, guide, *args, **kwargs)``.
     :param evaluate: that loss as `SVI` calls it.
     :param evaluate_and_grads: likewise, with gradients.
     :param path: the path of tempered densities.
     :param final_loss: the ELBO of the final stage, None for ``loss``.
-    :param num_recycled_draws: as in :class:`Objective`.
+    :param num_recycled_draws: as in :class:`~pyro_adaann.objectives.base.Objective`.
     :param max_gradient_ratio: bound on the gradient of one particle, see
         :func:`~pyro_adaann.objectives.nonfinite.limit_gradients`.
     """
@@ -81,7 +81,7 @@ class ELBOObjective(Objective):
         num_broken, num_particles = self.num_broken - before[0], self.num_particles - before[1]
         if not is_training:
             self.num_broken, self.num_particles = before
-        # With every particle left out, the sum is an empty one, not a loss of zero.
+        # With every particle left out, the sum is empty: no loss, rather than a loss of zero.
         return math.nan if 0 < num_particles == num_broken else value
 
     def _look(self, model_trace: Trace, guide_trace: Trace) -> None:
@@ -94,7 +94,7 @@ class ELBOObjective(Objective):
                 model_trace,
                 guide_trace,
                 found.broken_cost if self._is_training else 0.0,
-                # Not where it is plain SVI.
+                # Not at 1 from the start, where it equals plain SVI.
                 finds_lost=self._is_training and self.max_gradient_ratio < math.inf,
                 drops_lost=found.drops_lost,
             )

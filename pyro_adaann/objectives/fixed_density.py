@@ -7,7 +7,7 @@ Along the path of a reparameterized draw :math:`z = T_\phi(\varepsilon)` the gra
           + s \cdot \frac{d z}{d\phi}, \qquad s = \nabla_z \log q_\phi(z).
 
 Weighted draws, broken draws and path derivatives need the first one alone. A deep planar stack has no
-cheap inverse, and none is needed at its own draws: the score s follows the layers forward.
+cheap inverse; at its own draws none is needed, since the score s is propagated forward through the layers.
 """
 
 from __future__ import annotations

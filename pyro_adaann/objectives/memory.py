@@ -1,4 +1,4 @@
-"""The log factors of the latest training draws: schedules and stage rules read them, no model runs for it."""
+"""The log factors of the latest training draws, which schedules and stage rules read without a model run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class LogFactorMemory:
     """Log factors and log weights of the draws of the latest steps.
 
     The log weight of a draw is linear in the inverse temperature, with the log factor as its slope: kept as
-    its value at zero, it serves the stages that follow.
+    its value at zero, it can be used in the stages that follow.
 
-    :param num_draws: of how many draws, at least; 0 for none.
+    :param num_draws: least number of draws to keep; 0 for none.
     """
 
     def __init__(self, num_draws: int) -> None:
@@ -32,7 +32,7 @@ class LogFactorMemory:
         return bool(self._recent)
 
     def start_step(self) -> None:
-        """Begin a step: what the one before has added without ending is dropped."""
+        """Begin a step; draws of a step that was not ended are dropped."""
         self._present.clear()
 
     def add(self, log_factors: Tensor, log_weights: Tensor, inverse_temperature: float) -> None:
@@ -53,7 +53,7 @@ class LogFactorMemory:
             self._num_recent -= self._recent.popleft().shape[1]
 
     def forget(self) -> None:
-        """Drop everything: the draws are of a guide that is gone."""
+        """Drop all draws, after the guide has been set back."""
         self._present.clear()
         self._recent.clear()
         self._num_recent = 0
@@ -66,7 +66,7 @@ class LogFactorMemory:
         """Return the effective sample size of the draws at an inverse temperature, as a share of their
         number.
 
-        A draw that is not finite counts, and has no weight. 1 where nothing is remembered.
+        A draw that is not finite counts and has weight zero. 1 if no draw is kept.
         """
         if not self._recent:
             return 1.0
@@ -86,8 +86,9 @@ class LogFactorMemory:
 def spread_within_steps(steps: list[Tensor]) -> Tensor:
     """Return the draws of several steps, moved so that all steps have the same mean.
 
-    The draws of one step share its mini-batch. What the log density of one batch has more than that
-    of another is no variance of the tempered posterior. Steps of a single draw stay as they are.
+    The draws of one step share its mini-batch. The difference between the
+    log densities of two batches is not part of the variance under the tempered posterior. Steps of a single
+    draw stay as they are.
     """
     if len(steps) == 1:
         return steps[0]

@@ -1,4 +1,4 @@
-"""A loss that holds on to modes: reverse and forward KL divergence, mixed."""
+"""A mode-covering loss: a mixture of reverse and forward KL divergence."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ class TraceMixedKL_ELBO(Trace_ELBO):
 
     .. math:: (1 - a)\, \mathrm{KL}(q_\phi \,\|\, p) + a\, \mathrm{KL}(p \,\|\, q_\phi)
 
-    The ELBO is the first divergence alone. It has no term for a part of the posterior that the guide
-    does not visit, and none for the balance of modes that the guide fits well one by one. The second has
-    both. With draws :math:`z_i` of the guide and :math:`w_i = p(x, z_i) / q_\phi(z_i)`, truncated
-    at :math:`\sqrt{n}` times their mean and divided by their sum, its gradient is estimated by
+    The ELBO is the first divergence alone. It has no term for a part of the posterior where the guide has no
+    draws, and almost none for the relative weights of separate modes. The second divergence has both. With
+    draws :math:`z_i` of the guide and :math:`w_i = p(x, z_i) / q_\phi(z_i)`, truncated at :math:`\sqrt{n}`
+    times their mean and divided by their sum, its gradient is estimated by
 
     .. math:: -\sum_i \Bigl(w_i - \tfrac1n\Bigr) \nabla_\phi \log q_\phi(z_i),
 
     the draws held fixed. (The constant 1/n adds zero on average, and makes the estimate exactly zero
-    where guide and posterior agree.) Draws without a finite log density have weight zero: they push
-    the guide away. The weights say something as long as guide and posterior overlap; annealing sees to
-    that, with `AdaAnnSVI` ``loss=`` and p the tempered density of the stage.
+    where guide and posterior agree.) Draws without a finite log density have weight zero, which
+    lowers the guide's density there. The weights are informative while guide and posterior overlap, as they
+    do when `AdaAnnSVI` anneals with this ``loss`` and p is the tempered density of the stage.
 
     The loss that is reported is minus the ELBO, as of `Trace_ELBO`. In a fit that anneals, draws a thousand
-    nats below the others are left out of it: that they have no weight says all there is to say.
+    nats below the others are left out of the reverse divergence.
 
-    :param forward_weight: a in [0, 1]; 0 is `Trace_ELBO`. A tenth of the reverse divergence is enough to draw
-        in strays.
+    :param forward_weight: a in [0, 1]; 0 is `Trace_ELBO`. A tenth of the reverse divergence is enough to
+        remove the guide's mass outside the posterior.
     :param path_derivative: whether the gradient of the first divergence follows the draws alone, without
         the part :math:`\partial_\phi \log q_\phi` that is zero on average: its variance is zero, too, where
         guide and posterior agree.
-    :param num_particles: draws of the guide at every step. A mode that few of them visit is soon lost: with
-        100 a narrow mode of a thirtieth of them was, with 1,000 it was not (the docs, *No mode lost*).
+    :param num_particles: draws of the guide at every step. A mode with few draws is easily lost: a narrow
+        mode with a thirtieth of the draws was lost with 100 draws and kept with 1,000 (docs, *No mode lost*).
     :param vectorize_particles: must be true.
     :param kwargs: the others of `pyro.infer.Trace_ELBO`.
     :raises ValueError: if ``forward_weight`` is outside [0, 1] or the particles are not vectorized; at a
@@ -89,10 +89,10 @@ class TraceMixedKL_ELBO(Trace_ELBO):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What this loss can bear."""
-        # The forward divergence pushes away from broken draws already, with far less noise. Of draws far
-        # below the others their weight says all there is to say: by the reverse divergence Adam followed
-        # them, on curved ridges, ever further out.
+        """What this loss supports."""
+        # The forward divergence already lowers the density at broken draws, with far less noise. Draws far
+        # below the others have weight zero in it; with the reverse divergence the guide followed them ever
+        # further out on curved ridges.
         is_forward = self.forward_weight > 0
         return Capabilities(
             drops_broken=True,
@@ -112,6 +112,6 @@ class TraceMixedKL_ELBO(Trace_ELBO):
             check_full_plates("use forward_weight=0, or Trace_ELBO.", model_trace, guide_trace)
             factor += a * (1 - len(log_weight) * truncated_weights(log_weight))
         if self.path_derivative:
-            # No path leads through a broken draw; only its weight, zero, speaks.
+            # A broken draw has no path derivative; only its weight, zero, contributes.
             factor = torch.where(is_kept, factor, a)
         return loss, (1 - a) * surrogate + (factor * fixed_log_density(guide_trace)).sum()

@@ -1,4 +1,4 @@
-r"""Broken and absurd particles: taken out of the traces of an ELBO before they reach the sum."""
+r"""Particles without a finite log density, and outliers: removed from traces before an ELBO is summed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyro_adaann.weights import median_and_reach
 
 __all__ = ["drop_broken", "has_nonfinite_parameter", "limit_gradients", "nonfinite_sites"]
 
-#: How far below the median a log weight is lost at least, in nats.
+#: Least distance below the median at which a log weight counts as lost, in nats.
 _MIN_LOSS = 1000.0
 
 
@@ -33,21 +33,21 @@ def drop_broken(
 ) -> tuple[int, int]:
     r"""Take particles whose log density is not finite out of a pair of traces of `Trace_ELBO`.
 
-    They add zero to the loss; the other particles' parts are what they are without them. To the
-    gradient they add that of ``cost`` times the mass m = q(broken region), through the score function
+    They add zero to the loss and leave the terms of the other particles unchanged. To the gradient they add
+    that of ``cost`` times the mass m = q(broken region), by the score function
 
     .. math:: \nabla m = E_q[(1_\mathrm{broken}(z) - m) \nabla_\phi \log q_\phi(z)],
 
-    since no path leads through a density that is not finite. Dropping them alone would not do: of
-    :math:`E_q[1_\mathrm{good} \nabla_\phi \log q] = -\nabla m` the missing part is a pull *into* the
-    broken region, of strength 1. Any ``cost`` above 1 turns it round. It is the cost, in nats, of a
-    broken draw over that of a typical good one, whatever the evidence, and at a posterior without
-    mass in the broken region nothing is left of it.
+    since a density that is not finite has no path derivative. Leaving the particles out is not enough: since
+    :math:`E_q[1_\mathrm{good} \nabla_\phi \log q] = -\nabla m`, the gradient of the remaining terms moves
+    mass *into* the broken region, with weight 1. Any ``cost`` above 1 reverses that. It is the cost, in nats,
+    of a broken draw above that of a typical good one, whatever the evidence; the term vanishes when the guide
+    has no mass in the broken region.
 
-    :param cost: in nats; 0 to drop them alone.
-    :param finds_lost: whether draws that are finite and a thousand nats below the others, which stay
-        in the loss, get the same push.
-    :param drops_lost: whether these are taken out, too.
+    :param cost: in nats; 0 to leave them out only.
+    :param finds_lost: whether the term also counts draws that are finite and a thousand nats below the
+        others; these stay in the loss.
+    :param drops_lost: whether these are left out, too.
     :return: the number of broken particles and of all particles.
     """
     guide_sites = list(sites_of(guide_trace))
@@ -58,13 +58,13 @@ def drop_broken(
             for trace in (model_trace, guide_trace)
         )
         log_weight = log_p - log_q
-        # A sum is finite only if all its terms are; the difference could hide an infinite pair.
+        # The sum is finite only if all its terms are; in the difference two infinities could cancel.
         total, reach = torch.stack([(log_p + log_q).sum(), log_weight.median() - log_weight.min()]).tolist()
         if math.isfinite(total) and not (finds_lost and reach > _MIN_LOSS):
             return 0, log_p.numel()
         broken = ~torch.isfinite(log_p + log_q)
         lost = _is_lost(log_weight, broken) if finds_lost else broken
-    # With itself in the mean, a single particle would weigh nothing.
+    # A single particle minus its own mean would have weight zero.
     mean = float(lost.sum()) / len(lost) if len(lost) > 1 else 0.0
     num_broken = int(broken.sum())
     dropped = lost if drops_lost else broken
@@ -78,10 +78,10 @@ def drop_broken(
 
 
 def _is_lost(log_weight: Tensor, broken: Tensor) -> Tensor:
-    """Whether a draw is broken or as good as that: on a plateau at -1e8 there is no slope to climb.
+    """Whether a draw is broken or an extreme outlier, as on a plateau at -1e8, whose gradient is zero.
 
-    A thousand nats below the median, and far outside the spread of the others: nothing of the kind
-    is left near a posterior.
+    That is, a thousand nats below the median and far outside the spread of the others; near a posterior no
+    draw is.
     """
     if int((~broken).sum()) < 2:
         return broken
@@ -92,7 +92,7 @@ def _is_lost(log_weight: Tensor, broken: Tensor) -> Tensor:
 def _add_score(site: Any, weight: Tensor) -> None:
     """Add ``weight * grad log q`` of every particle's draws, held fixed, to the gradient of the loss."""
     log_q = per_particle(site, site_log_density(site))
-    # A draw out of reach of the flow's inverse says nothing.
+    # A draw that the flow's inverse does not reach adds nothing.
     log_q = torch.where(torch.isfinite(log_q), log_q, 0.0)
     parts = site["score_parts"]
     entropy_term = torch.as_tensor(parts.entropy_term, device=log_q.device)
@@ -102,13 +102,13 @@ def _add_score(site: Any, weight: Tensor) -> None:
 
 
 def limit_gradients(guide_trace: Trace, max_ratio: float) -> None:
-    """Bound what a single particle can do to an update.
+    """Clip the gradient of every single particle.
 
     A hook on every draw of the guide cuts rows of its gradient that are not finite: a masked loss
     alone would send zero times infinity, which is NaN, to the parameters that all particles share.
-    And it shortens rows longer than ``max_ratio`` times the median row. A draw far from the data may
-    have a log density of -1e9; its gradient alone would set the direction of the step, and the
-    optimizer's running averages for a thousand steps to come. Shortened, it still points back.
+    It also clips rows longer than ``max_ratio`` times the median row. A draw far from the data may have a
+    log density of -1e9; its gradient would dominate the step, and the optimizer's running averages for a
+    thousand steps. A clipped row keeps its direction.
 
     :param guide_trace: trace of the guide, before the backward pass.
     :param max_ratio: bound on a row's largest entry in units of the median row's; infinite for none.
@@ -142,7 +142,7 @@ def _limit(grad: Tensor, dim: int | None, max_ratio: float) -> Tensor:
 
 
 def _mask(site: Any, broken: Tensor) -> None:
-    site["is_broken"] = broken  # what is zero now was no log density
+    site["is_broken"] = broken  # the zeros are not log densities
     keep = ~broken
     for frame in site["cond_indep_stack"]:
         if frame.name == PARTICLE_PLATE:

@@ -1,4 +1,4 @@
-"""The tempered ELBO for loops of one's own."""
+"""The tempered ELBO, for a user's own loop around `pyro.infer.SVI`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TemperedTrace_ELBO(Trace_ELBO):
     :param path: ``"joint"``, ``"likelihood"``, ``"bridge"``, ``"kl_warmup"`` or a :class:`Path`.
     :param kwargs: those of `pyro.infer.Trace_ELBO`.
     :raises ValueError: if t is outside (0, 1] or the path is unknown; at the first step, if the
-        path needs a flow guide and the guide is none.
+        path needs a guide with a base distribution and the guide has none.
 
     Source: Cobian et al., *AdaAnn*, arXiv 2202.00792, Eq. 15.
 

@@ -1,8 +1,8 @@
 r"""Single particles, read off the traces that an ELBO makes.
 
 Every ELBO of Pyro's runs guide and model in ``_get_traces`` and then adds up their log densities.
-:func:`traces_seen` lets the driver look in between: at no cost in model runs it learns the log factor
-d/dt log p_t of every particle.
+:func:`traces_seen` gives the driver these traces before the sum, and with them the log factor
+d/dt log p_t of every particle, at no cost in model runs.
 """
 
 from __future__ import annotations

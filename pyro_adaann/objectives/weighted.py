@@ -1,4 +1,4 @@
-"""Draws of the guide, weighed against the tempered density: an objective without a gradient."""
+"""Importance weights of the guide's draws against the tempered density, as an objective."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class WeighedDraws:
 
 
 class WeightObjective(Objective):
-    r"""How far the guide is from the tempered density, by the weights of its own draws.
+    r"""The divergence of the guide from the tempered density, by the weights of the guide's own draws.
 
     .. math:: \log w_i = \log p_t(z_i) - \log q(z_i), \quad z_i \sim q
 
@@ -45,8 +45,8 @@ class WeightObjective(Objective):
 
     :param path: the path of tempered densities.
     :param num_particles: n.
-    :param max_plate_nesting: as of Pyro's ELBOs: guessed at the first evaluation if not given.
-    :param num_recycled_draws: as in :class:`Objective`.
+    :param max_plate_nesting: as in Pyro's ELBOs; guessed at the first evaluation if not given.
+    :param num_recycled_draws: as in :class:`~pyro_adaann.objectives.base.Objective`.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class WeightObjective(Objective):
         return drawn
 
     def try_out(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Tensor:
-        """Return the log weights of fresh draws of the guide as it is, which count nowhere."""
-        # A broken draw has no weight. Without validation nothing is raised or said of it.
+        """Return the log weights of fresh draws of the present guide, without recording them."""
+        # A broken draw has weight zero; without validation it raises no error and no warning.
         with torch.no_grad(), pyro.validation_enabled(False):
             return self._weigh(*self._temper(model, guide), args, kwargs).log_weights
 

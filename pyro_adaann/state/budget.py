@@ -1,4 +1,4 @@
-r"""How the steps of a fit are shared out, and how many a schedule will need.
+r"""How the steps of a fit are divided among its stages, and how many a schedule will need.
 
 For a posterior that is normal up to its tempering, :math:`\mathrm{sd}_{p_t}[\log p] = c / t`, so a schedule
 with increments :math:`\tau / \mathrm{sd}` takes equal steps in :math:`\log t`, and from t to 1 there are
@@ -43,7 +43,7 @@ class StepPlan:
     num_total: int | None = None
 
     def num_annealing(self, schedule: AnnealingSchedule) -> int | None:
-        """Return the number of steps before the first one at 1; None where draws decide."""
+        """Return the number of steps before the first one at 1; None if it depends on draws."""
         num_stages = schedule.num_stages
         if num_stages is None:
             return None
@@ -104,7 +104,7 @@ def next_within_budget(
 ) -> float:
     """Return the inverse temperature with which annealing arrives at 1 as planned.
 
-    The schedule's answer where there is no plan, or where it does not adapt.
+    Without a plan, or with a fixed schedule, the schedule's own answer.
     """
     t = history.stages[-1].inverse_temperature
     if plan.num_total is None or not isinstance(schedule, AdaAnnSchedule):
@@ -113,7 +113,7 @@ def next_within_budget(
     if num_left == 1:
         return schedule.final_inverse_temperature
     recent = [s for s in history.stages[-_NUM_STAGES:] if s.log_factor_sd is not None]
-    # The same c for a stage whose draws say nothing as the schedule assumes.
+    # If no stage has an sd, the c that the schedule itself assumes.
     c = statistics.median([s.inverse_temperature * s.log_factor_sd for s in recent] or [1.0])  # type: ignore[operator]
     tolerance = c * math.expm1(-math.log(t) / num_left)
     return AdaAnnSchedule(tolerance, initial_inverse_temperature=t, weighted=schedule.weighted).next(

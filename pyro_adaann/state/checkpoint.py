@@ -1,9 +1,9 @@
-r"""Checkpoint files: written whole or not at all, read without running any code of theirs.
+r"""Checkpoint files: never partial, and read without running code from them.
 
 A file is a line ``pyro_adaann checkpoint <format>``, a line with the SHA-256 of the rest, and the
-rest: a dictionary of tensors, numbers and strings as `torch.save` writes it. It is written beside its
-place, forced to the disk and moved there in one operation of the file system. So at any moment the
-place holds the last whole file.
+rest: a dictionary of tensors, numbers and strings as `torch.save` writes it. It is written to a temporary
+file, flushed to the disk and renamed, which the file system does in one operation. So the path always holds
+the last complete file.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ __all__ = [
 ]
 
 _MAGIC = b"pyro_adaann checkpoint "
-#: Counts up when a file of today could not be read by tomorrow's code, or the other way round.
+#: Increased whenever the content of the files changes.
 _FORMAT = 2
 
 
 def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write ``state`` to ``path``, whole or not at all.
+    """Write ``state`` to ``path``; a failed write leaves no partial file.
 
     :param state: nested dictionaries and lists of tensors, numbers, strings and None.
     :raises ValueError: if there is anything else in it.
-    :raises OSError: if the disk refuses; what was at ``path`` is still there.
+    :raises OSError: if writing fails; an earlier file at ``path`` is kept.
     """
     buffer = io.BytesIO()
     torch.save(_plain(state, "state"), buffer)
@@ -93,7 +93,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class CheckpointKeeper:
-    """Writes a checkpoint every so often, and goes on where the disk refuses.
+    """Writes a checkpoint at intervals; a failed write is a warning.
 
     :param path: the file.
     :param every: a number of steps, or a `timedelta`.
@@ -129,7 +129,7 @@ class CheckpointKeeper:
             self.write(num_steps)
 
     def write(self, num_steps: int) -> None:
-        """Write now, unless this step is written already; warn if the disk refuses."""
+        """Write now, unless this step has been written already; warn if writing fails."""
         if self._num_steps == num_steps:
             return
         try:
@@ -146,7 +146,10 @@ class CheckpointKeeper:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """Return ``value`` with plain containers; whatever is left out here could not be read back."""
+    """Return ``value`` with plain containers.
+
+    :raises ValueError: if it contains anything that could not be read back.
+    """
     if value is None or isinstance(value, bool):
         return value
     for kind in (int, float, str):

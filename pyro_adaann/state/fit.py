@@ -1,4 +1,4 @@
-"""All that changes during a fit, in one place: a step of it, its state, its way back."""
+"""A fit: everything that changes during it, one step, and the return to an earlier state."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_adaann.annealing.history import AnnealingHistory, Outcome
 from pyro_adaann.objectives.base import Objective
 from pyro_adaann.objectives.nonfinite import nonfinite_sites
+from pyro_adaann.state.callable_loss import check_loss_is_tempered
 from pyro_adaann.state.parameters import FitParameters
 from pyro_adaann.state.recovery import MAX_REJECTED, NoFiniteStateError, SafetyNet
 from pyro_adaann.state.rungs import Rung, Rungs
@@ -23,12 +24,12 @@ __all__ = ["Fit"]
 
 
 class Fit:
-    """A fit that goes on step by step.
+    """The state of a fit, and the step that changes it.
 
     :param model: a Pyro model.
     :param guide: its guide.
-    :param step: what moves the parameters.
-    :param settings: how it anneals.
+    :param step: the step that changes the parameters.
+    :param settings: the settings of annealing.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Fit:
             settings, self.history, self.objective, self.parameters, self.net, self.rungs
         )
         self.stages.start(settings.schedule.initial_inverse_temperature)
-        #: By which a checkpoint knows its fit; not of Python's generators, which the user may have seeded.
+        #: Identifies the fit in its checkpoints. Not drawn from generators that the user may have seeded.
         self.fit_id = uuid.uuid4().hex
 
     def take_step(self, call: Call, evaluate_loss: Callable[..., Any]) -> Any:
@@ -73,17 +74,19 @@ class Fit:
         return moved.result.loss
 
     def _get_ready(self, found: dict[str, Tensor], call: Call) -> None:
-        """Take note of the parameters before they move; before the first step, keep the fit as it is."""
+        """Register the parameters before they change; before the first step, also keep the fit's state."""
         self.parameters.add(found)
         if self.net.is_set:
             return
+        t = self.stages.present.inverse_temperature
+        check_loss_is_tempered(self.step, call, found.values(), self.settings.path, t)
         self.net.keep()
         if self.rungs is not None:
             names = self.parameters.names_of_guide(call.args, call.kwargs)
             self.rungs.start(self.stages.present.inverse_temperature, self.parameters.state(), names)
 
     def _recover(self, has_diverged: bool, call: Call, evaluate_loss: Callable[..., Any]) -> None:
-        """Deal with a step after which loss, gradient or parameters are not finite."""
+        """Recover from a step whose loss, gradient or parameters are not finite."""
         num_steps, t = self.history.num_steps, self.stages.present.inverse_temperature
         try:
             if not has_diverged:
@@ -107,7 +110,7 @@ class Fit:
         self.stages.go_back(self.net.inverse_temperature)
 
     def rewind(self, rung: Rung, factor: float) -> None:
-        """Anneal anew from a rung, with steps that are ``factor`` times as long as those of then.
+        """Anneal again from a rung, with the rung's step lengths multiplied by ``factor``.
 
         :raises ValueError: if the rung is not one of this fit.
         """

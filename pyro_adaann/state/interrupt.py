@@ -10,7 +10,7 @@ __all__ = ["InterruptGuard"]
 
 
 class InterruptGuard:
-    """Within the block the first Ctrl-C sets :attr:`requested`; the second raises as ever.
+    """Within the block the first Ctrl-C sets :attr:`requested`; the second raises `KeyboardInterrupt`.
 
     An optimizer interrupted halfway would leave some parameters a step ahead of the others. Only in
     the main thread, where Python delivers signals, and only where nobody else handles them.

@@ -1,4 +1,4 @@
-"""All that steps move: parameters with their optimizers, buffers, and the state of the step."""
+"""What steps change: parameters with their optimizers, buffers, and the state of the step."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _TRAINED_BY: Any = WeakTensorKeyDictionary()
 
 
 class FitParameters:
-    """The unconstrained parameters and the buffers that a fit moves.
+    """The unconstrained parameters and the buffers that a fit changes.
 
-    `PyroOptim.get_state` goes by the names in Pyro's global store, where ``module_local_params``
-    leaves none; the names here are those of the trace.
+    Names are those of the trace. `PyroOptim.get_state` uses the names in Pyro's global store, which is empty
+    with ``module_local_params``.
 
     :param model: the model of the fit.
     :param guide: its guide.
@@ -42,7 +42,7 @@ class FitParameters:
         self.step = step
         #: The optimizer, a `PyroOptim`, or None for a step that needs none.
         self.optim: Any = None
-        #: What the latest step has left for the next one.
+        #: The state that the latest step returned.
         self.step_state = step.start()
         self._tensors: dict[str, Tensor] = {}
         self._guide_names: list[str] | None = None
@@ -58,7 +58,7 @@ class FitParameters:
         return self._tensors
 
     def add(self, found: dict[str, Tensor]) -> None:
-        """Take note of the parameters of a step, and of the buffers of model and guide.
+        """Register the parameters of a step, and the buffers of model and guide.
 
         :raises ValueError: if one belongs to another guide of the same name.
         """
@@ -106,7 +106,7 @@ class FitParameters:
         _TRAINED_BY[value] = ref(self.guide)
 
     def is_finite(self) -> bool:
-        """Whether all parameters, buffers and all that optimizers remember are finite."""
+        """Whether all parameters, buffers and states of optimizers are finite."""
         values = [value.detach() for value in self._tensors.values()]
         for optimizer in self._optimizers():
             for memory in optimizer.state.values():
@@ -166,7 +166,7 @@ class FitParameters:
         self.step_state = dict(state["step"])
 
     def go_back(self, state: dict[str, Any], factor: float) -> None:
-        """Write a state of this fit back, with steps that are ``factor`` times as long as the present ones.
+        """Restore a state of this fit, with the present step lengths multiplied by ``factor``.
 
         A learning-rate scheduler keeps its place.
         """
@@ -192,10 +192,9 @@ class FitParameters:
         self.step_state = self.step.slow_down(self.step_state, factor)
 
     def rewind(self, state: dict[str, Any], factor: float) -> None:
-        """Write an earlier state of this fit back, learning-rate schedulers and the state of the step
-        included.
+        """Restore an earlier state of this fit, with learning-rate schedulers and the state of the step.
 
-        Steps are ``factor`` times as long as those of then.
+        The step lengths of that state are multiplied by ``factor``.
         """
         self.restore(state, {name: self.tensors[name] for name in state["values"]})
         for value, name in self._distinct().items():

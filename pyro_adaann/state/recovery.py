@@ -9,9 +9,9 @@ from pyro_adaann.state.parameters import FitParameters
 
 __all__ = ["MAX_REJECTED", "RECOVERY_FACTOR", "NoFiniteStateError", "SafetyNet"]
 
-#: Attempts at a finite loss before the driver says that there is none.
+#: Attempts at a finite loss before the driver raises an error.
 MAX_REJECTED = 100
-#: What a return multiplies the learning rate and the increments by.
+#: Factor of a recovery on the learning rate and on the increments.
 RECOVERY_FACTOR = 0.5
 _MAX_RECOVERIES = 10
 #: Steps in a row that diverge after which the fit returns to its last good state.
@@ -21,11 +21,11 @@ _KEEP_EVERY = 100
 
 
 class NoFiniteStateError(Exception):
-    """Steps keep failing; the parameters are the last good ones. The message says when."""
+    """No step gives finite values; the parameters are the last good ones. The message counts the attempts."""
 
 
 class SafetyNet:
-    """Keeps a good state now and then, counts steps that diverge, and brings the fit back.
+    """Keeps a good state every 100 steps, counts steps that diverge, and restores the last good state.
 
     :param parameters: the parameters of the fit.
     :param history: its history, which gets the recoveries.
@@ -35,7 +35,7 @@ class SafetyNet:
         self.parameters = parameters
         self.history = history
         self.num_rejected_in_a_row = 0
-        #: Recoveries since annealing has begun, or begun anew.
+        #: Recoveries since annealing began, or since the latest restart.
         self.num_recoveries = 0
         self._last_good: tuple[dict[str, Any], float] | None = None
 
@@ -54,7 +54,7 @@ class SafetyNet:
         self._last_good = self.parameters.state(), self.history.stages[-1].inverse_temperature
 
     def begin_pass(self) -> None:
-        """Forget the recoveries of the pass before."""
+        """Reset the counts of recoveries and rejected steps."""
         self.num_recoveries = self.num_rejected_in_a_row = 0
 
     def accept(self, num_steps: int) -> None:

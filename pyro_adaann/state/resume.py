@@ -26,7 +26,7 @@ __all__ = ["check_same_fit", "fit_state", "restore_fit", "settings_of"]
 
 
 def fit_state(fit: Fit, settings: dict[str, str]) -> dict[str, Any]:
-    """Return all that decides how a fit goes on, as plain data; :func:`restore_fit` takes it."""
+    """Return the whole state of a fit as plain data; :func:`restore_fit` takes it."""
     budget = fit.stages.budget
     return {
         "fit_id": fit.fit_id,
@@ -49,10 +49,10 @@ def restore_fit(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """Bring a fit to a state that :func:`fit_state` has returned.
+    """Restore a state that :func:`fit_state` has returned.
 
     :raises ValueError: if it is the state of another model, guide or other settings. The fit is then
-        what it was.
+        unchanged.
     """
     _check_settings(settings, state["settings"])
     random, parameters = get_random_states(), fit.parameters

@@ -1,12 +1,13 @@
 r"""The guide at a few inverse temperatures, kept while it is annealed.
 
 A rung is the guide as it was at the end of a stage. Rungs are kept at equal distances in the length that
-annealing covers,
+annealing travels,
 
 .. math:: \int \mathrm{sd}_{p_t}\Bigl[\frac{d}{dt} \log p_t\Bigr]\, dt,
 
-which is what AdaAnn's stages are equal in: over a short distance x the divergence is :math:`x^2 / 2`.
-Neighbors then overlap, in any dimension: each can be weighed against the tempered density of the next.
+in which AdaAnn's stages are equal: over a short distance x the divergence is :math:`x^2 / 2`. Neighboring
+rungs therefore overlap in any dimension, so that draws of each can be weighted against the tempered density
+of the next.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pyro_adaann.annealing.ladder import Ladder
 
 __all__ = ["Rung", "Rungs", "guide_at", "rungs_and_guide"]
 
-#: How far a schedule without draws goes when the inverse temperature doubles: as for one latent variable.
+#: Distance per unit of log t assumed for a schedule without draws: that of one normal latent variable.
 _DISTANCE_PER_LOG = math.sqrt(0.5)
 
 
@@ -35,7 +36,7 @@ class Rung:
 
     :param inverse_temperature: that of the stage at whose end it was kept.
     :param values: its unconstrained parameters, and its buffers, by name.
-    :param state: all that the fit moves, to go on from: parameters, optimizers, the state of its steps.
+    :param state: the state to restart from: parameters, optimizers, the state of the steps.
 
     Example::
 
@@ -75,7 +76,7 @@ class Rungs:
         return self.ladder.distance
 
     def start(self, inverse_temperature: float, state: dict[str, Any], names: list[str]) -> None:
-        """Keep the fit as it is before training.
+        """Record the fit before training, as the lowest rung.
 
         :param state: parameters and optimizers of the fit by name.
         :param names: of the guide's parameters and buffers.
@@ -85,7 +86,7 @@ class Rungs:
         self._covered = math.inf  # the first stage ends with a rung
 
     def cover(self, stage: AnnealingStage, following: float) -> bool:
-        """Add the way to the next stage; return whether to :meth:`climb`, since it leads too far.
+        """Add the distance to the next stage; return whether a rung is due (:meth:`climb`).
 
         :param stage: the stage that ends.
         :param following: the inverse temperature that follows.
@@ -102,12 +103,12 @@ class Rungs:
         return True
 
     def climb(self, inverse_temperature: float, state: dict[str, Any], names: list[str]) -> None:
-        """Keep the fit as it is; the arguments are those of :meth:`start`."""
+        """Record the present fit as a rung; the arguments are those of :meth:`start`."""
         values = {name: state["values"][name] for name in names}
         self.rungs.append(Rung(inverse_temperature, values, state))
 
     def cut(self, rung: Rung) -> None:
-        """Forget the rungs above one of them."""
+        """Delete the rungs above one of them."""
         self.rungs[self.rungs.index(rung) + 1 :] = []
         self._covered = 0.0
 
@@ -128,21 +129,21 @@ class Rungs:
 
 
 def rungs_and_guide(rungs: Rungs | None) -> list[Rung | None]:
-    """Return the rungs of a fit and, as None, the guide as it is.
+    """Return the rungs of a fit, followed by None for the present guide.
 
     :raises ValueError: if there are no rungs.
     """
     if rungs is None or not rungs.rungs:
         raise ValueError(
             "Expected a fit that has kept a ladder; got none. Give AdaAnnSVI `ladder=Ladder()`, and train "
-            "before you ask."
+            "first."
         )
     return [*rungs.rungs, None]
 
 
 @contextmanager
 def guide_at(rung: Rung | None, tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Give the guide the parameters and buffers of a rung for a while; of None, its own.
+    """Set the guide to the parameters and buffers of a rung within the block; None changes nothing.
 
     :param tensors: parameters and buffers of the fit by name.
     """

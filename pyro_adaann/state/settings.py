@@ -60,7 +60,7 @@ class FitSettings:
             if part is not None:
                 raise ValueError(
                     f"Expected a path of tempered posteriors with a {what}; got {name!r}, on which the "
-                    f"model itself moves. Leave the {what} out."
+                    f"model's own parameters are learned. Leave the {what} out."
                 )
 
     @property

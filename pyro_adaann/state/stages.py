@@ -8,6 +8,7 @@ import warnings
 import torch
 
 from pyro_adaann.annealing.history import AnnealingHistory, AnnealingStage
+from pyro_adaann.annealing.schedules import AdaAnnSchedule
 from pyro_adaann.objectives.base import Objective
 from pyro_adaann.objectives.memory import spread_within_steps
 from pyro_adaann.state.budget import StepPlan, next_within_budget, plan_steps, projected_num_steps
@@ -15,12 +16,13 @@ from pyro_adaann.state.parameters import FitParameters
 from pyro_adaann.state.recovery import SafetyNet
 from pyro_adaann.state.rungs import Rungs
 from pyro_adaann.state.settings import FitSettings
+from pyro_adaann.state.unfinished import warn_of_short_training, warn_of_unplanned_training
 from pyro_adaann.steps.base import Call
 from pyro_adaann.weights import standard_deviation
 
 __all__ = ["StageControl"]
 
-#: More stages than this are absurd (the paper's longest run has 4,645), and when that can be told.
+#: A projected number of stages above this one is reported (the paper's longest run has 4,645), at this stage.
 _MAX_STAGES = 50_000
 _NUM_STAGES_TO_PROJECT = 20
 
@@ -30,9 +32,9 @@ class StageControl:
 
     :param settings: schedule, stage rule and numbers of steps.
     :param history: the history of the fit, which gets the stages.
-    :param objective: what is told the inverse temperature.
-    :param parameters: what rungs are made of.
-    :param net: the safety net, whose recoveries shorten increments.
+    :param objective: the objective, which is set to the inverse temperature.
+    :param parameters: the parameters, which are copied into rungs.
+    :param net: the safety net; each of its recoveries halves the increments.
     :param rungs: the rungs of the fit, or None.
     """
 
@@ -80,18 +82,18 @@ class StageControl:
         self.tell_objective()
 
     def tell_objective(self) -> None:
-        """Let the objective stand at the inverse temperature of the present stage."""
+        """Set the objective to the inverse temperature of the present stage."""
         t = self.present.inverse_temperature
         self.objective.start_stage(t, is_final=t >= self.schedule.final_inverse_temperature)
 
     def go_back(self, inverse_temperature: float) -> None:
-        """Go on at an earlier state of the guide: its draws of the meantime say nothing of it."""
+        """Continue from an earlier state of the guide; the draws made since then are dropped."""
         self.objective.memory.forget()
         if inverse_temperature != self.present.inverse_temperature:
             self.start(inverse_temperature)
 
     def begin_pass(self, inverse_temperature: float) -> None:
-        """Anneal anew from an inverse temperature, by the own plan."""
+        """Anneal again from an inverse temperature, by the settings' own numbers of steps."""
         self.budget = None
         self.net.begin_pass()
         self.objective.memory.forget()
@@ -100,8 +102,8 @@ class StageControl:
     def advance(self, call: Call) -> None:
         """Start the next stage if the present one is over.
 
-        At the start of a step and not at the end of the one before, so that the inverse temperature is
-        always the one at which the guide has been trained. Steps that diverge are not counted.
+        Called at the start of a step, so that between two steps the inverse temperature is the one at which
+        the guide has been trained. Steps that diverged are not counted.
         """
         stage, plan = self.present, self.plan
         is_first = stage.inverse_temperature == self.schedule.initial_inverse_temperature
@@ -137,7 +139,8 @@ class StageControl:
             weights = torch.cat([weights for _, weights in steps])
             stage.log_factor_sd = standard_deviation(draws)  # what the schedule sees
         following = next_within_budget(self.schedule, self.plan, self.history, draws, weights)
-        # A fixed schedule has its grid: half the way to the next point, and half of that, would never arrive.
+        # Not for a fixed schedule: half the distance to the next grid point, at every stage, never arrives
+        # there.
         if self.schedule.needs_log_factor and self.plan.num_total is None:
             factor = self.net.increment_factor
             following = max(t + factor * (following - t), math.nextafter(t, math.inf))
@@ -165,6 +168,17 @@ class StageControl:
                 f"is; got {num_steps}. Leave one of them out."
             )
         self.budget = plan_steps(self.schedule, self.own_plan, num_steps)
+
+    def plan_training(self, num_steps: int) -> None:
+        """Plan the fit for a loop of ``num_steps`` steps; warn where it will not, or may not, reach 1."""
+        if isinstance(self.schedule, AdaAnnSchedule) and self.stage_rule is None:
+            self.set_budget(num_steps)
+            return
+        num_annealing = self.own_plan.num_annealing(self.schedule)
+        if self.stage_rule is not None or self.schedule.needs_log_factor:
+            warn_of_unplanned_training(str(self.stage_rule or self.schedule), num_steps)
+        elif num_annealing is not None and num_steps <= num_annealing:
+            warn_of_short_training(num_annealing, num_steps)
 
     def warn_if_unfinished(self) -> None:
         """Warn at the end of a run that has not come to the end of annealing, or was interrupted."""

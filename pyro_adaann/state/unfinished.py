@@ -1,10 +1,9 @@
 """Warn if training stops before annealing finishes.
 
-A guide that was left below an inverse temperature of 1 looks like any other. `run` goes on to the end;
-a user's own loop around `step` may stop anywhere, and only Python knows when the driver of a
-loop is used no more: hence a finalizer, which sees every kind of guide and loop. It writes to the log
-and raises no warning: it may run while Python shuts down or clears away an exception's frames, where
-a warning that is turned into an error cannot be caught by anybody.
+A guide below an inverse temperature of 1 looks like any other. `run` goes on to 1; a user's own loop around
+`step` may stop anywhere, and only the finalizer of the driver tells that no further step will come. The
+finalizer writes to the log and raises no warning: it may run while Python shuts down or clears the frames of
+an exception, where a warning that is turned into an error cannot be caught.
 """
 
 from __future__ import annotations
@@ -16,30 +15,55 @@ from typing import Any
 
 from pyro_adaann.annealing.history import AnnealingHistory
 
-__all__ = ["announce_short_training", "watch_end"]
+__all__ = [
+    "warn_of_evaluation",
+    "warn_of_short_training",
+    "warn_of_unplanned_training",
+    "watch_end",
+]
 
 _logger = logging.getLogger(__name__)
 
-#: A fit of fewer steps is no training that anybody expects to have ended, and so many lines are enough.
+#: Fits of fewer steps are not reported, and at most this many lines are logged.
 _MIN_STEPS, _MAX_LINES = 100, 5
 _num_lines = 0
 
 
-def announce_short_training(num_annealing_steps: int | None, num_training_steps: int | None) -> None:
-    """Warn at the start if the training is known to end before annealing does."""
-    if num_annealing_steps is None or num_training_steps is None:
-        return
-    if num_training_steps <= num_annealing_steps:
-        warnings.warn(
-            f"The schedule takes {num_annealing_steps} steps to reach 1, and training ends after "
-            f"{num_training_steps}: the guide will be one of a tempered posterior. Use fewer inverse "
-            f"temperatures or a smaller num_steps_per_stage, or train for longer.",
-            stacklevel=3,
-        )
+def warn_of_short_training(num_annealing_steps: int, num_training_steps: int) -> None:
+    """Warn at the start that training ends before annealing does."""
+    warnings.warn(
+        f"The schedule takes {num_annealing_steps} steps to reach 1, and training ends after "
+        f"{num_training_steps}: the guide will be one of a tempered posterior. Use fewer inverse "
+        f"temperatures or a smaller num_steps_per_stage, or train for longer.",
+        stacklevel=4,
+    )
+
+
+def warn_of_unplanned_training(what: str, num_training_steps: int) -> None:
+    """Warn at the start that the number of steps up to 1 cannot be planned.
+
+    :param what: the schedule or stage rule that decides it.
+    """
+    warnings.warn(
+        f"With {what}, annealing cannot be planned for num_training_steps={num_training_steps}: how many "
+        f"steps it takes to reach 1 depends on the fit. Train until AdaAnnSVI.is_done, or use AdaAnnSchedule "
+        f"without a stage rule.",
+        stacklevel=4,
+    )
+
+
+def warn_of_evaluation(inverse_temperature: float, num_steps: int) -> None:
+    """Warn that a loss is one of the tempered posterior."""
+    warnings.warn(
+        f"The loss is that of inverse temperature {inverse_temperature:.3g}, after {num_steps} steps, and "
+        f"not that of the posterior. Evaluate it when AdaAnnSVI.inverse_temperature is 1, or use "
+        f"loss.loss(model, guide, *args).",
+        stacklevel=3,
+    )
 
 
 def watch_end(svi: Any, history: AnnealingHistory, final_inverse_temperature: float) -> None:
-    """Log a warning when ``svi`` is used no more and has taken steps, none of the latest at 1.
+    """Log a warning when ``svi`` is deleted after training that has not reached 1.
 
     The finalizer holds the history alone, no model and no guide.
     """

@@ -1,4 +1,4 @@
-"""How the parameters move, once: an optimizer's step and the natural step, with its direction and scores.
+"""One update of the parameters: an optimizer's step, or the natural step with its direction and scores.
 
-A step holds settings; its state is handed on. What moves parameters belongs here, and nothing else.
+A step holds settings; its state is passed in and returned. Only code that changes parameters belongs here.
 """

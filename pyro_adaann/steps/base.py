@@ -1,4 +1,4 @@
-"""What every step shares: it moves the parameters once, and says what became of it."""
+"""The base class of steps: one update of the parameters, and a record of its outcome."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Call", "Moved", "Step"]
 
 @dataclass(frozen=True)
 class Call:
-    """What a step runs: model and guide with their arguments, and loss and optimizer as the fit has them."""
+    """What a step evaluates: model and guide with their arguments, and the present loss and optimizer."""
 
     model: Callable[..., Any]
     guide: Callable[..., Any]
@@ -37,10 +37,10 @@ class Moved:
 
 
 class Step(ABC):
-    """How the parameters of a guide move, once.
+    """One update of the parameters of a guide.
 
-    A step holds settings, which never change: it may be shared by several fits. What changes from one step to
-    the next is its state, a dictionary of numbers, which the fit keeps and writes into checkpoints.
+    A step holds settings, which never change, so several fits may share it. Its state, a dictionary of
+    numbers, changes from one update to the next; the fit keeps it and writes it into checkpoints.
     """
 
     @abstractmethod
@@ -53,11 +53,11 @@ class Step(ABC):
 
     @abstractmethod
     def slow_down(self, state: dict[str, float], factor: float) -> dict[str, float]:
-        """Return the state with steps that are ``factor`` times as long."""
+        """Return the state with step lengths multiplied by ``factor``."""
 
     @abstractmethod
     def make_objective(self, path: Path, num_recycled_draws: int) -> Objective:
-        """Return the objective that the step moves toward."""
+        """Return the objective that the step minimizes."""
 
     @abstractmethod
     def take(
@@ -67,10 +67,10 @@ class Step(ABC):
         state: dict[str, float],
         ready: Callable[[dict[str, Tensor]], None],
     ) -> Moved:
-        """Move the parameters once, or leave them as they are.
+        """Update the parameters once, or leave them unchanged.
 
-        :param objective: what :meth:`make_objective` has returned.
-        :param call: what to run.
-        :param state: what the step before has left.
-        :param ready: to be called with the parameters by name, unconstrained, before they move.
+        :param objective: the result of :meth:`make_objective`.
+        :param call: what to evaluate.
+        :param state: the state that the previous step returned.
+        :param ready: to be called with the unconstrained parameters by name before they change.
         """

@@ -14,9 +14,9 @@ from pyro_adaann.weights import truncated_weights
 
 __all__ = ["NaturalDirection", "residuals"]
 
-#: A draw whose weight is below the mean by so many nats is a stray one, and all strays count alike.
+#: Log weights this many nats below the mean, and lower, are clipped.
 _MIN_RESIDUAL = -8.0
-#: Damping of a parameter on which the density hardly depends, as a share of the mean over all.
+#: Damping of a parameter on which the density hardly depends, relative to the mean over all parameters.
 _FLOOR = 0.01
 #: How often damping is raised tenfold until the damped matrix is positive.
 _MAX_RAISES = 20
@@ -29,13 +29,13 @@ class NaturalDirection:
               D_{jj} = F_{jj} + \frac{0.01}{u_j^2} \operatorname{mean}_k u_k^2 F_{kk}
 
     with A the centered scores of the draws, r their :func:`residuals` and u the units of the parameters. The
-    second term of D is Levenberg's, the first one Marquardt's, which alone would let a parameter
-    on which the density does not depend yet run away: at the start of a flow, where the layers do nothing,
-    that is where their bends are. What is solved is the system of the size of the number of draws, and not of
+    first term of D is Marquardt's, the second Levenberg's. Without the second, parameters on which the
+    density does not depend yet would take arbitrarily large steps, such as those of the bends of a flow at
+    the identity. The linear system solved has the size of the number of draws, not of the number of
     parameters.
 
-    Of the scores in a linear map the outer products are enough (see :mod:`pyro_adaann.steps.gram`). D then
-    has rank one, a factor for every row of the map and one for every column. With
+    For a linear map the factors of outer products are enough (see :mod:`pyro_adaann.steps.gram`). D then has
+    rank one, a factor for every row of the map and one for every column. With
     :math:`\hat F = \mu \rho_j \gamma_k` the matrix of rank one that has the row and column sums of F's
     diagonal, both factors of mean one, and f the second term of D, it is
     :math:`(\sqrt\mu \rho_j + \sqrt f)(\sqrt\mu \gamma_k + \sqrt f)`: never below f, and nearly
@@ -63,7 +63,7 @@ class NaturalDirection:
         units: Tensor | None = None,
     ) -> None:
         self._parts = _parts([scores] if isinstance(scores, Tensor) else scores, units)
-        # A draw whose score has overflown says nothing.
+        # A draw whose score has overflowed is left out.
         square_norms = torch.stack([part.square_norms() for part in self._parts]).sum(0)
         is_lost = ~torch.isfinite(square_norms)
         if is_lost.any():
@@ -74,14 +74,15 @@ class NaturalDirection:
         floor = _FLOOR * torch.stack([variance.sum() for variance in variances]).sum() / num_parameters
         for part, variance in zip(self._parts, variances, strict=True):
             part.set_scale(variance, floor)
-        # Single precision rounds by 1e-7 of the mean of the diagonal, far below any damping. The solution of
-        # the system might lose more, and is computed in double precision.
+        # Single precision rounds by 1e-7 of the mean of the diagonal, far below any damping. Solving the
+        # system may lose more digits, and is done in double precision.
         self._gram = gram_matrix(self._parts, square_norms) / len(log_weights)
         self._residual = residuals(log_weights.double())
 
     def solve(self, damping: float, max_kl: float = math.inf) -> tuple[Tensor, float]:
-        """Return the direction, no longer than ``max_kl`` allows, and its divergence in nats."""
-        # A factorization for each damping: the eigenvalues, which would serve all, cost more than six.
+        """Return the direction, shortened to a divergence of at most ``max_kl``, and its divergence."""
+        # A factorization for each damping: eigenvalues, which hold for all dampings, cost more than six of
+        # them.
         for _ in range(_MAX_RAISES):
             damped = self._gram.to(self._residual.dtype, copy=True)
             damped.diagonal().add_(damping)
@@ -105,10 +106,11 @@ class NaturalDirection:
 
 
 def residuals(log_weights: Tensor) -> Tensor:
-    """Return how much more density the guide should have at its draws, relative to what it has.
+    """Return the desired relative change of the guide's density at its draws.
 
-    With w the weights, truncated, and of mean one: w - 1 where that is positive, else log w, at least -8. At
-    a stray draw the forward divergence alone asks for -1 whatever w is, and strays stay.
+    With the truncated weights w of mean one: w - 1 where that is positive, else log w, at least -8. The
+    forward divergence alone has w - 1 everywhere, about -1 however small w is, which is too weak to remove
+    mass far outside the tempered density.
     """
     weights = len(log_weights) * truncated_weights(log_weights)
     return torch.where(weights < 1, weights.log().clamp(min=_MIN_RESIDUAL), weights - 1)

@@ -25,10 +25,10 @@ __all__ = ["GradientStep", "all_finite", "is_finite", "to_float"]
 
 @dataclass(frozen=True)
 class GradientStep(Step):
-    """A step of the fit's optimizer along the gradient of a loss, unless one of both is not finite.
+    """A step of the fit's optimizer along the gradient of a loss, skipped if loss or gradient is not finite.
 
     :param loss: an ELBO or a callable ``loss(model, guide, *args, **kwargs)``.
-    :param evaluate: that loss as `SVI` calls it.
+    :param evaluate: the function by which `SVI` evaluates the loss.
     :param evaluate_and_grads: likewise, with gradients.
     :param final_loss: the ELBO at inverse temperature 1, None for ``loss``.
     :param max_gradient_ratio: bound on the gradient of one particle.
@@ -41,15 +41,15 @@ class GradientStep(Step):
     max_gradient_ratio: float
 
     def num_draws(self) -> int:
-        """Return the number of particles of the loss, 1 for one that does not say."""
+        """Return the number of particles of the loss, 1 if it has none."""
         return getattr(self.loss, "num_particles", 1)
 
     def start(self) -> dict[str, float]:
-        """Return no state: that of the optimizer is kept with the parameters."""
+        """Return an empty state: that of the optimizer is kept with the parameters."""
         return {}
 
     def slow_down(self, state: dict[str, float], factor: float) -> dict[str, float]:
-        """Return no state: learning rates are the optimizer's."""
+        """Return the empty state: learning rates belong to the optimizer."""
         return state
 
     def make_objective(self, path: Path, num_recycled_draws: int) -> ELBOObjective:
@@ -107,8 +107,8 @@ def to_float(loss: Any) -> Any:
 def is_finite(parameters: Collection[Tensor], loss: Any) -> bool:
     """Whether a loss and the gradients of the parameters are finite, and their squares too.
 
-    A gradient of 1e20 is finite in single precision and its square is not: in Adam's memory it would
-    be infinite, and every later update zero, without a word.
+    A gradient of 1e20 is finite in single precision and its square is not: Adam's running average would be
+    infinite and every later update zero, without an error.
     """
     if not all(map(math.isfinite, loss if isinstance(loss, tuple) else (loss,))):
         return False

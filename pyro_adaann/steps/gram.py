@@ -7,9 +7,9 @@ A linear map :math:`W` with input :math:`a_i` and output gradient :math:`g_i` at
 
 The Gram matrix is therefore :math:`(G G^\top) \odot (A A^\top)`, a combination of scores with coefficients
 :math:`\alpha` is :math:`G^\top \mathrm{diag}(\alpha) A`, and their mean square is
-:math:`(G \odot G)^\top (A \odot A) / n`: nothing has the size of draws times parameters. What scales the
-parameters must have rank one then, a factor for each row of W and one for each column; it is fitted to the
-mean squares so that it has their sums over rows and columns, as in Adafactor [1].
+:math:`(G \odot G)^\top (A \odot A) / n`: nothing has the size of draws times parameters. The scale of
+the parameters must then have rank one, a factor for each row of W and one for each column; it is fitted to
+the mean squares so that its row and column sums are theirs, as in Adafactor [1].
 
 [1] N. Shazeer and M. Stern, *Adafactor: adaptive learning rates with sublinear memory cost*, ICML 2018.
 """
@@ -27,8 +27,8 @@ from pyro_adaann.transforms.outer import OuterProducts
 
 __all__ = ["DensePart", "OuterPart", "ScorePart", "gram_matrix"]
 
-#: Draws whose products are formed together, rows and columns: on a CPU two such blocks stay in its cache;
-#: elsewhere few kernels matter more.
+#: Draws whose products are formed together, rows and columns: on a CPU two such blocks fit its cache; on
+#: other devices fewer kernels are faster.
 _BLOCK, _BLOCK_ELSEWHERE = 256, 4096
 #: Rounds of the fit of a scale of rank one under a mask; without a mask the first one is exact.
 _NUM_ROUNDS = 4
@@ -37,8 +37,8 @@ _NUM_ROUNDS = 4
 class ScorePart(ABC):
     """The scores of n draws in one parameter, and the scale of that.
 
-    Nothing is copied: the scale is applied to a block of draws at a time. The scores are centered where they
-    are used, in the Gram matrix and in the coefficients.
+    The scores are not copied: the scale is applied to a block of draws at a time, and centering is done in
+    the Gram matrix and in the coefficients.
 
     :param units: of the parameter, in its shape.
     """
@@ -77,7 +77,7 @@ class ScorePart(ABC):
 
 
 class DensePart(ScorePart):
-    """Scores of which every number is at hand.
+    """Scores stored as full tensors.
 
     :param scores: shape ``(n, *shape)``.
     :param units: of the parameter, shape ``shape``.

@@ -11,10 +11,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["MaskGroup", "mask_groups"]
 
-#: Groups that are known, with the version of the mask: networks keep the same masks from step to step.
+#: Groups computed before, with the version of the mask: networks keep their masks from step to step.
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-#: What one more group costs, counted in rows: passes over the block of products.
+#: Cost of one more group in rows, for its passes over the block of products.
 _GROUP_COST = 8
 
 

@@ -25,15 +25,15 @@ from pyro_adaann.steps.uninterrupted import uninterrupted
 
 __all__ = ["NaturalStep", "is_not_worse"]
 
-#: How damping falls after a step that was accepted, grows after a trial that was not, and between what.
+#: Factors on the damping after an accepted step and after a rejected trial, and the bounds of damping.
 _EASE, _STIFFEN = 0.5, 4.0
 _MIN_DAMPING, _MAX_DAMPING = 1e-2, 1e6
 #: Directions that are tried in one step.
 _MAX_TRIALS = 6
-#: Standard errors by which a trial may fall behind.
+#: Standard errors by which the affinity of a trial may be lower than before.
 _MAX_FALL = 2.0
-#: Where the weights have less than this relative variance, that of a trial may be so many times as large,
-#: and so much larger.
+#: If the relative variance v of the weights is below the first number, that of a trial may be at most the
+#: second times v, plus the third.
 _VARIANCE_NEAR, _VARIANCE_FACTOR, _VARIANCE_SLACK = 1.0, 1.5, 0.02
 
 
@@ -47,27 +47,26 @@ class NaturalStep(Step):
 
     with draws :math:`z_i` of the guide, held fixed, and their weights :math:`w_i` against the tempered
     density, truncated as in :class:`~pyro_adaann.TraceMixedKL_ELBO` and of mean one. Where the guide has
-    too little,
-    :math:`r(w) = w - 1`, as in the forward KL divergence, which covers the mass; where it has too much,
-    :math:`r(w) = \log w`, as in the reverse one, which draws in draws far out (down to -8). That is the
-    f-divergence
-    :math:`E_q f(w)` with :math:`f''(w) = 1 / (w \min(1, w))`. An optimizer that scales every parameter by
-    itself, as Adam does, takes thousands of steps to move mass from one mode to another: that takes all
-    layers together. F knows how they act together. D is the diagonal of F and a hundredth of its mean, in
-    units of the parameters that a flow of this package knows.
+    too little density, :math:`r(w) = w - 1`, as in the forward KL divergence, which covers the mass; where it
+    has too much, :math:`r(w) = \log w`, clipped at -8, as in the reverse one, which removes mass outside the
+    tempered density. That is the f-divergence :math:`E_q f(w)` with :math:`f''(w) = 1 / (w \min(1, w))`.
+    Moving mass from one mode to another takes a joint change of all layers of a flow, which F describes; an
+    optimizer that scales every parameter separately, such as Adam, takes thousands of steps for it. D is the
+    diagonal of F plus a hundredth of its mean, in units that the flows of this package define.
 
-    A direction is tried on a fresh batch of draws, and is accepted unless the affinity of guide and posterior
-    falls beyond noise; then :math:`\lambda` grows and the next direction is tried, six at most. A step
-    costs two evaluations of the model or more, without gradient, and the scores of every draw. Discrete
-    sites that the model enumerates are summed out. Parameters of the model are not moved.
+    A direction is tried on a fresh batch of draws, and is accepted unless the affinity of guide and tempered
+    density falls by more than its noise. After a rejection :math:`\lambda` grows and the next direction is
+    tried, six at most. A step evaluates the model on two batches or more, without gradient, and computes the
+    score of every draw. Discrete sites that the model enumerates are summed out. Parameters of the model are
+    refused.
 
-    Give it to `AdaAnnSVI` in place of an optimizer and a loss; :func:`natural_svi` does, with the settings
-    that go with it. The loss that is reported is minus the ELBO.
+    Pass it to `AdaAnnSVI` in place of an optimizer and a loss; :func:`natural_svi` does so with matching
+    settings. The loss that is reported is minus the ELBO.
 
-    :param num_particles: n; a few hundred, since every step trusts them far more than a step of Adam.
+    :param num_particles: n; a few hundred, since one step changes the guide far more than a step of Adam.
     :param max_kl: bound on :math:`\tfrac12 \delta^\top F \delta`, the divergence of one step, in nats.
     :param damping: :math:`\lambda` at the first step; later steps adapt it.
-    :param max_plate_nesting: as of Pyro's ELBOs: how many plates the model nests, guessed if not given.
+    :param max_plate_nesting: number of nested plates in the model, as in Pyro's ELBOs; guessed if not given.
     :raises ValueError: if an argument is out of range; at a step, if a plate is subsampled, the model has
         parameters, or the guide has no density at a given point or one that does not depend on all of its
         parameters.
@@ -93,7 +92,7 @@ class NaturalStep(Step):
         True
     """
 
-    #: Its weights are those of a given posterior.
+    #: It weights draws by the density of a given posterior.
     capabilities: ClassVar[Capabilities] = Capabilities(drops_broken=True, needs_posterior=True)
 
     num_particles: int = 500
@@ -113,11 +112,11 @@ class NaturalStep(Step):
         return self.num_particles
 
     def start(self) -> dict[str, float]:
-        """Return damping and relative length of the first step."""
+        """Return the damping and the relative length of the first step."""
         return {"damping": self.damping, "length": 1.0}
 
     def slow_down(self, state: dict[str, float], factor: float) -> dict[str, float]:
-        """Return the state with steps that are ``factor`` times as long."""
+        """Return the state with step lengths multiplied by ``factor``."""
         return {**state, "length": factor * state["length"]}
 
     def make_objective(self, path: Path, num_recycled_draws: int) -> WeightObjective:
@@ -159,7 +158,7 @@ class NaturalStep(Step):
         is_accepted: Callable[[], bool],
         loss: float,
     ) -> Moved:
-        """Move by the first direction that is accepted; adapt the damping."""
+        """Take the first direction that is accepted; adapt the damping."""
         tensors = list(parameters.values())
         damping = state["damping"]
         for num_trials in range(1, _MAX_TRIALS + 1):
@@ -183,7 +182,7 @@ class _Trial:
 
 @contextmanager
 def _tried(parameters: list[Tensor], flat: Tensor) -> Iterator[_Trial]:
-    """Move parameters for the block, and back at its end unless it says to keep them."""
+    """Change parameters within the block, and restore them at its end unless the trial is to be kept."""
     values = [parameter.detach().clone() for parameter in parameters]
     sizes = [parameter.numel() for parameter in parameters]
     trial = _Trial()
@@ -200,12 +199,12 @@ def _tried(parameters: list[Tensor], flat: Tensor) -> Iterator[_Trial]:
 
 
 def is_not_worse(trial: Tensor, present: Tensor) -> bool:
-    r"""Whether the guide of one batch of log weights is as close to p as that of another, but for noise.
+    r"""Whether the guide of a trial is as close to p as the present one, up to noise, by their log weights.
 
     Close in the affinity :math:`\int \sqrt{p q} = E_q \sqrt{p / q}`, whose estimate has a finite variance
-    whatever p and q. The variance of the weights alone would not do: it is as small as before when a mode
-    has been lost, and it grows at first where a guide that is too narrow widens. Near the end, where most
-    draws count, it is the finer measure, and is asked too.
+    for any p and q. The variance of the weights is no substitute: it stays small when a mode is lost, and it
+    grows at first when a guide that is too narrow widens. Once it is small it is the more sensitive measure,
+    and is then compared as well.
     """
     (affinity, noise, variance), (before, noise_before, variance_before) = _moments(trial, present)
     if -math.inf in (affinity, before):
@@ -239,6 +238,6 @@ def _parameters(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
             f"Expected a model without parameters, since the natural gradient is that of the guide; got "
             f"{', '.join(names)}. Use Trace_ELBO or TraceMixedKL_ELBO."
         )
-    # Once each: a guide may hold a flow under two names.
+    # Each once: a guide may hold a flow under two names.
     found = {id(value): (name, value) for name, value in captured_parameters(guide_trace).items()}
     return {name: value for name, value in found.values() if value.requires_grad}

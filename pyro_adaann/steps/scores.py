@@ -1,4 +1,4 @@
-"""The scores of a guide in its parameters, draw by draw, and the units of its parameters."""
+"""The scores of a guide's draws in its parameters, and the units of the parameters."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def draw_scores(
 ) -> list[Tensor | list[OuterProducts]]:
     r"""Return :math:`\nabla_\phi \log q_\phi(z)` of every particle, its draws held fixed.
 
-    In the weights of linear maps these are outer products, which are not multiplied out: of flows of this
-    package that say so, and of linear and masked linear modules in any other transformed distribution of a
-    vector. Entries that a site masks add nothing.
+    For the weights of linear maps these are outer products, which are not multiplied out: for flows of this
+    package that provide them, and for linear and masked linear modules in any other transformed distribution
+    of a vector. Entries that a site masks add nothing.
 
     :param guide_trace: trace of the guide, with its graph.
     :param parameters: unconstrained parameters of the guide by name.
@@ -69,7 +69,7 @@ def score_matrix(guide_trace: Trace, parameters: dict[str, Tensor], num_particle
 def parameter_units(guide_trace: Trace, parameters: dict[str, Tensor]) -> Tensor:
     """Return what counts as a large change of every number, in the order of :func:`score_matrix`.
 
-    A flow of this package knows; for other parameters it is 1.
+    Flows of this package define it; for other parameters it is 1.
     """
     units = {id(p): torch.ones_like(p) for p in parameters.values()}
     for site in filter(has_density, sites_of(guide_trace)):
@@ -181,7 +181,7 @@ def _add_transformed(sums: _Sums, site: Any, fn: Any, mask: Tensor | None) -> No
     order = sums.order(site, x.shape[:-1])
     for key, terms in found.items():
         for term in terms:
-            # A draw without a score is told by it not being a number.
+            # NaN marks a draw without a score.
             sums.add(key, _selected(term, is_known.reshape(-1), torch.nan), order)
     others = [p for p in parameters if id(p) in on_graph - set(found)]
     if others:
@@ -195,7 +195,7 @@ def _selected(
     if is_selected is None:
         return gradient
     if isinstance(gradient, OuterProducts):
-        # Both factors: what is left out may have overflown, and zero times infinity is not zero.
+        # Both factors: the values left out may be infinite, and zero times infinity is NaN.
         left = _select(gradient.left, is_selected, other)
         return OuterProducts(left, _select(gradient.right, is_selected, other), gradient.mask)
     return _select(gradient, is_selected, other)
@@ -223,7 +223,10 @@ def _masked(log_q: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _density(site: Any, evaluate: Any, *args: Any) -> Tensor:
-    """Return ``evaluate(*args)``; say so if the site has no density at a given point."""
+    """Return ``evaluate(*args)``.
+
+    :raises ValueError: if the site has no density at a given point.
+    """
     try:
         result: Tensor = evaluate(*args)
     except (NotImplementedError, KeyError) as error:  # what Pyro's flows without an inverse raise

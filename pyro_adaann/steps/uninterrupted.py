@@ -1,4 +1,4 @@
-"""Ctrl-C after an update instead of in the middle of it."""
+"""Delay Ctrl-C until an update is complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["uninterrupted"]
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back SIGINT within the block, and deliver it at its end.
+    """Delay SIGINT within the block, and deliver it at its end.
 
     An optimizer interrupted halfway leaves some parameters a step ahead of the others. Only in the main
     thread, where Python delivers signals.

@@ -1,4 +1,4 @@
-"""The laws of schedules, steps, losses and flows, as test classes that tests of one's own inherit.
+"""The laws of schedules, steps, losses and flows, as test classes to inherit in your own tests.
 
 Needs pytest. Nothing else in the package imports from here.
 """

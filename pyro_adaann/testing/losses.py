@@ -21,8 +21,7 @@ __all__ = ["LossLaws"]
 
 
 class LossLaws:
-    """What a loss must do in `AdaAnnSVI`; a subclass gives a function that makes one, a fixture
-    ``make_loss``.
+    """The laws of a loss; a subclass defines a fixture ``make_loss``, a function that returns a new loss.
 
     Example::
 
@@ -34,7 +33,7 @@ class LossLaws:
         ...         return lambda: Trace_ELBO(num_particles=20, vectorize_particles=True)
     """
 
-    #: Error of the fit that is left, in posterior sds.
+    #: Error allowed after the fit, in posterior sds.
     max_error = 0.35
 
     def make_fit(self, loss: ELBO, svi_type: Any = AdaAnnSVI, **kwargs: Any) -> Any:

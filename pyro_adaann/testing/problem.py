@@ -1,4 +1,4 @@
-"""A posterior in closed form, on which laws are tried."""
+"""A posterior in closed form, for the tests of the laws."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["PRIOR_SD", "data", "model", "posterior"]
 
-#: Of the prior of each of two means, and of an observation.
+#: Standard deviations of the prior of each of two means, and of an observation.
 PRIOR_SD, NOISE_SD = 2.0, 0.5
 
 

@@ -12,12 +12,12 @@ from pyro_adaann.annealing.schedules import AnnealingSchedule
 
 __all__ = ["ScheduleLaws"]
 
-#: More stages than a schedule may take on draws of one spread.
+#: Largest number of stages that a schedule may take on draws of one spread.
 _MAX_STAGES = 200_000
 
 
 class ScheduleLaws:
-    """What `AdaAnnSVI` relies on; a subclass gives the schedule as a fixture ``schedule``.
+    """The laws of a schedule; a subclass defines a fixture ``schedule``.
 
     Example::
 
@@ -29,7 +29,7 @@ class ScheduleLaws:
         ...         return LinearSchedule(9)
     """
 
-    #: Draws of the log factor that say much, little, and nothing.
+    #: Draws of the log factor: informative ones, outliers, and none that are finite.
     draws: tuple[list[float], ...] = (
         [-1.0, 0.0, 1.0],
         [0.0, 1e30],
@@ -75,5 +75,5 @@ class ScheduleLaws:
             assert schedule.num_stages == len(self.follow(schedule, [], _MAX_STAGES))
 
     def test_two_of_the_same_settings_read_the_same(self, schedule: AnnealingSchedule) -> None:
-        # By its text a checkpoint knows its schedule: no address may be in it.
+        # A checkpoint compares schedules by their text, which must not contain an address.
         assert " at 0x" not in repr(schedule)

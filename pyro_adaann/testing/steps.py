@@ -19,7 +19,7 @@ __all__ = ["StepLaws"]
 
 
 class StepLaws:
-    """What `AdaAnnSVI` relies on; a subclass gives the step as a fixture ``step``.
+    """The laws of a step; a subclass defines a fixture ``step``.
 
     Example::
 
@@ -31,7 +31,7 @@ class StepLaws:
         ...         return NaturalStep(100)
     """
 
-    #: Steps that are enough for the posterior of two means, and the error that is left, in posterior sds.
+    #: Number of steps of the fit of two means, and the error allowed after them, in posterior sds.
     num_steps, max_error = 60, 0.1
 
     def guide(self) -> None:

@@ -1,4 +1,4 @@
-"""What every flow of this package shares: one batched kernel, a cached log-determinant, clean copies."""
+"""The base class of flows: one batched kernel, a cached log-determinant, copies without the cache."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class FlowTransform(TransformModule):
     """A trainable bijection of R^d whose kernel works on a flat batch of points.
 
     A new flow implements two methods on matrices of shape ``(num_points, input_dim)``:
-    :meth:`_forward` returns the image *and* ``log|det J|``, which a flow has at hand when it has
-    computed the image, and :meth:`_backward_map` the inverse image. Both must be differentiable in
+    :meth:`_forward` returns the image and ``log|det J|``, computed together, and :meth:`_backward_map` the
+    inverse image. Both must be differentiable in
     the points and in the parameters.
 
     The last pair (x, y) and its log-determinant are remembered, so that sampling and scoring a
@@ -72,7 +72,7 @@ class FlowTransform(TransformModule):
         return score.reshape(x.shape)
 
     def _score(self, x: Tensor, base_score: Tensor) -> Tensor:
-        """Do :meth:`score` on a flat batch; by way of the inverse map unless a flow knows a better one."""
+        """Do :meth:`score` on a flat batch; by the inverse map unless a flow overrides it."""
         with torch.no_grad():
             y = self._forward(x)[0]
         with torch.enable_grad():
@@ -86,7 +86,7 @@ class FlowTransform(TransformModule):
     def point_gradients(
         self, x: Tensor, grad_y: Tensor, grad_log_det: float
     ) -> dict[Tensor, Tensor | OuterProducts]:
-        r"""Return what every point by itself adds to the gradient in every parameter.
+        r"""Return the gradient of every single point in every parameter.
 
         That is :math:`\nabla_\phi (g \cdot y_\phi(x) + c \log|\det J_\phi(x)|)`; autograd gives its sum over
         points alone.
@@ -105,7 +105,7 @@ class FlowTransform(TransformModule):
     def _point_gradients(
         self, x: Tensor, grad_y: Tensor, grad_log_det: float
     ) -> dict[str, Tensor | OuterProducts]:
-        """Do :meth:`point_gradients` on a flat batch, by name; with hooks unless a flow knows better."""
+        """Do :meth:`point_gradients` on a flat batch, by name; with hooks unless a flow overrides it."""
 
         def run() -> Tensor:
             y, log_det = self._define(x)

@@ -17,7 +17,7 @@ __all__ = ["ComposedFlow"]
 class ComposedFlow(FlowTransform):
     r"""The composition :math:`T_k \circ \dots \circ T_1` of flows, itself a flow.
 
-    Scores, inverses and gradients by points pass through the parts, each of which does what it does best.
+    Scores, inverses and gradients by point use the methods of the parts.
 
     :param parts: the flows, the first to act first, all of one dimension.
     :raises ValueError: if there are none or their dimensions differ.
@@ -84,7 +84,7 @@ class ComposedFlow(FlowTransform):
         return found
 
     def parameter_units(self) -> dict[Tensor, Tensor]:
-        """Return what the parts say."""
+        """Return the units of the parts."""
         return {
             parameter: unit for part in self._flows() for parameter, unit in part.parameter_units().items()
         }

@@ -1,4 +1,4 @@
-"""What the linear maps of a network see and are asked for, draw by draw, from one evaluation."""
+"""Inputs and output gradients of a network's linear maps for every draw, from one evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Call", "calls_of_linear_maps", "gradients_of_calls", "gradients_row_
 
 #: Backward passes that run together for parameters that are not those of linear maps.
 _ROWS_AT_ONCE = 100
-#: By how much the sum of what single draws ask for may miss autograd's, as a share of all the lengths.
+#: Tolerated difference between the sum of the draws' gradients and autograd's, relative to their lengths.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -53,10 +53,10 @@ def gradients_of_calls(
 ) -> tuple[dict[int, list[Tensor | OuterProducts]], set[int]]:
     r"""Return the gradient of every entry of ``values`` in the weights and biases of linear maps.
 
-    One backward pass of the sum of ``values`` gives what is asked of every output, draw by draw, if no draw
-    has an influence on another one's value, and if a weight is not used elsewhere. Whether that is so a
-    second pass tells: with coefficients c the draws' gradients must add up to that of :math:`\sum_i c_i v_i`.
-    A parameter of which they do not is left out.
+    One backward pass of the sum of ``values`` gives the output gradients of every draw, provided that no draw
+    influences the value of another one and that no weight is used elsewhere. A second pass checks this: with
+    coefficients c the draws' gradients must add up to the gradient of :math:`\sum_i c_i v_i`. A parameter
+    that fails the check is left out.
 
     :param values: one for each point of the batch, with the batch's shape.
     :return: by ``id`` of the parameter the terms of its gradient, points flat in the first dimension; and the
@@ -73,7 +73,7 @@ def gradients_of_calls(
         found.setdefault(id(call.weight), []).append(OuterProducts(left, right, call.mask))
         if call.bias is not None:
             found.setdefault(id(call.bias), []).append(left)
-    # Any numbers without a pattern; the random state is not ours.
+    # Arbitrary numbers; random ones would change the user's random state.
     coefficients = torch.arange(1, values.numel() + 1, device=values.device).to(values).square().cos()
     total = (coefficients * values.reshape(-1)).sum()
     exact = torch.autograd.grad(total, list(parameters), retain_graph=True, allow_unused=True)
@@ -100,7 +100,7 @@ def gradients_row_by_row(values: Tensor, parameters: Sequence[Tensor]) -> list[T
 def _explained(
     found: Mapping[int, list[Tensor | OuterProducts]], exact: Mapping[int, Tensor], coefficients: Tensor
 ) -> dict[int, list[Tensor | OuterProducts]]:
-    """Return the parameters whose gradients add up to the exact one."""
+    """Return the parameters for which the terms add up to the exact gradient."""
     result = {}
     for key, terms in found.items():
         if key not in exact or any(isinstance(t, Tensor) != isinstance(terms[0], Tensor) for t in terms):

@@ -21,7 +21,7 @@ __all__ = ["MaskedNetwork", "Tape", "activate", "slope"]
 
 
 class Tape(NamedTuple):
-    """What a pass through the network has met, from the first matrix to the last."""
+    """Inputs and outputs of the matrices in one pass, from the first to the last."""
 
     inputs: list[Tensor]
     outputs: list[Tensor]
@@ -69,11 +69,11 @@ class MaskedNetwork(nn.Module):
         return self.get_buffer(f"mask_{number}")
 
     def masked_weights(self) -> list[Tensor]:
-        """Return the matrices as they act."""
+        """Return the matrices times their masks."""
         return [weight * self.mask(i) for i, weight in enumerate(self.weights)]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tape]:
-        """Return the values of every coordinate, and what led there."""
+        """Return the values of every coordinate, and the inputs and outputs of the matrices."""
         tape = Tape([], [])
         first = self.table[:1].expand(x.shape[0], 1, self.num_outputs)
         if self.input_dim == 1:

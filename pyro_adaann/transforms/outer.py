@@ -1,4 +1,4 @@
-"""Gradients that are outer products: what a linear map's weight gets from every point by itself."""
+"""Gradients that are outer products: those of single points in the weight of a linear map."""
 
 from __future__ import annotations
 

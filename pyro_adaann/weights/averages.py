@@ -51,7 +51,7 @@ def effective_sample_size(log_weights: Tensor) -> float:
     """
     log_weights = finite_or_no_weight(log_weights.double())
     log_ess = float(2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0))
-    # Without a weight, infinity minus infinity.
+    # NaN, infinity minus infinity, if no weight is positive.
     return 0.0 if math.isnan(log_ess) else min(round(math.exp(log_ess), 9), float(log_weights.numel()))
 
 
@@ -101,7 +101,7 @@ def weighted_mean(values: Tensor, log_weights: Tensor) -> Tensor:
     _check_same_length(values, log_weights)
     dtype = values.dtype if values.is_floating_point() else torch.get_default_dtype()
     weights = finite_or_no_weight(log_weights.double()).softmax(0)
-    # A draw without weight may be NaN, and adds nothing.
+    # A draw of weight zero may be NaN, and is left out.
     kept = weights > 0
     return torch.tensordot(weights[kept], values[kept].double(), 1).to(dtype)
 

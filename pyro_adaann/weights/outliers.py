@@ -1,4 +1,4 @@
-"""Draws far from the others, and a standard deviation that they do not decide."""
+"""Winsorizing draws, and a standard deviation that is robust to outliers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_DISTANCE = 50.0
 def winsorize(draws: Tensor) -> Tensor:
     """Return draws of which none is further from the median than 50 times the median distance.
 
-    One trajectory that blows up would else be the whole variance. The log density of a normal
+    Otherwise one trajectory that diverges would dominate the variance. The log density of a normal
     distribution reaches that far four times in a million draws in one dimension, and less often in
     more. Draws that are not finite stay as they are.
     """
@@ -29,7 +29,7 @@ def winsorize(draws: Tensor) -> Tensor:
 def median_and_reach(draws: Tensor) -> tuple[float, float]:
     """Return the median of the finite draws and 50 times their median distance from it.
 
-    Further away a draw is an outlier. NaN for both where no draw is finite.
+    Draws further away are outliers. NaN for both if no draw is finite.
 
     Example::
 
@@ -44,9 +44,9 @@ def median_and_reach(draws: Tensor) -> tuple[float, float]:
 
 
 def standard_deviation(draws: Tensor, log_weights: Tensor | None = None) -> float | None:
-    """Return the sd of the finite draws, outliers moved in, or None where they do not determine one.
+    """Return the sd of the finite draws, winsorized, or None if they do not determine one.
 
-    That is with fewer than two finite draws, or a spread below the rounding errors of
+    They do not with fewer than two finite draws, or a spread below the rounding errors of
     single-precision numbers of their size. Safe against overflow of the squares. With weights it is
     the sd under them, with the effective number of draws minus one in the denominator.
     """

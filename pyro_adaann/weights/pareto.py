@@ -93,7 +93,7 @@ def _shape_of_few_levels(log_weights: Tensor) -> float | None:
 
 def _psislw(log_weights: Any) -> tuple[Any, float]:
     with warnings.catch_warnings():
-        # The shape says it, in the end: a tail of few or equal weights has none.
+        # ArviZ warns of tails with few or equal weights, which the returned shape already tells.
         warnings.simplefilter("ignore")
         try:
             from arviz_stats.base import array_stats
