@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import pyro
-import pyro_adaann.objectives.objective
 import torch
 from pyro.infer import Trace_ELBO
 
