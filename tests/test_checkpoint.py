@@ -290,7 +290,7 @@ def test_fits_that_do_not_match(tmp_path):
         svi._settings = {**like._settings}
         return svi
 
-    assert_refused(with_model(plated, 4), path, r"transform\$\$\$b' has shape \(3,\), here \(4,\)")
+    assert_refused(with_model(plated, 4), path, r"transform\$\$\$parts.0.b' has shape \(3,\), here \(4,\)")
 
     def renamed(data: torch.Tensor) -> None:
         pyro.sample("zz", dist.Normal(torch.zeros(5), 1.0).to_event(1))

@@ -394,6 +394,7 @@ def interrupted_after(num_stages: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("path", ["likelihood", "bridge"])
 def test_after_ctrl_c_a_checkpoint_goes_on_bit_for_bit(path, tmp_path):
     kwargs = {"path": path, "base": dist.Normal(0.0, 2.0) if path == "bridge" else None, "num_particles": 256}

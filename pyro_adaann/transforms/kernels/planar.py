@@ -154,6 +154,7 @@ def _on_numpy(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
 
 
+@np.errstate(all="ignore")  # what is not finite is dealt with where densities are weighed
 def _solve_activations(a: Tensor, gram: Tensor) -> None:
     """Overwrite ``a`` (layers, points) by h with ``h_l = tanh(a_l + sum_{k<l} gram_lk h_k)``."""
     if not _on_numpy(a):
@@ -172,6 +173,7 @@ def _solve_activations(a: Tensor, gram: Tensor) -> None:
             np.tanh(row, row)
 
 
+@np.errstate(all="ignore")  # what is not finite is dealt with where densities are weighed
 def _solve_adjoint(c: Tensor, gram: Tensor, slope: Tensor) -> None:
     """Overwrite ``c`` by the adjoint d with ``d_l = slope_l (c_l + sum_{k>l} gram_kl d_k)``."""
     transposed = gram.t().contiguous()
