@@ -15,6 +15,7 @@ from torch.distributions import biject_to
 from torch.quasirandom import SobolEngine
 
 from pyro_adaann.checks import check_count
+from pyro_adaann.guides.prior import prior_base
 from pyro_adaann.transforms.affine import AffineLayer
 from pyro_adaann.transforms.base import FlowTransform
 from pyro_adaann.transforms.compose import ComposedFlow
@@ -39,10 +40,10 @@ class AutoFlow(AutoContinuous):
 
     :param model: a Pyro model whose latent variables are continuous.
     :param init_loc_fn: Pyro's per-site initialization, the base location unless ``base_loc`` is given.
-    :param base_loc: location m of the base in unconstrained coordinates, a number or a tensor of
-        shape ``(latent_dim,)``.
-    :param base_scale: scale s > 0 of the base, likewise. Annealing wants a base that covers the
-        region where the posterior may have its modes.
+    :param base_loc: location m of the base in unconstrained coordinates, a number, a tensor of
+        shape ``(latent_dim,)``, or ``"prior"``: the median of prior draws of every coordinate.
+    :param base_scale: scale s > 0 of the base, likewise; ``"prior"`` is half the range of the middle 68 % of
+        prior draws. Annealing wants a base that covers the region where the posterior may have its modes.
     :param affine: ``"triangular"`` for an affine layer with correlations, ``"diagonal"`` for one without,
         None for none; by default triangular up to 64 latents.
     :raises ValueError: at set-up, if the base does not fit the latent dimension or s <= 0.
@@ -57,14 +58,17 @@ class AutoFlow(AutoContinuous):
         model: Callable[..., Any],
         *,
         init_loc_fn: Callable[..., Any] = init_to_median,
-        base_loc: float | Tensor | None = None,
-        base_scale: float | Tensor = 1.0,
+        base_loc: float | Tensor | Literal["prior"] | None = None,
+        base_scale: float | Tensor | Literal["prior"] = 1.0,
         affine: Literal["auto", "triangular", "diagonal"] | None = "auto",
     ) -> None:
         if affine not in ("auto", "triangular", "diagonal", None):
             raise ValueError(
                 f'Expected `affine` to be "auto", "triangular", "diagonal" or None; got {affine!r}.'
             )
+        for name, arg in (("base_loc", base_loc), ("base_scale", base_scale)):
+            if isinstance(arg, str) and arg != "prior":
+                raise ValueError(f'Expected `{name}` to be a number, a tensor or "prior"; got {arg!r}.')
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._base_args = (base_loc, base_scale)
         self.affine = affine
@@ -103,7 +107,13 @@ class AutoFlow(AutoContinuous):
                 self.prototype_trace.remove_node(name)
 
         init_loc = self._init_loc()
-        loc, scale = (self._base_tensor(arg, init_loc) for arg in self._base_args)
+        base_args = self._base_args
+        if any(isinstance(arg, str) for arg in base_args):
+            prior = prior_base(self.model, self.prototype_trace, args, kwargs)
+            base_args = tuple(
+                own if isinstance(arg, str) else arg for arg, own in zip(base_args, prior, strict=True)
+            )
+        loc, scale = (self._base_tensor(arg, init_loc) for arg in base_args)
         if not (scale > 0).all():
             raise ValueError(f"Expected `base_scale` > 0; got {self._base_args[1]}.")
         self.register_buffer("_base_loc", loc)

@@ -1,0 +1,202 @@
+"""`fit`: from a model to posterior draws with a verdict, with nothing to choose."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from pyro_adaann.checks import check_count
+from pyro_adaann.diagnostics.rules import Level
+from pyro_adaann.fitting.attempts import Attempt, Clock, End, Plan, attempt
+from pyro_adaann.fitting.combine import choose, judge, summary_findings
+from pyro_adaann.fitting.mixture import weigh_guides
+from pyro_adaann.fitting.models import check_model
+from pyro_adaann.fitting.progress import FitProgress
+from pyro_adaann.fitting.result import FitResult, FitSummary
+from pyro_adaann.state.interrupt import InterruptGuard
+from pyro_adaann.state.random_states import get_random_states, set_random_states
+
+__all__ = ["fit"]
+
+#: Draws of a natural step, at first and where the first fit was not reliable.
+_NUM_PARTICLES, _MORE_PARTICLES = 500, 1000
+#: How often a base is widened, and by what at least and at most.
+_MAX_WIDENINGS, _MIN_WIDENING, _MAX_WIDENING = 3, 1.5, 4.0
+#: Draws of every fit behind draws, verdict and evidence, and how many are weighed at a time.
+_NUM_SAMPLES, _BATCH_SIZE = 10_000, 1000
+
+
+def fit(
+    model: Callable[..., Any],
+    *args: Any,
+    seed: int | None = None,
+    budget: float | None = None,
+    num_fits: int | None = None,
+    progress_bar: bool = True,
+    **kwargs: Any,
+) -> FitResult:
+    r"""Fit a model and return weighted posterior draws, the log evidence and a verdict, with nothing to choose.
+
+    The guide is an :class:`~pyro_adaann.AutoSpline` whose base has location and scale of prior draws; it is
+    annealed by natural steps (:func:`~pyro_adaann.natural_svi`) and diagnosed (:func:`~pyro_adaann.diagnose`).
+    Where posterior is out of reach of its base, the base is widened, up to three times. Where the verdict is
+    then not GOOD, a second fit from another seed is made. The draws are those of all fits that count,
+    weighted against the mixture of their guides. What remains is said in the verdict.
+
+    :param model: a Pyro model that runs for many draws at once, under an outermost plate.
+    :param args: its arguments, with ``kwargs``.
+    :param seed: of all random generators; they are as before afterwards. Without one they go on.
+    :param budget: seconds for the steps. At the end of them the fit stops where it is and is diagnosed, which
+        takes some seconds more.
+    :param num_fits: how many fits from different seeds; by default one, and two where one is not GOOD.
+    :param progress_bar: whether to show the phase, the step and the inverse temperature.
+    :return: a :class:`FitResult`; print it.
+    :raises ValueError: if an argument is out of range, if the model has parameters to learn, subsamples a plate,
+        has discrete sites that it does not enumerate or no continuous ones, or does not run for many draws at
+        once. :class:`~pyro_adaann.AdaAnnSVI` takes such models.
+
+    The parameter store is left as it is. Ctrl-C ends the fit after the present step, and returns what there is.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 3.0))
+        ...     pyro.sample("x", dist.Normal(z**2, 0.5), obs=x)
+        >>> result = fit(model, torch.tensor(4.0), seed=0, progress_bar=False)
+        >>> result.is_good or result.asks_for_weights
+        True
+        >>> z = result.sample(1000)["z"]
+        >>> 0.4 < float((z > 0).float().mean()) < 0.6  # both modes, of weight 1/2 each
+        True
+    """
+    check_count("seed", seed, 0)
+    check_count("num_fits", num_fits, 1)
+    if budget is not None and not budget > 0:
+        raise ValueError(f"Expected `budget` to be a positive number of seconds; got {budget!r}.")
+    random = None if seed is None else get_random_states()
+    try:
+        nesting = check_model(model, args, kwargs)
+        with FitProgress(progress_bar) as progress, InterruptGuard() as interrupt:
+            clock = Clock(budget)
+            fitter = _Fitter(model, args, kwargs, nesting, (progress, clock, interrupt))
+            attempts = fitter.run(seed, num_fits)
+            progress.phase("draws")
+            return _result(model, args, kwargs, attempts, clock)
+    finally:
+        if random is not None:
+            set_random_states(random)
+
+
+class _Fitter:
+    """Makes one attempt after the other until what there is will do.
+
+    :param model: the model.
+    :param args: its arguments.
+    :param kwargs: its keyword arguments.
+    :param nesting: how many plates it nests.
+    :param watch: progress, clock and Ctrl-C.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        nesting: int,
+        watch: tuple[FitProgress, Clock, InterruptGuard],
+    ) -> None:
+        self._call = model, args, kwargs
+        self._nesting = nesting
+        self._watch = watch
+
+    def run(self, seed: int | None, num_fits: int | None) -> list[Attempt]:
+        """Return all attempts, the first one first."""
+        attempts = [self._attempt(Plan(seed, {}, _NUM_PARTICLES), "fit 1")]
+        num_widenings, num_seeds = 0, 1
+        while self._goes_on(attempts):
+            last = attempts[-1]
+            widths = _widths(last)
+            if widths is not None and num_widenings < _MAX_WIDENINGS:
+                num_widenings += 1
+                plan = Plan(_next(seed, attempts), widths, last.plan.num_particles)
+                name = f"fit {num_seeds}, wider base"
+            elif num_seeds < (num_fits or (1 if _is_good(attempts) else 2)):
+                num_seeds += 1
+                is_usable = last.diagnosis.level <= Level.USABLE_WITH_WEIGHTS
+                num_particles = _NUM_PARTICLES if is_usable else _MORE_PARTICLES
+                plan = Plan(_next(seed, attempts), last.plan.widths, num_particles)
+                name = f"fit {num_seeds}"
+            else:
+                break
+            try:
+                attempts.append(self._attempt(plan, name))
+            except ValueError as error:
+                warnings.warn(f"One more fit has failed, and is left out ({error}).", stacklevel=3)
+                break
+        return attempts
+
+    def _goes_on(self, attempts: list[Attempt]) -> bool:
+        """Whether nobody has stopped it, and there is time for an attempt like the last one."""
+        last, clock = attempts[-1], self._watch[1]
+        return last.end is End.DONE and not self._watch[2].requested and clock.has(last.seconds)
+
+    def _attempt(self, plan: Plan, name: str) -> Attempt:
+        return attempt(*self._call, plan, self._nesting, _NUM_SAMPLES, self._watch, name)
+
+
+def _is_good(attempts: list[Attempt]) -> bool:
+    return attempts[-1].diagnosis.level == Level.GOOD
+
+
+def _next(seed: int | None, attempts: list[Attempt]) -> int | None:
+    return None if seed is None else seed + len(attempts)
+
+
+def _widths(last: Attempt) -> dict[str, float] | None:
+    """Return how wide the base is to be where posterior is out of reach; None where nothing is."""
+    reach = last.diagnosis.reach
+    if reach is None or not reach.is_short:
+        return None
+    factor = min(max(1.25 * reach.factor, _MIN_WIDENING), _MAX_WIDENING)
+    names = reach.sites or tuple(last.svi.guide._unconstrained_shapes)
+    before = last.plan.widths
+    return before | {name: factor * before.get(name, 1.0) for name in names}
+
+
+def _result(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    attempts: list[Attempt],
+    clock: Clock,
+) -> FitResult:
+    chosen = choose(attempts)
+    guides = [attempt.svi.guide for attempt in chosen]
+    draws, log_weights = weigh_guides(model, guides, args, kwargs, _NUM_SAMPLES, _BATCH_SIZE)
+    diagnosis, remarks = judge(chosen, log_weights)
+    best = max(chosen, key=lambda a: a.diagnosis.ess)
+    return FitResult(
+        draws=draws,
+        diagnosis=diagnosis,
+        remarks=tuple([*remarks, *summary_findings(attempts)]),
+        fits=tuple(_summarize(attempt, attempt in chosen) for attempt in attempts),
+        seconds=clock.passed,
+        guides=tuple(guides),
+        svi=best.svi,
+        call=(model, args, kwargs),
+    )
+
+
+def _summarize(attempt: Attempt, counts: bool) -> FitSummary:
+    diagnosis = attempt.diagnosis
+    return FitSummary(
+        log_evidence=diagnosis.log_evidence,
+        log_evidence_se=diagnosis.log_evidence_se,
+        headline=diagnosis.level.headline,
+        width=max(attempt.plan.widths.values(), default=1.0),
+        num_steps=attempt.svi.history.num_steps,
+        seconds=attempt.seconds,
+        counts=counts,
+    )
