@@ -88,12 +88,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         evidence = "" if row["evidence"] is None else f"{row['evidence']:+.3f}"
-        mark = "right" if is_right(row) else "**quietly wrong**" if row["verdict"] == "GOOD" else "wrong, says so"
+        mark = (
+            "right"
+            if is_right(row)
+            else "**quietly wrong**"
+            if row["verdict"] == "GOOD"
+            else "wrong, says so"
+        )
         if mark == "wrong, says so" and row["verdict"] == "USABLE WITH WEIGHTS":
             mark = "**wrong, usable**"
         lines.append(
-            f"| {row['name']} | {row['dim']} | {row['mean']:.3f} | {100 * row['sd']:.1f} | {row['share']:.3f} | "
-            f"{evidence} | {row['verdict']} | {row['ess']:.2f} | {row['fits']} | {row['seconds']:.0f} | {mark} |"
+            f"| {row['name']} | {row['dim']} | {row['mean']:.3f} | {100 * row['sd']:.1f} | "
+            f"{row['share']:.3f} | {evidence} | {row['verdict']} | {row['ess']:.2f} | {row['fits']} | "
+            f"{row['seconds']:.0f} | {mark} |"
         )
     return "\n".join(lines)
 

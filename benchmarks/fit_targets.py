@@ -100,7 +100,9 @@ def square_root() -> FitTarget:
 
     (z,), weights, evidence = _grid(log_density, (-12, 12, 100_000))
     events = {"z > 0": lambda draws: draws["z"] > 0}
-    return FitTarget(model, (torch.tensor(4.0),), {"z": _moments(z, weights)}, evidence, {"z > 0": 0.5}, events)
+    return FitTarget(
+        model, (torch.tensor(4.0),), {"z": _moments(z, weights)}, evidence, {"z > 0": 0.5}, events
+    )
 
 
 def half_cauchy() -> FitTarget:
@@ -168,7 +170,7 @@ def _regression(design: Tensor, prior_sd: Tensor, noise: float, seed: int) -> Fi
     def model(x: Tensor, y: Tensor) -> None:
         beta = pyro.sample("beta", dist.Normal(torch.zeros(x.shape[1]), prior_sd.float()).to_event(1))
         with pyro.plate("data", len(y)):
-            pyro.sample("y", dist.Normal(beta @ x.T, noise), obs=y)
+            pyro.sample("y", dist.Normal((beta * x).sum(-1), noise), obs=y)
 
     one = torch.ones(1, dtype=torch.float64)
     mean, cov, evidence = _linear(design, data, 0 * prior_sd, prior_sd, noise * one)

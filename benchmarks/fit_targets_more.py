@@ -137,7 +137,7 @@ def many_rows() -> FitTarget:
     def model(x: Tensor, y: Tensor) -> None:
         beta = pyro.sample("beta", dist.Normal(0.0, 2.0).expand([3]).to_event(1))
         with pyro.plate("data", len(y)):
-            pyro.sample("y", dist.Bernoulli(logits=beta @ x.T), obs=y)
+            pyro.sample("y", dist.Bernoulli(logits=(beta * x).sum(-1)), obs=y)
 
     beta = truth.clone()
     for _ in range(10):
@@ -210,7 +210,10 @@ def hidden_markov() -> FitTarget:
         for i in range(1, len(y)):
             kept_a, kept_b = a + stay.log(), b + stay.log()
             left_a, left_b = a + (-stay).log1p(), b + (-stay).log1p()
-            a, b = torch.logaddexp(kept_a, left_b) + low[..., i], torch.logaddexp(kept_b, left_a) + high[..., i]
+            a, b = (
+                torch.logaddexp(kept_a, left_b) + low[..., i],
+                torch.logaddexp(kept_b, left_a) + high[..., i],
+            )
         return torch.logaddexp(a, b)
 
     def model(y: Tensor) -> None:

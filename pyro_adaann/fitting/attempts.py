@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_adaann.diagnostics.diagnose import diagnose
 from pyro_adaann.diagnostics.verdict import Diagnosis
+from pyro_adaann.fitting.models import check_vectorizes
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.spline import AutoSpline
@@ -108,6 +109,7 @@ def attempt(
     with pyro.get_param_store().scope():
         progress.phase(f"{name}: base")
         guide = _make_guide(model, plan.widths, args, kwargs)
+        check_vectorizes(model, guide, args, kwargs)
         svi = natural_svi(model, guide, num_particles=plan.num_particles, max_plate_nesting=nesting)
         progress.phase(f"{name}: annealing")
         end = End.DONE

@@ -51,13 +51,11 @@ def judge(chosen: Sequence[Attempt], log_weights: Tensor) -> tuple[Diagnosis, li
     whole = [attempt for attempt in chosen if _excess(mixture, attempt.diagnosis) <= 0]
     best = min(whole or chosen, key=lambda a: (a.diagnosis.level, -a.diagnosis.ess))
     diagnosis = dataclasses.replace(best.diagnosis, **found)
-    shares = [
-        percent(math.exp(min(a.diagnosis.log_evidence - mixture.log_evidence, 0.0))) for a in chosen
-    ]
+    shares = [percent(math.exp(min(a.diagnosis.log_evidence - mixture.log_evidence, 0.0))) for a in chosen]
     if not whole:
         sentence = (
-            f"No single fit holds what the {len(chosen)} fits hold together (they hold {', '.join(shares)} of "
-            f"it), so that more fits may find still more. Ask for more of them (num_fits)."
+            f"No single fit holds what the {len(chosen)} fits hold together (they hold {', '.join(shares)} "
+            f"of it), so that more fits may find still more. Ask for more of them (num_fits)."
         )
         return diagnosis, [Finding(Level.UNRELIABLE, sentence)]
     if len(whole) < len(chosen):
@@ -80,6 +78,6 @@ def summary_findings(attempts: Sequence[Attempt]) -> list[Finding]:
 
 
 def _excess(more: Diagnosis, less: Diagnosis) -> float:
-    """Return by how many nats one evidence is surely and noticeably above another; not above 0 if it is not."""
+    """Return by how many nats one evidence is noticeably above another; at most 0 where it is not surely."""
     error = math.hypot(more.log_evidence_se, less.log_evidence_se)
     return more.log_evidence - less.log_evidence - _NUM_ERRORS * error - _NEGLIGIBLE_SHARE

@@ -36,13 +36,14 @@ def fit(
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> FitResult:
-    r"""Fit a model and return weighted posterior draws, the log evidence and a verdict, with nothing to choose.
+    r"""Fit a model with nothing to choose; return weighted posterior draws, log evidence and a verdict.
 
     The guide is an :class:`~pyro_adaann.AutoSpline` whose base has location and scale of prior draws; it is
-    annealed by natural steps (:func:`~pyro_adaann.natural_svi`) and diagnosed (:func:`~pyro_adaann.diagnose`).
-    Where posterior is out of reach of its base, the base is widened, up to three times. Where the verdict is
-    then not GOOD, a second fit from another seed is made. The draws are those of all fits that count,
-    weighted against the mixture of their guides. What remains is said in the verdict.
+    annealed by natural steps (:func:`~pyro_adaann.natural_svi`) and diagnosed
+    (:func:`~pyro_adaann.diagnose`). Where posterior is out of reach of its base, the base is widened, up to
+    three times. Where the verdict is then not GOOD, a second fit from another seed is made. The draws are
+    those of all fits that count, weighted against the mixture of their guides. What remains is said in the
+    verdict.
 
     :param model: a Pyro model that runs for many draws at once, under an outermost plate.
     :param args: its arguments, with ``kwargs``.
@@ -52,11 +53,12 @@ def fit(
     :param num_fits: how many fits from different seeds; by default one, and two where one is not GOOD.
     :param progress_bar: whether to show the phase, the step and the inverse temperature.
     :return: a :class:`FitResult`; print it.
-    :raises ValueError: if an argument is out of range, if the model has parameters to learn, subsamples a plate,
-        has discrete sites that it does not enumerate or no continuous ones, or does not run for many draws at
-        once. :class:`~pyro_adaann.AdaAnnSVI` takes such models.
+    :raises ValueError: if an argument is out of range, if the model has parameters to learn, subsamples a
+        plate, has discrete sites that it does not enumerate or no continuous ones, or does not run for many
+        draws at once. :class:`~pyro_adaann.AdaAnnSVI` takes such models.
 
-    The parameter store is left as it is. Ctrl-C ends the fit after the present step, and returns what there is.
+    The parameter store is left as it is. Ctrl-C ends the fit after the present step, and returns what there
+    is.
 
     Example::
 
@@ -180,7 +182,7 @@ def _result(
     return FitResult(
         draws=draws,
         diagnosis=diagnosis,
-        remarks=tuple([*remarks, *summary_findings(attempts)]),
+        remarks=(*remarks, *summary_findings(attempts)),
         fits=tuple(_summarize(attempt, attempt in chosen) for attempt in attempts),
         seconds=clock.passed,
         guides=tuple(guides),

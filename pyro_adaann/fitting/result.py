@@ -123,7 +123,7 @@ class FitResult:
 
     @torch.no_grad()
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return the log density of the mixture of the guides at values of all latent sites, ``(num_draws,)``.
+        """Return the log density of the mixture of the guides at values of all sites, ``(num_draws,)``.
 
         It is close to the log posterior density where the verdict is good.
 
@@ -209,7 +209,9 @@ class FitResult:
         rows = [("", own)]
         share = percent(self.draws.ess / len(self.draws.log_weights))
         num = len(self.draws.log_weights)
-        rows.append(("", f"{num} weighted draws, {self.draws.ess:.0f} effective ({share}), k-hat {d.k_hat:.2f}"))
+        rows.append(
+            ("", f"{num} weighted draws, {self.draws.ess:.0f} effective ({share}), k-hat {d.k_hat:.2f}")
+        )
         return rows
 
     def __repr__(self) -> str:

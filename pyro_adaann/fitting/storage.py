@@ -55,8 +55,8 @@ def read_result(
     state = read_checkpoint(path)
     if state.get("kind") != _KIND:
         raise ValueError(
-            f"Expected a file of FitResult.save; got {os.fspath(path)!r}, the checkpoint of a fit. Read it with "
-            f"load_checkpoint of an AdaAnnSVI."
+            f"Expected a file of FitResult.save; got {os.fspath(path)!r}, the checkpoint of a fit. Read it "
+            f"with load_checkpoint of an AdaAnnSVI."
         )
     fields = {
         "draws": WeightedDraws(**state["draws"]),
@@ -81,7 +81,7 @@ def _guide(
         guide.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(
-            f"Expected the result of this model with these arguments; got {os.fspath(path)!r} of another one, "
+            f"Expected the result of this model with these arguments; got {os.fspath(path)!r} of another, "
             f"with {len(state['_base_loc'])} free numbers where this has {guide.latent_dim}. Give the model "
             f"that was fitted."
         ) from error

@@ -64,7 +64,9 @@ def site_rows(draws: WeightedDraws) -> list[tuple[str, ...]]:
                 num_left += 1
                 continue
             label = name + (f"[{', '.join(map(str, index))}]" if index else "")
-            column = values[(slice(None), *index)]
+            column = values
+            for i in index:
+                column = column[:, i]
             mean, sd = weighted_mean_and_sd(column, draws.log_weights)
             low, high = _quantiles(column, draws.log_weights)
             rows.append((label, *(f"{number:.4g}" for number in (mean, sd, low, high))))

@@ -107,13 +107,7 @@ class AutoFlow(AutoContinuous):
                 self.prototype_trace.remove_node(name)
 
         init_loc = self._init_loc()
-        base_args = self._base_args
-        if any(isinstance(arg, str) for arg in base_args):
-            prior = prior_base(self.model, self.prototype_trace, args, kwargs)
-            base_args = tuple(
-                own if isinstance(arg, str) else arg for arg, own in zip(base_args, prior, strict=True)
-            )
-        loc, scale = (self._base_tensor(arg, init_loc) for arg in base_args)
+        loc, scale = (self._base_tensor(arg, init_loc) for arg in self._resolve_base(args, kwargs))
         if not (scale > 0).all():
             raise ValueError(f"Expected `base_scale` > 0; got {self._base_args[1]}.")
         self.register_buffer("_base_loc", loc)
@@ -121,6 +115,13 @@ class AutoFlow(AutoContinuous):
         # On the model's device from the start, whatever torch's default is.
         with init_loc.device:
             self.transform = self._with_affine(self._make_transform(self.latent_dim)).to(init_loc)
+
+    def _resolve_base(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float | Tensor | None]:
+        """Return location and scale as they were given, that of the prior where that was asked for."""
+        if not any(isinstance(arg, str) for arg in self._base_args):
+            return [arg for arg in self._base_args if not isinstance(arg, str)]
+        prior = prior_base(self.model, self.prototype_trace, args, kwargs)
+        return [own if isinstance(arg, str) else arg for arg, own in zip(self._base_args, prior, strict=True)]
 
     def _with_affine(self, flow: FlowTransform) -> FlowTransform:
         kind = self.affine
