@@ -61,7 +61,7 @@ def correlation() -> FitTarget:
     def model(x: Tensor) -> None:
         factor = pyro.sample("factor", dist.LKJCholesky(2, torch.tensor(2.0)))
         with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), scale_tril=factor.unsqueeze(-3)), obs=x)
+            pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), scale_tril=factor), obs=x)
 
     def log_density(z: Tensor) -> Tensor:
         rho = z.tanh()

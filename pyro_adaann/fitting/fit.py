@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from pyro_adaann.checks import check_count
 from pyro_adaann.diagnostics.rules import Level
 from pyro_adaann.fitting.attempts import Attempt, Clock, End, Plan, attempt
-from pyro_adaann.fitting.combine import choose, judge, summary_findings
+from pyro_adaann.fitting.combine import choose, finds_more, is_settled, judge, summary_findings
 from pyro_adaann.fitting.mixture import weigh_guides
 from pyro_adaann.fitting.models import check_model
 from pyro_adaann.fitting.progress import FitProgress
@@ -23,6 +24,12 @@ __all__ = ["fit"]
 _NUM_PARTICLES, _MORE_PARTICLES = 500, 1000
 #: How often a base is widened, and by what at least and at most.
 _MAX_WIDENINGS, _MIN_WIDENING, _MAX_WIDENING = 3, 1.5, 4.0
+#: By what where nothing says how much.
+_WIDENING = 2.0
+#: Where less than this share of the draws counts, another seed comes before a wider base.
+_MIN_ESS_SHARE = 0.01
+#: Fits in all.
+_MAX_FITS = 6
 #: Draws of every fit behind draws, verdict and evidence, and how many are weighed at a time.
 _NUM_SAMPLES, _BATCH_SIZE = 10_000, 1000
 
@@ -116,23 +123,13 @@ class _Fitter:
     def run(self, seed: int | None, num_fits: int | None) -> list[Attempt]:
         """Return all attempts, the first one first."""
         attempts = [self._attempt(Plan(seed, {}, _NUM_PARTICLES), "fit 1")]
-        num_widenings, num_seeds = 0, 1
         while self._goes_on(attempts):
-            last = attempts[-1]
-            widths = _widths(last)
-            if widths is not None and num_widenings < _MAX_WIDENINGS:
-                num_widenings += 1
-                plan = Plan(_next(seed, attempts), widths, last.plan.num_particles)
-                name = f"fit {num_seeds}, wider base"
-            elif num_seeds < (num_fits or (1 if _is_good(attempts) else 2)):
-                num_seeds += 1
-                is_usable = last.diagnosis.level <= Level.USABLE_WITH_WEIGHTS
-                num_particles = _NUM_PARTICLES if is_usable else _MORE_PARTICLES
-                plan = Plan(_next(seed, attempts), last.plan.widths, num_particles)
-                name = f"fit {num_seeds}"
-            else:
+            plan = _next_plan(attempts, seed, num_fits)
+            if plan is None:
                 break
+            is_wider = plan.widths != attempts[-1].plan.widths
             try:
+                name = f"fit {len(attempts) + 1}{', wider base' if is_wider else ''}"
                 attempts.append(self._attempt(plan, name))
             except ValueError as error:
                 warnings.warn(f"One more fit has failed, and is left out ({error}).", stacklevel=3)
@@ -148,22 +145,41 @@ class _Fitter:
         return attempt(*self._call, plan, self._nesting, _NUM_SAMPLES, self._watch, name)
 
 
-def _is_good(attempts: list[Attempt]) -> bool:
-    return attempts[-1].diagnosis.level == Level.GOOD
-
-
-def _next(seed: int | None, attempts: list[Attempt]) -> int | None:
-    return None if seed is None else seed + len(attempts)
-
-
-def _widths(last: Attempt) -> dict[str, float] | None:
-    """Return how wide the base is to be where posterior is out of reach; None where nothing is."""
-    reach = last.diagnosis.reach
-    if reach is None or not reach.is_short:
+def _next_plan(attempts: list[Attempt], seed: int | None, num_fits: int | None) -> Plan | None:
+    """Return how to go on: from a wider base, from another seed, or, where none is needed, not at all."""
+    last = attempts[-1]
+    next_seed = None if seed is None else seed + len(attempts)
+    bases = [attempt.plan.widths for attempt in attempts]
+    num_widenings = sum(a != b for a, b in pairwise(bases))
+    widths = _widths(attempts)
+    if widths is not None and num_widenings < _MAX_WIDENINGS and len(attempts) < _MAX_FITS:
+        return Plan(next_seed, widths, last.plan.num_particles)
+    if num_fits is not None:
+        is_enough = bases.count(last.plan.widths) >= num_fits
+    else:
+        is_good = last.diagnosis.level == Level.GOOD and len(attempts) == 1
+        is_enough = is_good or is_settled(attempts) or len(attempts) >= _MAX_FITS
+    if is_enough:
         return None
-    factor = min(max(1.25 * reach.factor, _MIN_WIDENING), _MAX_WIDENING)
-    names = reach.sites or tuple(last.svi.guide._unconstrained_shapes)
-    before = last.plan.widths
+    is_usable = last.diagnosis.level <= Level.USABLE_WITH_WEIGHTS
+    return Plan(next_seed, last.plan.widths, _NUM_PARTICLES if is_usable else _MORE_PARTICLES)
+
+
+def _widths(attempts: list[Attempt]) -> dict[str, float] | None:
+    """Return how wide the base is to be where posterior is, or may be, out of reach; None where it is not."""
+    last = attempts[-1]
+    diagnosis, before = last.diagnosis, last.plan.widths
+    reach = diagnosis.reach
+    names = tuple(last.svi.guide._unconstrained_shapes)
+    if reach is not None and reach.is_short:
+        names = reach.sites or names
+        factor = min(max(1.25 * reach.factor, _MIN_WIDENING), _MAX_WIDENING)
+    elif reach is not None and not reach.is_known and diagnosis.ess > _MIN_ESS_SHARE * diagnosis.num_samples:
+        factor = _WIDENING  # wider draws see something, and cannot tell how much
+    elif len(attempts) > 1 and attempts[-2].plan.widths != before and finds_more(last, attempts[-2]):
+        factor = _WIDENING  # what the last widening has brought may not be all
+    else:
+        return None
     return before | {name: factor * before.get(name, 1.0) for name in names}
 
 

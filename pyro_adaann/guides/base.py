@@ -71,6 +71,8 @@ class AutoFlow(AutoContinuous):
                 raise ValueError(f'Expected `{name}` to be a number, a tensor or "prior"; got {arg!r}.')
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._base_args = (base_loc, base_scale)
+        # `self.model` starts at the values of `init_loc_fn`, which are no draws of the prior.
+        self._own_model = (model,)
         self.affine = affine
 
     @abstractmethod
@@ -120,7 +122,7 @@ class AutoFlow(AutoContinuous):
         """Return location and scale as they were given, that of the prior where that was asked for."""
         if not any(isinstance(arg, str) for arg in self._base_args):
             return [arg for arg in self._base_args if not isinstance(arg, str)]
-        prior = prior_base(self.model, self.prototype_trace, args, kwargs)
+        prior = prior_base(self._own_model[0], self.prototype_trace, args, kwargs)
         return [own if isinstance(arg, str) else arg for arg, own in zip(self._base_args, prior, strict=True)]
 
     def _with_affine(self, flow: FlowTransform) -> FlowTransform:
@@ -250,12 +252,12 @@ class AutoFlow(AutoContinuous):
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's version empties the guide that is being copied, not the copy.
         state = self.__dict__.copy()
-        state.update(_model=None, master=None)
+        state.update(_model=None, _own_model=None, master=None)
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         state = copy.deepcopy(self.__getstate__(), memo)
-        new.__setstate__({**state, "_model": self._model})
+        new.__setstate__({**state, "_model": self._model, "_own_model": self._own_model})
         return new
