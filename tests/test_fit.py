@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fit_targets
 import fit_targets_more
@@ -20,8 +21,12 @@ from fit_targets import FitTarget
 from torch import Tensor
 
 import pyro_adaann
-from pyro_adaann import AutoPlanar, AutoSpline, FitResult, diagnose, fit, natural_svi
+from pyro_adaann import AutoPlanar, AutoSpline, Diagnosis, FitResult, diagnose, fit, natural_svi
+from pyro_adaann.diagnostics.reach import Reach
 from pyro_adaann.diagnostics.rules import Level
+from pyro_adaann.fitting.attempts import Attempt, End, Plan
+from pyro_adaann.fitting.combine import choose, judge
+from pyro_adaann.fitting.fit import next_plan
 
 # --- right, or says no ---------------------------------------------------------------------------------
 
@@ -279,6 +284,67 @@ def test_one_can_go_on():
     num_steps = result.svi.history.num_steps
     result.svi.step(DATA)
     assert result.svi.history.num_steps == num_steps + 1
+
+
+# --- how it goes on ------------------------------------------------------------------------------------
+
+
+class StubSVI:
+    """A driver whose guide has one site."""
+
+    def __init__(self) -> None:
+        self.guide = SimpleNamespace(_unconstrained_shapes={"z": torch.Size([])})
+
+
+def made(log_evidence=0.0, *, ess=9000.0, k_hat=0.3, width=None, share=0.0, reach_ess=9000.0) -> Attempt:
+    """An attempt whose diagnosis has these numbers."""
+    reach = Reach(share, 0.1 * share, ("z",) if share else (), 1.6, log_evidence, 0.001, reach_ess, 0.3)
+    diagnosis = Diagnosis(10_000, 0, k_hat, ess, log_evidence, 0.001, log_evidence - 0.01, 0.001, reach=reach)
+    widths = {} if width is None else {"z": width}
+    return Attempt(Plan(0, widths, 500), StubSVI(), diagnosis, End.DONE, 1.0)
+
+
+def test_a_good_fit_is_the_last_one_unless_more_are_asked_for():
+    assert next_plan([made()], 0, None) is None
+    assert next_plan([made()], 0, 2) == Plan(1, {}, 500)
+    assert next_plan([made(), made()], 0, 2) is None
+
+
+def test_a_base_is_widened_where_posterior_is_or_may_be_out_of_reach():
+    assert next_plan([made(share=0.1)], 0, None) == Plan(1, {"z": 2.0}, 500)  # 1.25 * 1.6
+    assert next_plan([made(reach_ess=2.0)], None, None) == Plan(None, {"z": 2.0}, 500)
+    # Once more where the first widening has found something, and not without end.
+    rising = [made(-0.3, share=0.1), made(-0.1, width=2.0)]
+    assert next_plan(rising, 0, None) == Plan(2, {"z": 4.0}, 500)
+    widest = [made(-0.4 + 0.1 * i, width=2.0**i, share=0.1) for i in range(4)]
+    assert next_plan(widest, 0, None).widths == {"z": 8.0}
+
+
+def test_a_second_seed_follows_where_the_first_is_not_good():
+    assert next_plan([made(k_hat=0.9, ess=3000.0)], 0, None) == Plan(1, {}, 1000)
+    agreeing = [made(k_hat=0.6, ess=3000.0), made(k_hat=0.6, ess=3000.0)]
+    assert next_plan(agreeing, 0, None) is None
+    # A third one where the second finds more, until two agree, six in all.
+    assert next_plan([made(-0.7), made(0.0)], 0, None) == Plan(2, {}, 500)
+    assert next_plan([made(-0.1 * i) for i in range(6)], 0, None) is None
+
+
+def test_fits_that_do_not_agree_are_an_alarm_until_two_hold_everything():
+    torch.manual_seed(0)
+    log_weights = 0.05 * torch.randn(20_000, dtype=torch.float64)
+    level = max(remark.level for remark in judge([made(-0.7), made(0.0)], log_weights)[1])
+    assert level == Level.UNRELIABLE
+    remarks = judge([made(-0.7), made(0.0), made(0.0)], log_weights)[1]
+    assert [remark.level for remark in remarks] == [Level.USABLE_WITH_WEIGHTS]
+    diagnosis, remarks = judge([made(), made()], log_weights)
+    assert (diagnosis.level, remarks) == (Level.GOOD, [])
+    assert judge([made(reach_ess=2.0)], log_weights)[1][0].level == Level.UNRELIABLE
+
+
+def test_a_guide_that_is_elsewhere_is_left_out():
+    good, elsewhere, more = made(), made(ess=20.0, k_hat=1.5), made(0.5, ess=20.0)
+    assert choose([good, elsewhere]) == [good]
+    assert choose([good, more]) == [good, more]
 
 
 # --- an early end --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pyro_adaann.fitting.result import FitResult, FitSummary
 from pyro_adaann.state.interrupt import InterruptGuard
 from pyro_adaann.state.random_states import get_random_states, set_random_states
 
-__all__ = ["fit"]
+__all__ = ["fit", "next_plan"]
 
 #: Draws of a natural step, at first and where the first fit was not reliable.
 _NUM_PARTICLES, _MORE_PARTICLES = 500, 1000
@@ -124,7 +124,7 @@ class _Fitter:
         """Return all attempts, the first one first."""
         attempts = [self._attempt(Plan(seed, {}, _NUM_PARTICLES), "fit 1")]
         while self._goes_on(attempts):
-            plan = _next_plan(attempts, seed, num_fits)
+            plan = next_plan(attempts, seed, num_fits)
             if plan is None:
                 break
             is_wider = plan.widths != attempts[-1].plan.widths
@@ -145,7 +145,7 @@ class _Fitter:
         return attempt(*self._call, plan, self._nesting, _NUM_SAMPLES, self._watch, name)
 
 
-def _next_plan(attempts: list[Attempt], seed: int | None, num_fits: int | None) -> Plan | None:
+def next_plan(attempts: list[Attempt], seed: int | None, num_fits: int | None) -> Plan | None:
     """Return how to go on: from a wider base, from another seed, or, where none is needed, not at all."""
     last = attempts[-1]
     next_seed = None if seed is None else seed + len(attempts)
