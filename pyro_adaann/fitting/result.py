@@ -174,7 +174,15 @@ class FitResult:
 
         :raises OSError: if the disk refuses; what was at ``path`` is still there.
         """
-        write_result(path, self)
+        write_result(
+            path,
+            draws=self.draws,
+            diagnosis=self.diagnosis,
+            remarks=self.remarks,
+            fits=self.fits,
+            seconds=self.seconds,
+            guides=self.guides,
+        )
 
     @classmethod
     def load(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from pyro_adaann.diagnostics.importance import WeightedDraws
 from pyro_adaann.diagnostics.lost_parts import LadderReport, LostPart
@@ -19,25 +19,31 @@ from pyro_adaann.guides.spline import AutoSpline
 from pyro_adaann.state.checkpoint import read_checkpoint, write_checkpoint
 from pyro_adaann.state.rungs import Rung
 
-if TYPE_CHECKING:
-    from pyro_adaann.fitting.result import FitResult
-
 __all__ = ["read_result", "write_result"]
 
 #: Tells a result from the checkpoint of a fit.
 _KIND = "FitResult"
 
 
-def write_result(path: str | os.PathLike[str], result: FitResult) -> None:
-    """Write a result, whole or not at all."""
+def write_result(
+    path: str | os.PathLike[str],
+    *,
+    draws: WeightedDraws,
+    diagnosis: Diagnosis,
+    remarks: Sequence[Finding],
+    fits: Sequence[FitSummary],
+    seconds: float,
+    guides: Sequence[AutoFlow],
+) -> None:
+    """Write the fields of a result, whole or not at all."""
     state = {
         "kind": _KIND,
-        "draws": _fields(result.draws),
-        "diagnosis": _diagnosis_state(result.diagnosis),
-        "remarks": [[int(remark.level), remark.sentence] for remark in result.remarks],
-        "fits": [dataclasses.asdict(fit) for fit in result.fits],
-        "seconds": result.seconds,
-        "guides": [guide.state_dict() for guide in result.guides],
+        "draws": _fields(draws),
+        "diagnosis": _diagnosis_state(diagnosis),
+        "remarks": [[int(remark.level), remark.sentence] for remark in remarks],
+        "fits": [dataclasses.asdict(fit) for fit in fits],
+        "seconds": seconds,
+        "guides": [guide.state_dict() for guide in guides],
     }
     write_checkpoint(path, state)
 
