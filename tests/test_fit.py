@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import signal
@@ -21,9 +22,18 @@ from fit_targets import FitTarget
 from torch import Tensor
 
 import pyro_adaann
-from pyro_adaann import AutoPlanar, AutoSpline, Diagnosis, FitResult, diagnose, fit, natural_svi
+from pyro_adaann import (
+    AutoPlanar,
+    AutoSpline,
+    Diagnosis,
+    FitResult,
+    WeightedDraws,
+    diagnose,
+    fit,
+    natural_svi,
+)
 from pyro_adaann.diagnostics.reach import Reach
-from pyro_adaann.diagnostics.rules import Level
+from pyro_adaann.diagnostics.rules import Finding, Level
 from pyro_adaann.fitting.attempts import Attempt, End, Plan
 from pyro_adaann.fitting.combine import choose, judge
 from pyro_adaann.fitting.fit import next_plan
@@ -339,6 +349,18 @@ def test_fits_that_do_not_agree_are_an_alarm_until_two_hold_everything():
     diagnosis, remarks = judge([made(), made()], log_weights)
     assert (diagnosis.level, remarks) == (Level.GOOD, [])
     assert judge([made(reach_ess=2.0)], log_weights)[1][0].level == Level.UNRELIABLE
+
+
+def test_nothing_is_called_reliable_beside_an_alarm():
+    zero = torch.zeros(2)
+    draws = WeightedDraws({"z": torch.tensor([1.0, 5.0])}, zero, zero, zero, k_hat=0.1)
+    usable = made(ess=5000.0).diagnosis
+    usable = dataclasses.replace(usable, elbo=-1.0)
+    alarm = Finding(Level.UNRELIABLE, "No two fits agree.")
+    for diagnosis in (made().diagnosis, usable):
+        result = FitResult(draws, diagnosis, (alarm,), (), 1.0)
+        assert result.verdict == "UNRELIABLE. No two fits agree."
+    assert FitResult(draws, usable, (), (), 1.0).asks_for_weights
 
 
 def test_a_guide_that_is_elsewhere_is_left_out():

@@ -90,10 +90,11 @@ class FitResult:
     def verdict(self) -> str:
         """The verdict, a few sentences, the worst first."""
         found = findings(self.diagnosis)
-        if self.level > Level.GOOD:
-            found = [finding for finding in found if finding.level > Level.GOOD or len(found) == 1]
-            if self.level > self.diagnosis.level == Level.GOOD:
-                found = []
+        # Beside an alarm nothing is said of what draws or weights are good for.
+        if self.level > max(self.diagnosis.level, Level.USABLE_WITH_WEIGHTS):
+            found = [finding for finding in found if finding.level > Level.USABLE_WITH_WEIGHTS]
+        elif self.level > self.diagnosis.level:
+            found = [finding for finding in found if finding.level > Level.GOOD]
         ordered = sorted([*self.remarks, *found], key=lambda finding: -finding.level)
         return f"{self.level.headline}. {' '.join(finding.sentence for finding in ordered)}"
 
