@@ -47,17 +47,17 @@ def fit(
 
     The guide is an :class:`~pyro_adaann.AutoSpline` whose base has location and scale of prior draws; it is
     annealed by natural steps (:func:`~pyro_adaann.natural_svi`) and diagnosed
-    (:func:`~pyro_adaann.diagnose`). Where posterior is out of reach of its base, the base is widened, up to
-    three times. Where the verdict is then not GOOD, a second fit from another seed is made. The draws are
-    those of all fits that count, weighted against the mixture of their guides. What remains is said in the
-    verdict.
+    (:func:`~pyro_adaann.diagnose`). Where posterior is or may be out of reach of its base, the base is
+    widened, up to three times. Where the first fit is not GOOD, more are made from other seeds until two
+    usable ones agree on the evidence, six fits at most. The draws are those of all fits that count, weighted
+    against the mixture of their guides. What remains is said in the verdict.
 
     :param model: a Pyro model that runs for many draws at once, under an outermost plate.
     :param args: its arguments, with ``kwargs``.
     :param seed: of all random generators; they are as before afterwards. Without one they go on.
     :param budget: seconds for the steps. At the end of them the fit stops where it is and is diagnosed, which
         takes some seconds more.
-    :param num_fits: how many fits from different seeds; by default one, and two where one is not GOOD.
+    :param num_fits: how many fits from different seeds; by default one that is GOOD, or as above.
     :param progress_bar: whether to show the phase, the step and the inverse temperature.
     :return: a :class:`FitResult`; print it.
     :raises ValueError: if an argument is out of range, if the model has parameters to learn, subsamples a
