@@ -132,7 +132,10 @@ class FitResult:
         """
         _, args, kwargs = self._call("a density")
         densities = [guide.log_prob(values, *args, **kwargs) for guide in self.guides]
-        return torch.stack(densities).logsumexp(0) - math.log(len(densities))
+        # A point out of reach of a guide's inverse has no density there.
+        found = torch.stack(densities)
+        found = torch.where(found.isnan(), -torch.inf, found)
+        return found.logsumexp(0) - math.log(len(densities))
 
     def predictive(self, *args: Any, num_samples: int = 1000, **kwargs: Any) -> dict[str, Tensor]:
         """Return posterior predictive draws: new data, and what the model computes (`pyro.deterministic`).
