@@ -19,6 +19,8 @@ from pyro_adaann.diagnostics.mixture import mixture_draws
 from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.export import plots
 from pyro_adaann.export.arviz import to_arviz
+from pyro_adaann.fitting.fit import fit
+from pyro_adaann.fitting.result import FitResult, FitSummary
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.planar import AutoPlanar
 from pyro_adaann.guides.realnvp import AutoRealNVP
@@ -60,6 +62,8 @@ __all__ = [
     "CosineSchedule",
     "Diagnosis",
     "ESSStageRule",
+    "FitResult",
+    "FitSummary",
     "GuideKernel",
     "Ladder",
     "LadderReport",
@@ -81,6 +85,7 @@ __all__ = [
     "diagnose",
     "effective_sample_size",
     "find_lost_parts",
+    "fit",
     "importance_draws",
     "mixture_draws",
     "natural_svi",

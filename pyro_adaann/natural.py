@@ -9,6 +9,7 @@ from typing import Any
 from pyro_adaann.annealing.cess_schedule import CESSSchedule
 from pyro_adaann.annealing.ladder import Ladder
 from pyro_adaann.annealing.stage_rules import ESSStageRule
+from pyro_adaann.guides.spline import AutoSpline
 from pyro_adaann.steps.natural import NaturalStep
 from pyro_adaann.svi import AdaAnnSVI
 
@@ -17,7 +18,7 @@ __all__ = ["natural_svi"]
 
 def natural_svi(
     model: Callable[..., Any],
-    guide: Callable[..., Any],
+    guide: Callable[..., Any] | None = None,
     *,
     num_particles: int = 500,
     max_kl: float = 0.02,
@@ -36,7 +37,8 @@ def natural_svi(
     the modes.
 
     :param model: a Pyro model that vectorizes, has no parameters of its own and does not subsample.
-    :param guide: a guide of this package; for another one pass ``path="joint"``.
+    :param guide: a guide of this package, by default an :class:`~pyro_adaann.AutoSpline` whose base comes
+        from draws of the prior, ``svi.guide``. For a guide of another package pass ``path="joint"``.
     :param num_particles: draws of a step. A step evaluates the model on two or more such batches.
     :param max_kl: bound on the divergence of one step, in nats.
     :param damping: damping of the first step.
@@ -48,16 +50,14 @@ def natural_svi(
     Example::
 
         >>> import torch, pyro, pyro.distributions as dist
-        >>> from pyro_adaann import AutoPlanar
         >>> def model():
         ...     z = pyro.sample("z", dist.Normal(0.0, 3.0))
         ...     pyro.sample("x", dist.Normal(z**2, 0.5), obs=torch.tensor(4.0))
         >>> pyro.clear_param_store()  # a new fit
         >>> pyro.set_rng_seed(0)
-        >>> guide = AutoPlanar(model, num_transforms=20, base_scale=3.0)
-        >>> svi = natural_svi(model, guide)
+        >>> svi = natural_svi(model)
         >>> history = svi.run(progress_bar=False)
-        >>> draws = guide.sample_posterior(1000)["z"]
+        >>> draws = svi.guide.sample_posterior(1000)["z"]
         >>> 0.4 < float((draws > 0).float().mean()) < 0.6  # both modes, of weight 1/2 each
         True
     """
@@ -70,5 +70,7 @@ def natural_svi(
         "num_steps_per_stage": 1,
         **kwargs,
     }
+    if guide is None:
+        guide = AutoSpline(model, base_loc="prior", base_scale="prior")
     step = NaturalStep(num_particles, max_kl, damping, max_plate_nesting)
     return AdaAnnSVI(model, guide, step, num_final_steps=num_final_steps, **settings)

@@ -25,7 +25,7 @@ LAYERS = [
     {"runs", "svi", "natural"},
     {"diagnostics"},
     {"sampling"},
-    {"export"},
+    {"export", "fitting"},
     {"testing"},
 ]
 #: Heavy libraries that only functions may import.

@@ -23,7 +23,7 @@ from pyro_adaann.objectives.tempered_elbo import TemperedTrace_ELBO
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.weights import effective_sample_size, log_mean_error, log_mean_weight, pareto_smooth
 
-__all__ = ["Diagnosis", "assess", "diagnose", "get_inverse_temperature"]
+__all__ = ["Diagnosis", "assess", "diagnose", "get_inverse_temperature", "statistics"]
 
 #: Draws for the mean log factor at t = 1, which is one of many nodes.
 _NUM_FINAL_DRAWS = 1000
@@ -93,7 +93,7 @@ def assess(
     model, guide = get_model_and_guide(svi)
     num_samples = len(log_weights)
     return Diagnosis(
-        **_statistics(log_weights),
+        **statistics(log_weights),
         inverse_temperature=get_inverse_temperature(svi),
         is_done=svi.is_done if isinstance(svi, AdaAnnSVI) else None,
         reach=measure_reach(model, guide, args, kwargs, num_samples, batch_size, vectorize),
@@ -119,7 +119,8 @@ def _check_counts(num_samples: int, batch_size: int) -> None:
         raise ValueError(f"Expected `batch_size` >= 1; got {batch_size}.")
 
 
-def _statistics(log_weights: Tensor) -> dict[str, Any]:
+def statistics(log_weights: Tensor) -> dict[str, Any]:
+    """Return what log weights alone say of the draws, as the first arguments of a `Diagnosis`."""
     smoothed, k_hat = pareto_smooth(log_weights)
     num_samples = log_weights.numel()
     ess = effective_sample_size(smoothed)

@@ -41,7 +41,7 @@ from pyro_adaann.objectives.traces import (
 )
 from pyro_adaann.weights import finite_or_no_weight
 
-__all__ = ["DrawBatch", "GuideDraws"]
+__all__ = ["DrawBatch", "DrawObserved", "GuideDraws"]
 
 #: Tolerated difference of a log density between a batch and a single run, absolute and relative: adaptive
 #: solvers round differently in a batch; a model that sums over its particles is off by their number.
@@ -271,14 +271,14 @@ class GuideDraws:
             yield self._run_model(self.model, num), num
 
     def _run_model(self, model: Callable[..., Any], num_samples: int) -> Trace:
-        model = _DrawObserved()(model)
+        model = DrawObserved()(model)
         if self._vectorize:
             model = with_num_particles(self._loss, num_samples)._vectorized_num_particles(model)
         trace = poutine.trace(model)
         return self._run_batch(lambda: trace.get_trace(*self._args, **self._kwargs))
 
 
-class _DrawObserved(UnconditionMessenger):
+class DrawObserved(UnconditionMessenger):
     """Draw observed sites, and leave deterministic ones, which Pyro takes for observed, as they are."""
 
     def _pyro_sample(self, msg: Any) -> None:

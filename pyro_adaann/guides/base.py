@@ -15,6 +15,7 @@ from torch.distributions import biject_to
 from torch.quasirandom import SobolEngine
 
 from pyro_adaann.checks import check_count
+from pyro_adaann.guides.prior import prior_base
 from pyro_adaann.transforms.affine import AffineLayer
 from pyro_adaann.transforms.base import FlowTransform
 from pyro_adaann.transforms.compose import ComposedFlow
@@ -39,10 +40,10 @@ class AutoFlow(AutoContinuous):
 
     :param model: a Pyro model whose latent variables are continuous.
     :param init_loc_fn: Pyro's per-site initialization, the base location unless ``base_loc`` is given.
-    :param base_loc: location m of the base in unconstrained coordinates, a number or a tensor of
-        shape ``(latent_dim,)``.
-    :param base_scale: scale s > 0 of the base, likewise. Annealing wants a base that covers the
-        region where the posterior may have its modes.
+    :param base_loc: location m of the base in unconstrained coordinates, a number, a tensor of
+        shape ``(latent_dim,)``, or ``"prior"``: the median of prior draws of every coordinate.
+    :param base_scale: scale s > 0 of the base, likewise; ``"prior"`` is half the range of the middle 68 % of
+        prior draws. Annealing wants a base that covers the region where the posterior may have its modes.
     :param affine: ``"triangular"`` for an affine layer with correlations, ``"diagonal"`` for one without,
         None for none; by default triangular up to 64 latents.
     :raises ValueError: at set-up, if the base does not fit the latent dimension or s <= 0.
@@ -57,16 +58,21 @@ class AutoFlow(AutoContinuous):
         model: Callable[..., Any],
         *,
         init_loc_fn: Callable[..., Any] = init_to_median,
-        base_loc: float | Tensor | None = None,
-        base_scale: float | Tensor = 1.0,
+        base_loc: float | Tensor | Literal["prior"] | None = None,
+        base_scale: float | Tensor | Literal["prior"] = 1.0,
         affine: Literal["auto", "triangular", "diagonal"] | None = "auto",
     ) -> None:
         if affine not in ("auto", "triangular", "diagonal", None):
             raise ValueError(
                 f'Expected `affine` to be "auto", "triangular", "diagonal" or None; got {affine!r}.'
             )
+        for name, arg in (("base_loc", base_loc), ("base_scale", base_scale)):
+            if isinstance(arg, str) and arg != "prior":
+                raise ValueError(f'Expected `{name}` to be a number, a tensor or "prior"; got {arg!r}.')
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._base_args = (base_loc, base_scale)
+        # `self.model` starts at the values of `init_loc_fn`, which are no draws of the prior.
+        self._own_model = (model,)
         self.affine = affine
 
     @abstractmethod
@@ -103,7 +109,7 @@ class AutoFlow(AutoContinuous):
                 self.prototype_trace.remove_node(name)
 
         init_loc = self._init_loc()
-        loc, scale = (self._base_tensor(arg, init_loc) for arg in self._base_args)
+        loc, scale = (self._base_tensor(arg, init_loc) for arg in self._resolve_base(args, kwargs))
         if not (scale > 0).all():
             raise ValueError(f"Expected `base_scale` > 0; got {self._base_args[1]}.")
         self.register_buffer("_base_loc", loc)
@@ -111,6 +117,13 @@ class AutoFlow(AutoContinuous):
         # On the model's device from the start, whatever torch's default is.
         with init_loc.device:
             self.transform = self._with_affine(self._make_transform(self.latent_dim)).to(init_loc)
+
+    def _resolve_base(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float | Tensor | None]:
+        """Return location and scale as they were given, that of the prior where that was asked for."""
+        if not any(isinstance(arg, str) for arg in self._base_args):
+            return [arg for arg in self._base_args if not isinstance(arg, str)]
+        prior = prior_base(self._own_model[0], self.prototype_trace, args, kwargs)
+        return [own if isinstance(arg, str) else arg for arg, own in zip(self._base_args, prior, strict=True)]
 
     def _with_affine(self, flow: FlowTransform) -> FlowTransform:
         kind = self.affine
@@ -239,12 +252,12 @@ class AutoFlow(AutoContinuous):
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's version empties the guide that is being copied, not the copy.
         state = self.__dict__.copy()
-        state.update(_model=None, master=None)
+        state.update(_model=None, _own_model=None, master=None)
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         state = copy.deepcopy(self.__getstate__(), memo)
-        new.__setstate__({**state, "_model": self._model})
+        new.__setstate__({**state, "_model": self._model, "_own_model": self._own_model})
         return new

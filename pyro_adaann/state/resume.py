@@ -54,6 +54,11 @@ def restore_fit(
     :raises ValueError: if it is the state of another model, guide or other settings. The fit is then
         unchanged.
     """
+    if "settings" not in state:
+        raise ValueError(
+            "Expected the checkpoint of a fit; got another file of pyro_adaann, such as that of a FitResult. "
+            "Read it with FitResult.load."
+        )
     _check_settings(settings, state["settings"])
     random, parameters = get_random_states(), fit.parameters
     try:

@@ -1,0 +1,132 @@
+"""`fit` with no setting on models with known answers: are moments right, or does the verdict say no?
+
+One line a model, kept in a file, so that a run goes on where it ended::
+
+    python benchmarks/fit_models.py                       # all that the file does not have yet
+    python benchmarks/fit_models.py collinear rosenbrock  # these, again
+    python benchmarks/fit_models.py --table               # the table of the file
+
+Errors of means are in exact standard deviations, those of standard deviations relative, each the largest
+of all numbers of a model; both of weighted draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import fit_targets
+import fit_targets_more
+import torch
+from fit_targets import FitTarget
+
+from pyro_adaann import FitResult, fit
+
+#: What counts as right.
+MAX_MEAN_ERROR, MAX_SD_ERROR, MAX_SHARE_ERROR = 0.1, 0.1, 0.05
+#: From the cheapest to the dearest.
+NAMES = {
+    fit_targets: """far_normal square_root half_cauchy beta_binomial gamma_poisson dirichlet regression
+        collinear ill_scaled line rosenbrock small_funnel student funnel wide_regression""",
+    fit_targets_more: """flat frequency decay separation correlation mixture gaussian_process hidden_markov
+        two_modes wells eight_schools many_rows""",
+}
+TARGETS = {name: getattr(module, name) for module, names in NAMES.items() for name in names.split()}
+
+
+def errors(target: FitTarget, result: FitResult) -> dict[str, float | None]:
+    """Return the largest errors of means, sds and shares, and that of the log evidence."""
+    mean_error = sd_error = share_error = 0.0
+    for name, (mean, sd) in target.moments.items():
+        off = (result.mean(name) - mean).abs() / sd
+        ratio = (result.sd(name) / sd - 1).abs()
+        mean_error = max(mean_error, float(off[~off.isnan()].max()))
+        sd_error = max(sd_error, float(ratio[~ratio.isnan()].max()))
+    weights = result.draws.log_weights.softmax(0)
+    for name, share in target.shares.items():
+        seen = float((weights * target.events[name](result.draws.samples)).sum())
+        share_error = max(share_error, abs(seen - share))
+    known = target.log_evidence
+    evidence = None if known is None else result.log_evidence - known
+    return {"mean": mean_error, "sd": sd_error, "share": share_error, "evidence": evidence}
+
+
+def is_right(found: dict[str, Any]) -> bool:
+    """Whether moments and shares are close enough."""
+    return bool(
+        found["mean"] <= MAX_MEAN_ERROR and found["sd"] <= MAX_SD_ERROR and found["share"] <= MAX_SHARE_ERROR
+    )
+
+
+def run(name: str, seed: int) -> dict[str, Any]:
+    """Fit one model and return what is found."""
+    target = TARGETS[name]()
+    start = time.perf_counter()
+    result = fit(target.model, *target.args, seed=seed, progress_bar=False)
+    return {
+        "name": name,
+        "seed": seed,
+        "dim": result.guides[0].latent_dim,
+        **errors(target, result),
+        "verdict": result.level.headline,
+        "ess": result.draws.ess / len(result.draws.log_weights),
+        "k_hat": result.draws.k_hat,
+        "fits": len(result.fits),
+        "seconds": time.perf_counter() - start,
+        "text": result.verdict,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as a table in Markdown."""
+    lines = [
+        "| model | latents | mean, sds | sd, % | share | log evidence | verdict | ESS | fits | seconds | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        evidence = "" if row["evidence"] is None else f"{row['evidence']:+.3f}"
+        mark = (
+            "right"
+            if is_right(row)
+            else "**quietly wrong**"
+            if row["verdict"] == "GOOD"
+            else "wrong, says so"
+        )
+        if mark == "wrong, says so" and row["verdict"] == "USABLE WITH WEIGHTS":
+            mark = "**wrong, usable**"
+        lines.append(
+            f"| {row['name']} | {row['dim']} | {row['mean']:.3f} | {100 * row['sd']:.1f} | "
+            f"{row['share']:.3f} | {evidence} | {row['verdict']} | {row['ess']:.2f} | {row['fits']} | "
+            f"{row['seconds']:.0f} | {mark} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the models that are asked for, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="MODEL", help=", ".join(TARGETS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("fit_models.jsonl"))
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    args = parser.parse_args(arguments)
+    unknown = [name for name in args.names if name not in TARGETS]
+    if unknown:
+        parser.error(f"no model {', '.join(unknown)}; there are {', '.join(TARGETS)}")
+    torch.set_num_threads(1)
+    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    done = {(row["name"], row["seed"]): row for row in rows}
+    todo = args.names or [name for name in TARGETS if (name, args.seed) not in done]
+    for name in [] if args.table else todo:
+        row = done[name, args.seed] = run(name, args.seed)
+        print(table([row]).splitlines()[-1], flush=True)
+        with args.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    print(table(list(done.values())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""One attempt at a posterior: a guide from a base, annealed by natural steps, and what it is worth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_adaann.diagnostics.diagnose import diagnose
+from pyro_adaann.diagnostics.verdict import Diagnosis
+from pyro_adaann.fitting.models import check_vectorizes
+from pyro_adaann.fitting.progress import FitProgress
+from pyro_adaann.guides.base import AutoFlow
+from pyro_adaann.guides.spline import AutoSpline
+from pyro_adaann.natural import natural_svi
+from pyro_adaann.state.interrupt import InterruptGuard
+from pyro_adaann.svi import AdaAnnSVI
+
+__all__ = ["Attempt", "Clock", "End", "Plan", "attempt"]
+
+
+class End(Enum):
+    """Why an attempt has ended."""
+
+    DONE = "done"
+    INTERRUPTED = "interrupted"
+    OUT_OF_TIME = "out of time"
+
+
+class Clock:
+    """The time that is left of a budget.
+
+    :param budget: seconds in all; None for as many as it takes.
+    """
+
+    def __init__(self, budget: float | None) -> None:
+        self._start = time.monotonic()
+        self._budget = budget
+
+    @property
+    def passed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._start
+
+    def has(self, seconds: float) -> bool:
+        """Whether there are more than so many seconds left."""
+        return self._budget is None or self.passed + seconds < self._budget
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to make an attempt.
+
+    :param seed: of all random generators; None to go on as they are.
+    :param widths: how many times as wide as that of the prior the base is, by site.
+    :param num_particles: draws of a natural step.
+    """
+
+    seed: int | None
+    widths: dict[str, float]
+    num_particles: int
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A fitted guide and what is known of it.
+
+    :param plan: how it was made.
+    :param svi: its driver.
+    :param diagnosis: what its draws say.
+    :param end: why it ended.
+    :param seconds: how long it took, diagnosis included.
+    """
+
+    plan: Plan
+    svi: AdaAnnSVI
+    diagnosis: Diagnosis
+    end: End
+    seconds: float
+
+
+def attempt(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    plan: Plan,
+    nesting: int,
+    num_samples: int,
+    watch: tuple[FitProgress, Clock, InterruptGuard],
+    name: str,
+) -> Attempt:
+    """Fit a guide as planned and diagnose it, in a parameter store of its own.
+
+    :param nesting: how many plates the model nests.
+    :param num_samples: draws of the diagnosis.
+    :param watch: progress, clock and Ctrl-C.
+    :param name: what the progress calls it.
+    """
+    progress, clock, interrupt = watch
+    start = time.monotonic()
+    if plan.seed is not None:
+        pyro.set_rng_seed(plan.seed)
+    with pyro.get_param_store().scope():
+        progress.phase(f"{name}: base")
+        guide = _make_guide(model, plan.widths, args, kwargs)
+        check_vectorizes(model, guide, args, kwargs)
+        svi = natural_svi(model, guide, num_particles=plan.num_particles, max_plate_nesting=nesting)
+        progress.phase(f"{name}: annealing")
+        end = End.DONE
+        while not svi.is_done:
+            svi.step(*args, **kwargs)
+            progress.update(svi)
+            if interrupt.requested or not clock.has(0.0):
+                end = End.INTERRUPTED if interrupt.requested else End.OUT_OF_TIME
+                break
+        progress.phase(f"{name}: checking")
+        diagnosis = diagnose(svi, *args, num_samples=num_samples, **kwargs)
+    return Attempt(plan, svi, diagnosis, end, time.monotonic() - start)
+
+
+def _make_guide(
+    model: Callable[..., Any], widths: dict[str, float], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> AutoFlow:
+    """Return a guide whose base is that of the prior, wider where it says so."""
+    guide = AutoSpline(model, base_loc="prior", base_scale="prior").initialize(*args, **kwargs)
+    if not widths:
+        return guide
+    scale = guide.get_base_dist().base_dist.scale * _by_coordinate(guide, widths)
+    loc = guide.get_base_dist().base_dist.loc
+    return AutoSpline(model, base_loc=loc, base_scale=scale).initialize(*args, **kwargs)
+
+
+def _by_coordinate(guide: AutoFlow, widths: dict[str, float]) -> Tensor:
+    """Return the width of every coordinate, shape ``(latent_dim,)``."""
+    return torch.cat(
+        [
+            torch.full((shape.numel(),), widths.get(name, 1.0))
+            for name, shape in guide._unconstrained_shapes.items()
+        ]
+    ).to(guide.get_base_dist().base_dist.scale)

@@ -1,0 +1,220 @@
+"""`fit`: from a model to posterior draws with a verdict, with nothing to choose."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+from pyro_adaann.checks import check_count
+from pyro_adaann.diagnostics.rules import Level
+from pyro_adaann.fitting.attempts import Attempt, Clock, End, Plan, attempt
+from pyro_adaann.fitting.combine import choose, finds_more, is_settled, judge, summary_findings
+from pyro_adaann.fitting.mixture import weigh_guides
+from pyro_adaann.fitting.models import check_model
+from pyro_adaann.fitting.progress import FitProgress
+from pyro_adaann.fitting.result import FitResult, FitSummary
+from pyro_adaann.state.interrupt import InterruptGuard
+from pyro_adaann.state.random_states import get_random_states, set_random_states
+
+__all__ = ["fit", "next_plan"]
+
+#: Draws of a natural step, at first and where the first fit was not reliable.
+_NUM_PARTICLES, _MORE_PARTICLES = 500, 1000
+#: How often a base is widened, and by what at least and at most.
+_MAX_WIDENINGS, _MIN_WIDENING, _MAX_WIDENING = 3, 1.5, 4.0
+#: By what where nothing says how much.
+_WIDENING = 2.0
+#: Where less than this share of the draws counts, another seed comes before a wider base.
+_MIN_ESS_SHARE = 0.01
+#: Fits in all.
+_MAX_FITS = 6
+#: Draws of every fit behind draws, verdict and evidence, and how many are weighed at a time.
+_NUM_SAMPLES, _BATCH_SIZE = 10_000, 1000
+
+
+def fit(
+    model: Callable[..., Any],
+    *args: Any,
+    seed: int | None = None,
+    budget: float | None = None,
+    num_fits: int | None = None,
+    progress_bar: bool = True,
+    **kwargs: Any,
+) -> FitResult:
+    r"""Fit a model with nothing to choose; return weighted posterior draws, log evidence and a verdict.
+
+    The guide is an :class:`~pyro_adaann.AutoSpline` whose base has location and scale of prior draws; it is
+    annealed by natural steps (:func:`~pyro_adaann.natural_svi`) and diagnosed
+    (:func:`~pyro_adaann.diagnose`). Where posterior is or may be out of reach of its base, the base is
+    widened, up to three times. Where the first fit is not GOOD, more are made from other seeds until two
+    usable ones agree on the evidence, six fits at most. The draws are those of all fits that count, weighted
+    against the mixture of their guides. What remains is said in the verdict.
+
+    :param model: a Pyro model that runs for many draws at once, under an outermost plate.
+    :param args: its arguments, with ``kwargs``.
+    :param seed: of all random generators; they are as before afterwards. Without one they go on.
+    :param budget: seconds for the steps. At the end of them the fit stops where it is and is diagnosed, which
+        takes some seconds more.
+    :param num_fits: how many fits from different seeds; by default one that is GOOD, or as above.
+    :param progress_bar: whether to show the phase, the step and the inverse temperature.
+    :return: a :class:`FitResult`; print it.
+    :raises ValueError: if an argument is out of range, if the model has parameters to learn, subsamples a
+        plate, has discrete sites that it does not enumerate or no continuous ones, or does not run for many
+        draws at once. :class:`~pyro_adaann.AdaAnnSVI` takes such models.
+
+    The parameter store is left as it is. Ctrl-C ends the fit after the present step, and returns what there
+    is.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 3.0))
+        ...     pyro.sample("x", dist.Normal(z**2, 0.5), obs=x)
+        >>> result = fit(model, torch.tensor(4.0), seed=0, progress_bar=False)
+        >>> result.is_good or result.asks_for_weights
+        True
+        >>> z = result.sample(1000)["z"]
+        >>> 0.4 < float((z > 0).float().mean()) < 0.6  # both modes, of weight 1/2 each
+        True
+    """
+    check_count("seed", seed, 0)
+    check_count("num_fits", num_fits, 1)
+    if budget is not None and not budget > 0:
+        raise ValueError(f"Expected `budget` to be a positive number of seconds; got {budget!r}.")
+    random = None if seed is None else get_random_states()
+    try:
+        nesting = check_model(model, args, kwargs)
+        with FitProgress(progress_bar) as progress, InterruptGuard() as interrupt:
+            clock = Clock(budget)
+            fitter = _Fitter(model, args, kwargs, nesting, (progress, clock, interrupt))
+            attempts = fitter.run(seed, num_fits)
+            progress.phase("draws")
+            return _result(model, args, kwargs, attempts, clock)
+    finally:
+        if random is not None:
+            set_random_states(random)
+
+
+class _Fitter:
+    """Makes one attempt after the other until what there is will do.
+
+    :param model: the model.
+    :param args: its arguments.
+    :param kwargs: its keyword arguments.
+    :param nesting: how many plates it nests.
+    :param watch: progress, clock and Ctrl-C.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        nesting: int,
+        watch: tuple[FitProgress, Clock, InterruptGuard],
+    ) -> None:
+        self._call = model, args, kwargs
+        self._nesting = nesting
+        self._watch = watch
+
+    def run(self, seed: int | None, num_fits: int | None) -> list[Attempt]:
+        """Return all attempts, the first one first."""
+        attempts = [self._attempt(Plan(seed, {}, _NUM_PARTICLES), "fit 1")]
+        while self._goes_on(attempts):
+            plan = next_plan(attempts, seed, num_fits)
+            if plan is None:
+                break
+            is_wider = plan.widths != attempts[-1].plan.widths
+            try:
+                name = f"fit {len(attempts) + 1}{', wider base' if is_wider else ''}"
+                attempts.append(self._attempt(plan, name))
+            except ValueError as error:
+                warnings.warn(f"One more fit has failed, and is left out ({error}).", stacklevel=3)
+                break
+        return attempts
+
+    def _goes_on(self, attempts: list[Attempt]) -> bool:
+        """Whether nobody has stopped it, and there is time for an attempt like the last one."""
+        last, clock = attempts[-1], self._watch[1]
+        return last.end is End.DONE and not self._watch[2].requested and clock.has(last.seconds)
+
+    def _attempt(self, plan: Plan, name: str) -> Attempt:
+        return attempt(*self._call, plan, self._nesting, _NUM_SAMPLES, self._watch, name)
+
+
+def next_plan(attempts: list[Attempt], seed: int | None, num_fits: int | None) -> Plan | None:
+    """Return how to go on: from a wider base, from another seed, or, where none is needed, not at all."""
+    last = attempts[-1]
+    next_seed = None if seed is None else seed + len(attempts)
+    bases = [attempt.plan.widths for attempt in attempts]
+    num_widenings = sum(a != b for a, b in pairwise(bases))
+    widths = _widths(attempts)
+    if widths is not None and num_widenings < _MAX_WIDENINGS and len(attempts) < _MAX_FITS:
+        return Plan(next_seed, widths, last.plan.num_particles)
+    if num_fits is not None:
+        is_enough = bases.count(last.plan.widths) >= num_fits
+    else:
+        is_good = last.diagnosis.level == Level.GOOD and len(attempts) == 1
+        is_enough = is_good or is_settled(attempts) or len(attempts) >= _MAX_FITS
+    if is_enough:
+        return None
+    is_usable = last.diagnosis.level <= Level.USABLE_WITH_WEIGHTS
+    return Plan(next_seed, last.plan.widths, _NUM_PARTICLES if is_usable else _MORE_PARTICLES)
+
+
+def _widths(attempts: list[Attempt]) -> dict[str, float] | None:
+    """Return how wide the base is to be where posterior is, or may be, out of reach; None where it is not."""
+    last = attempts[-1]
+    diagnosis, before = last.diagnosis, last.plan.widths
+    reach = diagnosis.reach
+    names = tuple(last.svi.guide._unconstrained_shapes)
+    if reach is not None and reach.is_short:
+        names = reach.sites or names
+        factor = min(max(1.25 * reach.factor, _MIN_WIDENING), _MAX_WIDENING)
+    elif reach is not None and not reach.is_known and diagnosis.ess > _MIN_ESS_SHARE * diagnosis.num_samples:
+        factor = _WIDENING  # wider draws see something, and cannot tell how much
+    elif len(attempts) > 1 and attempts[-2].plan.widths != before and finds_more(last, attempts[-2]):
+        factor = _WIDENING  # what the last widening has brought may not be all
+    else:
+        return None
+    return before | {name: factor * before.get(name, 1.0) for name in names}
+
+
+def _result(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    attempts: list[Attempt],
+    clock: Clock,
+) -> FitResult:
+    chosen = choose(attempts)
+    guides = [attempt.svi.guide for attempt in chosen]
+    draws, log_weights = weigh_guides(model, guides, args, kwargs, _NUM_SAMPLES, _BATCH_SIZE)
+    diagnosis, remarks = judge(chosen, log_weights)
+    best = max(chosen, key=lambda a: a.diagnosis.ess)
+    return FitResult(
+        draws=draws,
+        diagnosis=diagnosis,
+        remarks=(*remarks, *summary_findings(attempts)),
+        fits=tuple(_summarize(attempt, attempt in chosen) for attempt in attempts),
+        seconds=clock.passed,
+        guides=tuple(guides),
+        svi=best.svi,
+        call=(model, args, kwargs),
+    )
+
+
+def _summarize(attempt: Attempt, counts: bool) -> FitSummary:
+    diagnosis = attempt.diagnosis
+    return FitSummary(
+        log_evidence=diagnosis.log_evidence,
+        log_evidence_se=diagnosis.log_evidence_se,
+        headline=diagnosis.level.headline,
+        width=max(attempt.plan.widths.values(), default=1.0),
+        num_steps=attempt.svi.history.num_steps,
+        seconds=attempt.seconds,
+        counts=counts,
+    )

@@ -1,0 +1,72 @@
+r"""Draws of one or several guides, weighted against their mixture (the balance heuristic).
+
+.. math:: w_i = \frac{p(x, z_i)}{\tfrac{1}{R} \sum_r q_r(z_i)}, \qquad z_i \sim q_1, \dots, q_R
+
+A part of the posterior that one guide lacks and another has is in the mixture; its share there is right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_adaann.diagnostics.guide_draws import GuideDraws
+from pyro_adaann.diagnostics.importance import WeightedDraws
+from pyro_adaann.weights import finite_or_no_weight, pareto_smooth
+
+__all__ = ["Apart", "weigh_guides"]
+
+
+class Apart:
+    """A guide that runs in a parameter store of its own: guides of one class have the same names in one.
+
+    :param guide: the guide.
+    """
+
+    def __init__(self, guide: Callable[..., Any]) -> None:
+        self.guide = guide
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with pyro.get_param_store().scope():
+            return self.guide(*args, **kwargs)
+
+
+def weigh_guides(
+    model: Callable[..., Any],
+    guides: Sequence[Callable[..., Any]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_samples: int,
+    batch_size: int,
+) -> tuple[WeightedDraws, Tensor]:
+    """Return draws of the mixture of guides with smoothed weights, and the weights before smoothing.
+
+    :param num_samples: draws of every guide.
+    :raises ValueError: as :func:`diagnose` does.
+    """
+    draws = [GuideDraws((model, Apart(guide)), args, kwargs, vectorize=True) for guide in guides]
+    samples: dict[str, list[Tensor]] = {name: [] for name in draws[0].latent_names}
+    parts = []
+    for own in draws:
+        for batch in own.batches(num_samples, batch_size):
+            num = len(batch.log_p)
+            log_own = own.guide_density(batch.guide_trace, num)
+            densities = [
+                log_own if other is own else other.score_guide(batch.guide_trace, num) for other in draws
+            ]
+            # A draw out of reach of a guide's inverse has no density there.
+            log_mixture = torch.stack(densities).nan_to_num(-torch.inf).logsumexp(0) - math.log(len(draws))
+            # The rest, the change from free to constrained coordinates, is the same for all.
+            parts.append((batch.log_p, batch.log_q - log_own + log_mixture))
+            for name, values in samples.items():
+                values.append(own.values(batch.guide_trace, name, num))
+    log_p, log_q = map(torch.cat, zip(*parts, strict=True))
+    log_weights = finite_or_no_weight(log_p - log_q)
+    smoothed, k_hat = pareto_smooth(log_weights)
+    cat = {name: torch.cat(values) for name, values in samples.items()}
+    return WeightedDraws(cat, log_p, log_q, smoothed, k_hat), log_weights

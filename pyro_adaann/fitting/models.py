@@ -1,0 +1,88 @@
+"""Which models `fit` can take, and the door for the others."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+
+from pyro_adaann.diagnostics.guide_draws import GuideDraws
+from pyro_adaann.diagnostics.model_and_guide import latent_names, plate_nesting
+from pyro_adaann.objectives.traces import subsampled_plate
+
+__all__ = ["check_model", "check_vectorizes"]
+
+#: An odd number of draws, which no dimension of a model is likely to have.
+_NUM_DRAWS = 11
+
+
+def check_model(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Run a model once and return how many plates it nests.
+
+    :raises ValueError: if it subsamples a plate, has parameters to learn, discrete sites that it does not
+        enumerate, or no continuous latent site.
+    """
+    with poutine.block(), torch.no_grad(), warnings.catch_warnings(), pyro.validation_enabled(False):
+        warnings.simplefilter("ignore")
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    frame = subsampled_plate(trace)
+    if frame is not None:
+        raise ValueError(
+            f"Expected every plate in full; got {frame.size} of {frame.full_size} in plate {frame.name!r}. "
+            f"`fit` weighs its draws against all data: call with the whole plate, or train in mini-batches "
+            f"with AdaAnnSVI(model, guide, optim, loss)."
+        )
+    learned = [
+        site["name"]
+        for site in trace.nodes.values()
+        if site["type"] == "param" and getattr(site["value"], "requires_grad", False)
+    ]
+    if learned:
+        raise ValueError(
+            f"Expected a model without parameters to learn; got {', '.join(map(repr, learned))}. `fit` "
+            f"draws from a posterior, which has none: give them priors, or train them with AdaAnnSVI(model, "
+            f"guide, optim, loss)."
+        )
+    names = latent_names(trace)
+    discrete = [name for name in names if _is_discrete(trace.nodes[name]["fn"])]
+    stray = [name for name in discrete if trace.nodes[name]["infer"].get("enumerate") != "parallel"]
+    if stray:
+        raise ValueError(
+            f"Expected continuous latent variables, or discrete ones that are summed out; got "
+            f"{', '.join(map(repr, stray))}. Mark them in the model with "
+            f'infer={{"enumerate": "parallel"}}; where that is too many values, use AdaAnnSVI with a guide '
+            f"of your own that draws them."
+        )
+    if len(names) == len(discrete):
+        raise ValueError(
+            "Expected a model with continuous latent variables; got none. Sample them without `obs`."
+        )
+    return plate_nesting(trace)
+
+
+def check_vectorizes(
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Run a model for a few draws at once, and one of them alone.
+
+    :raises ValueError: if it does not run, or gives another density.
+    """
+    draws = GuideDraws((model, guide), args, kwargs, vectorize=True)
+    try:
+        next(draws.batches(_NUM_DRAWS, _NUM_DRAWS))
+    except ValueError as error:
+        got = str(error).partition("; got ")[2].partition(". Pass ")[0]
+        raise ValueError(
+            f"Expected a model that runs for many draws at once, under an outermost plate; got "
+            f"{got.splitlines()[0].rstrip('.') if got else error}. Let it index and sum its dimensions from "
+            f"the right: (x * beta).sum(-1) in place of x @ beta, z[..., 0] in place of z[0]. Where that "
+            f"cannot be, use AdaAnnSVI with a loss that is not vectorized."
+        ) from error
+
+
+def _is_discrete(fn: Any) -> bool:
+    return bool(fn.support.is_discrete)

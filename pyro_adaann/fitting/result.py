@@ -1,0 +1,258 @@
+"""What `fit` returns: verdict, draws, evidence, predictions."""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import Predictive
+from torch import Tensor
+
+from pyro_adaann.diagnostics.guide_draws import DrawObserved
+from pyro_adaann.diagnostics.importance import WeightedDraws
+from pyro_adaann.diagnostics.numbers import nats, percent, rounded
+from pyro_adaann.diagnostics.rules import Finding, Level, findings
+from pyro_adaann.diagnostics.verdict import Diagnosis
+from pyro_adaann.fitting.storage import read_result, write_result
+from pyro_adaann.fitting.summary import FitSummary, site_rows
+from pyro_adaann.guides.base import AutoFlow
+from pyro_adaann.svi import AdaAnnSVI
+from pyro_adaann.weights import weighted_mean
+
+__all__ = ["FitResult", "FitSummary"]
+
+#: Model, positional and keyword arguments.
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, repr=False)
+class FitResult:
+    """Posterior draws of a model with a verdict; ``print`` it. Made by :func:`fit`.
+
+    :param draws: draws with their weights against the posterior, as :func:`importance_draws` returns them.
+    :param diagnosis: what the weights, the ladder and wider bases say.
+    :param remarks: what else the verdict says, of several fits and of an early end.
+    :param fits: what every fit found, the first one first.
+    :param seconds: how long all of it took.
+    :param guides: the guides whose draws they are, each with the same number of draws.
+    :param svi: the driver of the best of these, for those who want to go on; None after :meth:`load`.
+    :param call: model and arguments; None after :meth:`load` without a model.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_adaann import fit
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> result = fit(model, torch.tensor(1.0), seed=0, progress_bar=False)
+        >>> round(float(result.mean("z")), 1), round(float(result.sd("z")), 1)  # exactly 0.5 and 0.71
+        (0.5, 0.7)
+        >>> round(result.log_evidence, 1)  # exactly log N(1; 0, 2) = -1.52
+        -1.5
+    """
+
+    draws: WeightedDraws
+    diagnosis: Diagnosis
+    remarks: tuple[Finding, ...]
+    fits: tuple[FitSummary, ...]
+    seconds: float
+    guides: tuple[AutoFlow, ...] = ()
+    svi: AdaAnnSVI | None = None
+    call: Call | None = field(default=None)
+
+    @property
+    def level(self) -> Level:
+        """How far the draws can be used."""
+        return max([self.diagnosis.level, *(remark.level for remark in self.remarks)])
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing here speaks against using the draws."""
+        return self.level == Level.GOOD
+
+    @property
+    def asks_for_weights(self) -> bool:
+        """Whether the draws of the guides stand for the posterior under their weights alone.
+
+        :attr:`draws`, :meth:`sample` and all that is made of them have the weights in any case.
+        """
+        return self.level == Level.USABLE_WITH_WEIGHTS
+
+    @property
+    def verdict(self) -> str:
+        """The verdict, a few sentences, the worst first."""
+        found = findings(self.diagnosis)
+        # Beside an alarm nothing is said of what draws or weights are good for.
+        if self.level > max(self.diagnosis.level, Level.USABLE_WITH_WEIGHTS):
+            found = [finding for finding in found if finding.level > Level.USABLE_WITH_WEIGHTS]
+        elif self.level > self.diagnosis.level:
+            found = [finding for finding in found if finding.level > Level.GOOD]
+        ordered = sorted([*self.remarks, *found], key=lambda finding: -finding.level)
+        return f"{self.level.headline}. {' '.join(finding.sentence for finding in ordered)}"
+
+    @property
+    def log_evidence(self) -> float:
+        """The log evidence, in nats."""
+        return self.diagnosis.log_evidence
+
+    @property
+    def log_evidence_se(self) -> float:
+        """Its standard error, to be believed if the verdict is good or usable."""
+        return self.diagnosis.log_evidence_se
+
+    def mean(self, name: str) -> Tensor:
+        """Return the posterior mean of a site."""
+        return self.draws.mean(name)
+
+    def sd(self, name: str) -> Tensor:
+        """Return the posterior standard deviation of a site."""
+        values = self.draws.samples[name].double()
+        mean = weighted_mean(values, self.draws.log_weights)
+        return weighted_mean((values - mean).square(), self.draws.log_weights).sqrt().to(mean.dtype)
+
+    def sample(self, num_samples: int = 1000) -> dict[str, Tensor]:
+        """Return posterior draws of equal weight, every site with its draws along a first dimension."""
+        return self.draws.resample(num_samples)
+
+    @torch.no_grad()
+    def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the log density of the mixture of the guides at values of all sites, ``(num_draws,)``.
+
+        It is close to the log posterior density where the verdict is good.
+
+        :raises ValueError: after :meth:`load` without a model, or if a site is missing.
+        """
+        _, args, kwargs = self._call("a density")
+        densities = [guide.log_prob(values, *args, **kwargs) for guide in self.guides]
+        # A point out of reach of a guide's inverse has no density there.
+        found = torch.stack(densities)
+        found = torch.where(found.isnan(), -torch.inf, found)
+        return found.logsumexp(0) - math.log(len(densities))
+
+    def predictive(self, *args: Any, num_samples: int = 1000, **kwargs: Any) -> dict[str, Tensor]:
+        """Return posterior predictive draws: new data, and what the model computes (`pyro.deterministic`).
+
+        :param args: arguments of the model, by default those of the fit; with ``kwargs``.
+        :param num_samples: number of draws.
+        :raises ValueError: after :meth:`load` without a model.
+        """
+        model, own_args, own_kwargs = self._call("predictions")
+        if not (args or kwargs):
+            args, kwargs = own_args, own_kwargs
+        predictive = Predictive(DrawObserved()(model), self.sample(num_samples), parallel=True)
+        with torch.no_grad(), pyro.get_param_store().scope():
+            result: dict[str, Tensor] = predictive(*args, **kwargs)
+        return result
+
+    def to_arviz(self, **kwargs: Any) -> Any:
+        """Return the draws as data for ArviZ, weighted as the verdict demands.
+
+        :param kwargs: arguments of :func:`to_arviz`, such as ``num_samples``, ``coords`` or ``prior``.
+        :raises ValueError: after :meth:`load` without a model, and as :func:`to_arviz` does.
+        """
+        from pyro_adaann.export.arviz import to_arviz
+        from pyro_adaann.fitting.stored import StoredDraws
+
+        model, own_args, own_kwargs = self._call("an export")
+        settings = {"weighted": self.level > Level.GOOD, "diagnosis": self.diagnosis, **kwargs}
+        with pyro.get_param_store().scope():
+            if len(self.guides) == 1:
+                svi = (model, self.guides[0]) if self.svi is None else self.svi
+                data = to_arviz(svi, *own_args, **settings, **own_kwargs)
+            else:
+                guide = StoredDraws(model, self.draws, own_args, own_kwargs)
+                data = to_arviz((model, guide), *own_args, **settings, **own_kwargs)
+        data.attrs["verdict"] = self.level.headline
+        return data
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write draws, evidence, verdict and guides to one file, whole or not at all.
+
+        :raises OSError: if the disk refuses; what was at ``path`` is still there.
+        """
+        write_result(
+            path,
+            draws=self.draws,
+            diagnosis=self.diagnosis,
+            remarks=self.remarks,
+            fits=self.fits,
+            seconds=self.seconds,
+            guides=self.guides,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Callable[..., Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> FitResult:
+        """Return the result in a file of :meth:`save`; no code of the file is run.
+
+        :param path: the file.
+        :param model: the model, for densities, predictions and exports; draws need none.
+        :param args: its arguments, with ``kwargs``.
+        :raises ValueError: if the file is damaged, another kind of file, or of another model.
+        """
+        parts, guides = read_result(path, model, args, kwargs)
+        call = None if model is None else (model, args, kwargs)
+        return cls(**parts, guides=tuple(guides), svi=None, call=call)
+
+    def _call(self, purpose: str) -> Call:
+        if self.call is None:
+            raise ValueError(
+                f"Expected a result with its model, for {purpose}; got one that was loaded without. Use "
+                f"FitResult.load(path, model, *args)."
+            )
+        return self.call
+
+    def _rows(self) -> list[tuple[str, str]]:
+        d = self.diagnosis
+        own = f"log evidence {nats(self.log_evidence)} +- {nats(self.log_evidence_se)}"
+        rows = [("", own)]
+        share = percent(self.draws.ess / len(self.draws.log_weights))
+        num = len(self.draws.log_weights)
+        rows.append(
+            ("", f"{num} weighted draws, {self.draws.ess:.0f} effective ({share}), k-hat {d.k_hat:.2f}")
+        )
+        return rows
+
+    def __repr__(self) -> str:
+        return (
+            f"FitResult({self.level.headline}, log evidence {nats(self.log_evidence)} +- "
+            f"{nats(self.log_evidence_se)}, {', '.join(self.draws.samples)})"
+        )
+
+    def __str__(self) -> str:
+        verdict = textwrap.fill(f"Verdict: {self.verdict}", 88)
+        names = "fit" if len(self.fits) == 1 else "fits"
+        lines = [text for _, text in self._rows()]
+        lines.append(f"{len(self.fits)} {names} in {rounded(self.seconds)} s")
+        if len(self.fits) > 1:
+            lines += [f"  {i}. {fit}" for i, fit in enumerate(self.fits, 1)]
+        rows = site_rows(self.draws)
+        width = max(len(row[0]) for row in rows)
+        table = ["  ".join([row[0].ljust(width), *(cell.rjust(9) for cell in row[1:])]) for row in rows]
+        return "\n".join([verdict, "", *lines, "", *table])
+
+    def _repr_html_(self) -> str:
+        headline, text = self.verdict.split(". ", 1)
+        head, *body = site_rows(self.draws)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body
+        )
+        names = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        facts = "<br>".join(html.escape(text) for _, text in self._rows())
+        return (
+            f"<p><b>{html.escape(headline)}.</b> {html.escape(text)}</p><p>{facts}</p>"
+            f"<table><tr>{names}</tr>{rows}</table>"
+        )

@@ -1,0 +1,130 @@
+"""Results as files of tensors, numbers and strings, read without running any code of theirs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pyro_adaann.diagnostics.importance import WeightedDraws
+from pyro_adaann.diagnostics.lost_parts import LadderReport, LostPart
+from pyro_adaann.diagnostics.reach import Reach
+from pyro_adaann.diagnostics.rules import Finding, Level
+from pyro_adaann.diagnostics.thermodynamic import ThermodynamicEstimate
+from pyro_adaann.diagnostics.verdict import Diagnosis
+from pyro_adaann.fitting.summary import FitSummary
+from pyro_adaann.guides.base import AutoFlow
+from pyro_adaann.guides.spline import AutoSpline
+from pyro_adaann.state.checkpoint import read_checkpoint, write_checkpoint
+from pyro_adaann.state.rungs import Rung
+
+__all__ = ["read_result", "write_result"]
+
+#: Tells a result from the checkpoint of a fit.
+_KIND = "FitResult"
+
+
+def write_result(
+    path: str | os.PathLike[str],
+    *,
+    draws: WeightedDraws,
+    diagnosis: Diagnosis,
+    remarks: Sequence[Finding],
+    fits: Sequence[FitSummary],
+    seconds: float,
+    guides: Sequence[AutoFlow],
+) -> None:
+    """Write the fields of a result, whole or not at all."""
+    state = {
+        "kind": _KIND,
+        "draws": _fields(draws),
+        "diagnosis": _diagnosis_state(diagnosis),
+        "remarks": [[int(remark.level), remark.sentence] for remark in remarks],
+        "fits": [dataclasses.asdict(fit) for fit in fits],
+        "seconds": seconds,
+        "guides": [guide.state_dict() for guide in guides],
+    }
+    write_checkpoint(path, state)
+
+
+def read_result(
+    path: str | os.PathLike[str],
+    model: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[dict[str, Any], list[AutoFlow]]:
+    """Return the fields of a result, and its guides if there is a model to make them for.
+
+    :raises ValueError: if it is no result, or one of another model.
+    """
+    state = read_checkpoint(path)
+    if state.get("kind") != _KIND:
+        raise ValueError(
+            f"Expected a file of FitResult.save; got {os.fspath(path)!r}, the checkpoint of a fit. Read it "
+            f"with load_checkpoint of an AdaAnnSVI."
+        )
+    fields = {
+        "draws": WeightedDraws(**state["draws"]),
+        "diagnosis": _diagnosis(state["diagnosis"]),
+        "remarks": tuple(Finding(Level(level), sentence) for level, sentence in state["remarks"]),
+        "fits": tuple(FitSummary(**fit) for fit in state["fits"]),
+        "seconds": state["seconds"],
+    }
+    guides = [] if model is None else [_guide(path, model, args, kwargs, own) for own in state["guides"]]
+    return fields, guides
+
+
+def _guide(
+    path: str | os.PathLike[str],
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    state: dict[str, Any],
+) -> AutoFlow:
+    guide = AutoSpline(model).initialize(*args, **kwargs)
+    try:
+        guide.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"Expected the result of this model with these arguments; got {os.fspath(path)!r} of another, "
+            f"with {len(state['_base_loc'])} free numbers where this has {guide.latent_dim}. Give the model "
+            f"that was fitted."
+        ) from error
+    return guide
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """Return the fields of a record, not copied as `dataclasses.asdict` does."""
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+
+
+def _diagnosis_state(diagnosis: Diagnosis) -> dict[str, Any]:
+    state = _fields(diagnosis)
+    if diagnosis.ladder is not None:
+        # The rungs hold guides; their places are enough to read what was lost.
+        lost = [[loss.lower, loss.upper, loss.share, loss.share_se] for loss in diagnosis.ladder.lost]
+        state["ladder"] = {
+            "num_rungs": diagnosis.ladder.num_rungs,
+            "lost": lost,
+            "min_ess": diagnosis.ladder.min_ess,
+        }
+    for name in ("reach", "thermodynamic"):
+        if state[name] is not None:
+            state[name] = _fields(state[name])
+    return state
+
+
+def _diagnosis(state: dict[str, Any]) -> Diagnosis:
+    state = dict(state)
+    if state["ladder"] is not None:
+        lost = [
+            LostPart(Rung(lower, {}, {}), lower, upper, share, se)
+            for lower, upper, share, se in state["ladder"]["lost"]
+        ]
+        state["ladder"] = LadderReport(state["ladder"]["num_rungs"], lost, state["ladder"]["min_ess"])
+    if state["reach"] is not None:
+        state["reach"] = Reach(**{**state["reach"], "sites": tuple(state["reach"]["sites"])})
+    if state["thermodynamic"] is not None:
+        state["thermodynamic"] = ThermodynamicEstimate(**state["thermodynamic"])
+    return Diagnosis(**state)

@@ -1,0 +1,62 @@
+"""Draws made before as a guide, for exports that run the model on them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+
+from pyro_adaann.diagnostics.importance import WeightedDraws
+
+__all__ = ["StoredDraws"]
+
+
+class StoredDraws:
+    """A guide that draws from draws, with the log densities they had.
+
+    :param model: the model whose draws they are.
+    :param draws: the draws.
+    :param args: arguments of the model.
+    :param kwargs: its keyword arguments.
+    """
+
+    __name__ = "FitResult"
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        draws: WeightedDraws,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._draws = draws
+        with poutine.block(), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._sites = poutine.trace(model).get_trace(*args, **kwargs).nodes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        log_q = self._draws.log_q
+        uniform = torch.zeros(len(log_q), device=log_q.device)
+        # The choice adds nothing to the density; that of the draw is the second site's.
+        chosen = dist.Categorical(logits=uniform).mask(False)
+        index = pyro.sample("_fit_draw", chosen, infer={"is_auxiliary": True})
+        density = dist.Delta(torch.zeros_like(log_q[index]), log_density=log_q[index])
+        pyro.sample("_fit_density", density, infer={"is_auxiliary": True})
+        for name, values in self._draws.samples.items():
+            site = self._sites[name]
+            event_dim = site["fn"].event_dim
+            with ExitStack() as stack:
+                frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+                for frame in frames:
+                    stack.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
+                shape = values.shape[1:]
+                # Particles lie to the left of all plates, those of this site and those of others.
+                free = index.dim() - (len(shape) - event_dim)
+                value = values[index.reshape(-1)].reshape(index.shape[: max(free, 0)] + shape)
+                pyro.sample(name, dist.Delta(value, event_dim=event_dim))

@@ -1,0 +1,453 @@
+"""`fit` against exact posteriors: it is right, or it says that it is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import fit_targets
+import fit_targets_more
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from fit_models import errors, is_right
+from fit_targets import FitTarget
+from torch import Tensor
+
+import pyro_adaann
+from pyro_adaann import (
+    AutoPlanar,
+    AutoSpline,
+    Diagnosis,
+    FitResult,
+    WeightedDraws,
+    diagnose,
+    fit,
+    natural_svi,
+)
+from pyro_adaann.diagnostics.reach import Reach
+from pyro_adaann.diagnostics.rules import Finding, Level
+from pyro_adaann.fitting.attempts import Attempt, End, Plan
+from pyro_adaann.fitting.combine import choose, judge
+from pyro_adaann.fitting.fit import next_plan
+
+# --- right, or says no ---------------------------------------------------------------------------------
+
+#: Cheap ones; all of them are run by benchmarks/fit_models.py.
+TARGETS = [
+    fit_targets.square_root,
+    fit_targets.half_cauchy,
+    fit_targets.beta_binomial,
+    fit_targets.dirichlet,
+    fit_targets_more.correlation,
+    fit_targets_more.flat,
+]
+#: Tens of seconds each.
+SLOW_TARGETS = [
+    fit_targets.far_normal,
+    fit_targets.regression,
+    fit_targets.collinear,
+    fit_targets.ill_scaled,
+    fit_targets.small_funnel,
+    fit_targets.rosenbrock,
+]
+
+
+def check_honest(target: FitTarget) -> FitResult:
+    """Fit a model, and fail if its verdict is better than its moments."""
+    result = fit(target.model, *target.args, seed=0, progress_bar=False)
+    found = errors(target, result)
+    assert result.level > Level.USABLE_WITH_WEIGHTS or is_right(found), (found, result.verdict)
+    if result.level <= Level.USABLE_WITH_WEIGHTS and found["evidence"] is not None:
+        assert abs(found["evidence"]) < 0.05 + 4 * result.log_evidence_se
+    return result
+
+
+@pytest.mark.parametrize("make", TARGETS, ids=lambda make: make.__name__)
+def test_moments_are_right_or_the_verdict_says_no(make):
+    check_honest(make())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", SLOW_TARGETS, ids=lambda make: make.__name__)
+def test_moments_of_a_harder_model_are_right_or_the_verdict_says_no(make):
+    check_honest(make())
+
+
+# --- the base from the prior ---------------------------------------------------------------------------
+
+
+def base_of(model, *args):
+    guide = AutoSpline(model, base_loc="prior", base_scale="prior").initialize(*args)
+    base = guide.get_base_dist().base_dist
+    return base.loc, base.scale
+
+
+def test_the_base_has_median_and_width_of_the_prior_in_free_coordinates():
+    def model():
+        with pyro.plate("two", 2):
+            pyro.sample("a", dist.Normal(torch.tensor([1.0, 100.0]), torch.tensor([0.1, 50.0])))
+        pyro.sample("b", dist.HalfCauchy(3.0))
+        pyro.sample("c", dist.LogNormal(2.0, 0.5))
+
+    loc, scale = base_of(model)
+    # 2,000 draws: the median has an error of 1.25 / 45 sds, so that five of them are .14.
+    width = math.log(math.tan(0.84134475 * math.pi / 2) / math.tan(0.15865525 * math.pi / 2)) / 2
+    exact_loc = torch.tensor([1.0, 100.0, math.log(3.0), 2.0])
+    exact_scale = torch.tensor([0.1, 50.0, width, 0.5])
+    assert ((loc - exact_loc).abs() < 0.14 * exact_scale).all()
+    assert ((scale / exact_scale).log().abs() < 0.15).all()
+
+
+def test_the_base_does_not_depend_on_the_random_state_and_leaves_it():
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    pyro.set_rng_seed(1)
+    first = base_of(model)[1]
+    pyro.set_rng_seed(2)
+    assert torch.equal(first, base_of(model)[1])
+    after = []
+    for settings in ({}, {"base_loc": "prior", "base_scale": "prior"}):
+        pyro.set_rng_seed(3)
+        AutoSpline(model, **settings).initialize()
+        after.append(torch.get_rng_state())
+    assert torch.equal(*after)
+
+
+def test_a_model_that_runs_for_one_draw_at_a_time_has_a_base_too():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 2.0))
+        if a > 0:  # no truth value of many draws
+            pyro.sample("b", dist.Normal(10.0, 1.0))
+        else:
+            pyro.sample("b", dist.Normal(10.0, 1.0))
+
+    loc, scale = base_of(model)
+    assert abs(float(loc[1]) - 10) < 0.5
+    assert 1.5 < float(scale[0]) < 2.6
+
+
+def test_a_masked_prior_counts_as_it_is_drawn_and_a_constant_has_width_one():
+    def model():
+        pyro.sample("a", dist.Normal(5.0, 7.0).mask(False))
+        pyro.sample("b", dist.Normal(3.0, 1e-30))
+
+    loc, scale = base_of(model)
+    assert abs(float(loc[0]) - 5) < 1
+    assert abs(float(scale[0]) - 7) < 1
+    assert float(scale[1]) == 1
+
+
+def test_a_base_of_another_name_is_refused():
+    with pytest.raises(ValueError, match=r'`base_scale` to be a number, a tensor or "prior"; got \'post'):
+        AutoPlanar(lambda: None, base_scale="posterior")
+
+
+def test_natural_svi_chooses_its_guide():
+    target = fit_targets.square_root()
+    svi = natural_svi(target.model)
+    svi.run(*target.args, progress_bar=False)
+    assert isinstance(svi.guide, AutoSpline)
+    diagnosis = diagnose(svi, *target.args)
+    assert abs(diagnosis.log_evidence - target.log_evidence) < 0.02 + 4 * diagnosis.log_evidence_se
+
+
+# --- one result ----------------------------------------------------------------------------------------
+
+
+def model(x: Tensor) -> None:
+    scale = pyro.sample("scale", dist.HalfNormal(2.0))
+    z = pyro.sample("z", dist.Normal(0.0, 3.0))
+    pyro.deterministic("twice", 2 * z)
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+
+DATA = torch.tensor([0.2, 1.1, 2.3, 0.9, 1.4])
+
+
+@functools.cache
+def one_result() -> FitResult:
+    with pyro.get_param_store().scope():
+        return fit(model, DATA, seed=3, progress_bar=False)
+
+
+@functools.cache
+def two_fits() -> FitResult:
+    with pyro.get_param_store().scope():
+        return fit(model, DATA, seed=3, num_fits=2, progress_bar=False)
+
+
+def test_two_fits_agree_with_one_and_with_each_other():
+    one, two = one_result(), two_fits()
+    assert len(two.fits) == len(two.guides) == 2
+    assert two.level <= Level.USABLE_WITH_WEIGHTS
+    assert abs(two.log_evidence - one.log_evidence) < 4 * math.hypot(two.log_evidence_se, one.log_evidence_se)
+    assert abs(float(two.mean("z") - one.mean("z"))) < 0.05 * float(one.sd("z"))
+    assert "2 fits" in str(two)
+
+
+def test_the_same_seed_gives_the_same_result_and_leaves_random_states_and_parameters():
+    pyro.param("own", torch.ones(()))
+    state = torch.get_rng_state()
+    again = fit(model, DATA, seed=3, progress_bar=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(pyro.get_param_store()) == ["own"]
+    assert torch.equal(again.draws.samples["z"], one_result().draws.samples["z"])
+    assert again.log_evidence == one_result().log_evidence
+
+
+def test_the_verdict_is_read_first():
+    result = one_result()
+    assert str(result).startswith("Verdict: ")
+    assert result.verdict.startswith(result.level.headline)
+    assert result._repr_html_().startswith(f"<p><b>{result.level.headline}.</b>")
+    assert repr(result).startswith(f"FitResult({result.level.headline}, log evidence ")
+    assert len(repr(result).splitlines()) == 1
+
+
+@pytest.mark.parametrize("make", [one_result, two_fits], ids=["one", "two"])
+def test_predictions_follow_the_model(make):
+    result = make()
+    predicted = result.predictive(num_samples=4000)
+    assert predicted["x"].shape == (4000, 5)
+    assert predicted["x"].std(0).min() > 0  # new data, not the observed ones
+    z = float(result.mean("z"))
+    error = float(predicted["twice"].std()) / 4000**0.5
+    assert abs(float(predicted["twice"].mean()) - 2 * z) < 5 * error
+    assert result.predictive(torch.zeros(3), num_samples=10)["x"].shape == (10, 3)
+
+
+@pytest.mark.parametrize("make", [one_result, two_fits], ids=["one", "two"])
+def test_an_export_has_the_same_posterior(make):
+    result = make()
+    data = result.to_arviz(num_samples=4000)
+    z, sd = data["posterior"]["z"].values.ravel(), float(result.sd("z"))
+    assert abs(z.mean() - float(result.mean("z"))) < 0.1 * sd  # six standard errors
+    assert data["posterior"]["twice"].values.ravel() == pytest.approx(2 * z)
+    assert data["log_likelihood"]["x"].shape == (1, 4000, 5)
+    assert data.attrs["verdict"] == result.level.headline
+
+
+def test_the_density_is_normalized():
+    grid_z = torch.linspace(-6, 8, 281)
+    grid_scale = torch.linspace(-4, 3, 141).exp()
+    z, scale = (mesh.reshape(-1) for mesh in torch.meshgrid(grid_z, grid_scale, indexing="ij"))
+    density = two_fits().log_prob({"z": z, "scale": scale}).double().exp() * scale  # in log scale
+    assert abs(float(density.sum()) * 0.05 * 0.05 - 1) < 0.02
+
+
+LOAD = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from pyro_adaann import FitResult
+from test_fit import DATA, model
+bare, full = FitResult.load(sys.argv[1]), FitResult.load(sys.argv[1], model, DATA)
+assert str(bare) == str(full)
+print(full.level.headline, full.log_evidence, float(bare.mean("z")))
+print(full.log_prob({"z": torch.tensor([1.0]), "scale": torch.tensor([1.0])}).item())
+print(full.predictive(num_samples=7)["x"].shape, full.to_arviz(num_samples=200)["posterior"]["z"].shape)
+"""
+
+
+def test_another_process_has_draws_density_and_predictions(tmp_path):
+    result = two_fits()
+    result.save(tmp_path / "result.pt")
+    root = Path(pyro_adaann.__file__).parents[1]
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "result.pt"), str(root / "tests")]
+    path = {"PYTHONPATH": f"{root}:{root / 'benchmarks'}", "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run(command, env=path, check=True, capture_output=True, text=True)
+    first, second, third = done.stdout.splitlines()
+    assert first == f"{result.level.headline} {result.log_evidence} {float(result.mean('z'))}"
+    own = result.log_prob({"z": torch.tensor([1.0]), "scale": torch.tensor([1.0])})
+    assert float(second) == pytest.approx(float(own), abs=1e-5)
+    assert third == "torch.Size([7, 5]) (1, 200)"
+
+
+def test_files_of_another_kind_or_model_are_refused(tmp_path):
+    one_result().save(tmp_path / "result.pt")
+    bare = FitResult.load(tmp_path / "result.pt")
+    for use in (bare.predictive, bare.to_arviz, lambda: bare.log_prob({})):
+        with pytest.raises(ValueError, match=r"got one that was loaded without\. Use FitResult\.load"):
+            use()
+    with pytest.raises(ValueError, match="of another, with 2 free numbers where this has 1"):
+        FitResult.load(tmp_path / "result.pt", fit_targets.square_root().model, DATA[0])
+    svi = natural_svi(model, num_particles=20)
+    svi.step(DATA)
+    svi.save_checkpoint(tmp_path / "fit.pt")
+    with pytest.raises(ValueError, match="the checkpoint of a fit"):
+        FitResult.load(tmp_path / "fit.pt")
+    with pytest.raises(ValueError, match="of a fit; got"):
+        natural_svi(model, num_particles=20).load_checkpoint(tmp_path / "result.pt", DATA)
+
+
+def test_one_can_go_on():
+    result = fit(model, DATA, seed=3, progress_bar=False)
+    num_steps = result.svi.history.num_steps
+    result.svi.step(DATA)
+    assert result.svi.history.num_steps == num_steps + 1
+
+
+# --- how it goes on ------------------------------------------------------------------------------------
+
+
+class StubSVI:
+    """A driver whose guide has one site."""
+
+    def __init__(self) -> None:
+        self.guide = SimpleNamespace(_unconstrained_shapes={"z": torch.Size([])})
+
+
+def made(log_evidence=0.0, *, ess=9000.0, k_hat=0.3, width=None, share=0.0, reach_ess=9000.0) -> Attempt:
+    """An attempt whose diagnosis has these numbers."""
+    reach = Reach(share, 0.1 * share, ("z",) if share else (), 1.6, log_evidence, 0.001, reach_ess, 0.3)
+    diagnosis = Diagnosis(10_000, 0, k_hat, ess, log_evidence, 0.001, log_evidence - 0.01, 0.001, reach=reach)
+    widths = {} if width is None else {"z": width}
+    return Attempt(Plan(0, widths, 500), StubSVI(), diagnosis, End.DONE, 1.0)
+
+
+def test_a_good_fit_is_the_last_one_unless_more_are_asked_for():
+    assert next_plan([made()], 0, None) is None
+    assert next_plan([made()], 0, 2) == Plan(1, {}, 500)
+    assert next_plan([made(), made()], 0, 2) is None
+
+
+def test_a_base_is_widened_where_posterior_is_or_may_be_out_of_reach():
+    assert next_plan([made(share=0.1)], 0, None) == Plan(1, {"z": 2.0}, 500)  # 1.25 * 1.6
+    assert next_plan([made(reach_ess=2.0)], None, None) == Plan(None, {"z": 2.0}, 500)
+    # Once more where the first widening has found something, and not without end.
+    rising = [made(-0.3, share=0.1), made(-0.1, width=2.0)]
+    assert next_plan(rising, 0, None) == Plan(2, {"z": 4.0}, 500)
+    widest = [made(-0.4 + 0.1 * i, width=2.0**i, share=0.1) for i in range(4)]
+    assert next_plan(widest, 0, None).widths == {"z": 8.0}
+
+
+def test_a_second_seed_follows_where_the_first_is_not_good():
+    assert next_plan([made(k_hat=0.9, ess=3000.0)], 0, None) == Plan(1, {}, 1000)
+    agreeing = [made(k_hat=0.6, ess=3000.0), made(k_hat=0.6, ess=3000.0)]
+    assert next_plan(agreeing, 0, None) is None
+    # A third one where the second finds more, until two agree, six in all.
+    assert next_plan([made(-0.7), made(0.0)], 0, None) == Plan(2, {}, 500)
+    assert next_plan([made(-0.1 * i) for i in range(6)], 0, None) is None
+
+
+def test_fits_that_do_not_agree_are_an_alarm_until_two_hold_everything():
+    torch.manual_seed(0)
+    log_weights = 0.05 * torch.randn(20_000, dtype=torch.float64)
+    level = max(remark.level for remark in judge([made(-0.7), made(0.0)], log_weights)[1])
+    assert level == Level.UNRELIABLE
+    remarks = judge([made(-0.7), made(0.0), made(0.0)], log_weights)[1]
+    assert [remark.level for remark in remarks] == [Level.USABLE_WITH_WEIGHTS]
+    diagnosis, remarks = judge([made(), made()], log_weights)
+    assert (diagnosis.level, remarks) == (Level.GOOD, [])
+    assert judge([made(reach_ess=2.0)], log_weights)[1][0].level == Level.UNRELIABLE
+
+
+def test_nothing_is_called_reliable_beside_an_alarm():
+    zero = torch.zeros(2)
+    draws = WeightedDraws({"z": torch.tensor([1.0, 5.0])}, zero, zero, zero, k_hat=0.1)
+    usable = made(ess=5000.0).diagnosis
+    usable = dataclasses.replace(usable, elbo=-1.0)
+    alarm = Finding(Level.UNRELIABLE, "No two fits agree.")
+    for diagnosis in (made().diagnosis, usable):
+        result = FitResult(draws, diagnosis, (alarm,), (), 1.0)
+        assert result.verdict == "UNRELIABLE. No two fits agree."
+    assert FitResult(draws, usable, (), (), 1.0).asks_for_weights
+
+
+def test_a_guide_that_is_elsewhere_is_left_out():
+    good, elsewhere, more = made(), made(ess=20.0, k_hat=1.5), made(0.5, ess=20.0)
+    assert choose([good, elsewhere]) == [good]
+    assert choose([good, more]) == [good, more]
+
+
+# --- an early end --------------------------------------------------------------------------------------
+
+
+def test_without_time_the_verdict_says_so():
+    result = fit(model, DATA, seed=0, budget=1e-3, progress_bar=False)
+    assert result.level == Level.NOT_ANNEALED
+    assert "The time was over" in result.verdict
+    assert len(result.fits) == 1
+
+
+def test_ctrl_c_leaves_what_there_is(interruptible):
+    calls = 0
+
+    def counting(x: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 40:
+            signal.raise_signal(signal.SIGINT)
+        model(x)
+
+    result = fit(counting, DATA, seed=0, progress_bar=False)
+    assert result.level >= Level.NOT_FINISHED
+    assert "was interrupted" in result.verdict
+    assert result.fits[0].num_steps < 60
+
+
+# --- models that cannot --------------------------------------------------------------------------------
+
+
+def with_parameter():
+    rate = pyro.param("rate", torch.ones(()))
+    pyro.sample("z", dist.Normal(rate, 1.0))
+
+
+def subsampled():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 5, subsample_size=2) as index:
+        pyro.sample("x", dist.Normal(z, 1.0), obs=DATA[index])
+
+
+def discrete():
+    k = pyro.sample("k", dist.Bernoulli(0.5))
+    pyro.sample("z", dist.Normal(k, 1.0))
+
+
+def without_latents():
+    pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
+
+
+def for_one_draw():
+    beta = pyro.sample("beta", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", 4):
+        pyro.sample("y", dist.Normal(torch.ones(4, 3) @ beta, 1.0), obs=torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (with_parameter, r"without parameters to learn; got 'rate'.*AdaAnnSVI"),
+        (subsampled, r"every plate in full; got 2 of 5 in plate 'data'.*AdaAnnSVI"),
+        (discrete, r"discrete ones that are summed out; got 'k'.*AdaAnnSVI"),
+        (without_latents, r"with continuous latent variables; got none"),
+        (for_one_draw, r"many draws at once, under an outermost plate; got .*AdaAnnSVI"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_model_that_cannot_is_told_the_way(bad, message):
+    with pytest.raises(ValueError, match=message):
+        fit(bad, progress_bar=False)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"seed": -1}, "`seed` to be an integer >= 0"),
+        ({"num_fits": 0}, "`num_fits` to be an integer >= 1"),
+        ({"budget": 0}, "`budget` to be a positive number of seconds; got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        fit(model, DATA, **wrong)
