@@ -36,7 +36,10 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(Path|Fit|Literal|optional|ABC|abc\..*)"),
 ]
 
-nitpick_ignore = [("py:func", "standard_deviation")]  # is in the reference under its module's name
+nitpick_ignore = [
+    ("py:func", "standard_deviation"),  # is in the reference under its module's name
+    ("py:class", "pyro_adaann.diagnostics.rules.Finding"),  # a part of a verdict, described with it
+]
 
 html_theme = "furo"
 html_title = "pyro_adaann"

@@ -82,7 +82,7 @@ class FitResult:
     def asks_for_weights(self) -> bool:
         """Whether the draws of the guides stand for the posterior under their weights alone.
 
-        :attr:`draws`, :meth:`sample` and all that is made of them have the weights in any case.
+        ``draws``, :meth:`sample` and all that is made of them have the weights in any case.
         """
         return self.level == Level.USABLE_WITH_WEIGHTS
 
