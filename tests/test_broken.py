@@ -135,7 +135,8 @@ def test_the_density_at_own_draws_has_the_gradient_at_fixed_draws(flow, num_tran
     fixed = z.detach().clone()
     inverse = torch.autograd.grad((weight * posterior.log_prob(fixed)).sum(), parameters)
     for a, b in zip(own, inverse, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        # Sixty random layers are badly conditioned: the inverse loses digits of the largest entry.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7 + 1e-6 * float(b.abs().max()))
 
 
 def test_the_own_draws_need_no_inverse(monkeypatch):

@@ -74,7 +74,7 @@ def fit(
         ...     z = pyro.sample("z", dist.Normal(0.0, 3.0))
         ...     pyro.sample("x", dist.Normal(z**2, 0.5), obs=x)
         >>> result = fit(model, torch.tensor(4.0), seed=0, progress_bar=False)
-        >>> result.is_good or result.asks_for_weights
+        >>> abs(float(result.mean("z"))) < 0.2  # exactly 0
         True
         >>> z = result.sample(1000)["z"]
         >>> 0.4 < float((z > 0).float().mean()) < 0.6  # both modes, of weight 1/2 each
