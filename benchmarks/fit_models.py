@@ -37,6 +37,9 @@ NAMES = {
 TARGETS = {name: getattr(module, name) for module, names in NAMES.items() for name in names.split()}
 
 
+RESULTS = Path(__file__).resolve().parent / "results" / "fit_models.jsonl"
+
+
 def errors(target: FitTarget, result: FitResult) -> dict[str, float | None]:
     """Return the largest errors of means, sds and shares, and that of the log evidence."""
     mean_error = sd_error = share_error = 0.0
@@ -110,7 +113,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="MODEL", help=", ".join(TARGETS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("fit_models.jsonl"))
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parent / "results" / "fit_models.jsonl"
+    )
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_args(arguments)
     unknown = [name for name in args.names if name not in TARGETS]

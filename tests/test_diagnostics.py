@@ -600,3 +600,11 @@ def test_thermodynamic_integration_alarms_where_a_mode_is_gone_alone(path):
         if d.lost_share is not None and d.has_reliable_weights:
             assert d.log_evidence - TWO_MODES_LOG_EVIDENCE == pytest.approx(-math.log(2), abs=0.2)
             assert d.verdict.startswith("LOST PART")
+
+
+def test_importance_draws_of_a_fit_below_one_say_so():
+    elbo = Trace_ELBO(num_particles=10, vectorize_particles=True)
+    svi = AdaAnnSVI(two_modes, AutoPlanar(two_modes, 3), pyro.optim.Adam({"lr": 0.01}), elbo)
+    svi.step()
+    with pytest.warns(UserWarning, match=r"inverse temperature 0\.01.*only their weights.*svi\.run"):
+        importance_draws(svi, num_samples=500)

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
 from pyro_adaann.diagnostics.lost_parts import find_lost_parts
-from pyro_adaann.diagnostics.model_and_guide import Fit, get_model_and_guide, has_scale
+from pyro_adaann.diagnostics.model_and_guide import (
+    Fit,
+    get_inverse_temperature,
+    get_model_and_guide,
+    has_scale,
+)
 from pyro_adaann.diagnostics.reach import measure_reach
 from pyro_adaann.diagnostics.thermodynamic import (
     ThermodynamicEstimate,
@@ -19,11 +24,10 @@ from pyro_adaann.diagnostics.thermodynamic import (
     integrate,
 )
 from pyro_adaann.diagnostics.verdict import Diagnosis
-from pyro_adaann.objectives.tempered_elbo import TemperedTrace_ELBO
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.weights import effective_sample_size, log_mean_error, log_mean_weight, pareto_smooth
 
-__all__ = ["Diagnosis", "assess", "diagnose", "get_inverse_temperature", "statistics"]
+__all__ = ["Diagnosis", "assess", "diagnose", "statistics"]
 
 #: Draws for the mean log factor at t = 1, which is one of many nodes.
 _NUM_FINAL_DRAWS = 1000
@@ -102,14 +106,6 @@ def assess(
         thermodynamic=None if is_scaled else _thermodynamic(svi, args, kwargs, batch_size, vectorize),
         **_annealing(svi, args, kwargs, batch_size, vectorize),
     )
-
-
-def get_inverse_temperature(svi: Fit) -> float:
-    """Return the inverse temperature at which a guide has been trained, 1 for plain Pyro."""
-    if isinstance(svi, AdaAnnSVI):
-        return float(svi.inverse_temperature)
-    loss = getattr(getattr(svi, "loss", None), "__self__", None)
-    return loss.inverse_temperature if isinstance(loss, TemperedTrace_ELBO) else 1.0
 
 
 def _check_counts(num_samples: int, batch_size: int) -> None:

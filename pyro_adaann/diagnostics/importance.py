@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
-from pyro_adaann.diagnostics.model_and_guide import Fit
+from pyro_adaann.diagnostics.model_and_guide import Fit, get_inverse_temperature
 from pyro_adaann.weights import effective_sample_size, pareto_smooth, resample, weighted_mean
 
 __all__ = [
@@ -77,6 +78,8 @@ def importance_draws(
     :raises ValueError: if a plate is subsampled, if the guide misses a latent site, or if the model does
         not vectorize.
 
+    Warns if annealing has not reached inverse temperature 1.
+
     Example::
 
         >>> import pyro, pyro.distributions as dist
@@ -89,6 +92,13 @@ def importance_draws(
         >>> 0.3 < float(draws.mean("z")) < 0.7  # exactly 0.5
         True
     """
+    t = get_inverse_temperature(svi)
+    if t < 1:
+        warnings.warn(
+            f"The fit stands at inverse temperature {t:.3g}: the samples are of a tempered posterior, and "
+            f"only their weights lead to the posterior. Anneal to 1, for example with svi.run().",
+            stacklevel=2,
+        )
     draws = GuideDraws(svi, args, kwargs, vectorize=vectorize)
     samples: dict[str, list[Tensor]] = {name: [] for name in draws.latent_names}
     batches = []

@@ -10,12 +10,15 @@ from pyro.infer import SVI
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 
+from pyro_adaann.objectives.tempered_elbo import TemperedTrace_ELBO
 from pyro_adaann.objectives.traces import sites_of, subsampled_plate
+from pyro_adaann.svi import AdaAnnSVI
 
 __all__ = [
     "Fit",
     "check_latents",
     "check_subsampling",
+    "get_inverse_temperature",
     "get_model_and_guide",
     "has_scale",
     "latent_names",
@@ -78,3 +81,11 @@ def check_subsampling(*traces: Trace) -> None:
             f"with the whole plate, for example by making its subsample_size an argument of the model that "
             f"is None here."
         )
+
+
+def get_inverse_temperature(svi: Fit) -> float:
+    """Return the inverse temperature at which a guide has been trained, 1 for plain Pyro."""
+    if isinstance(svi, AdaAnnSVI):
+        return float(svi.inverse_temperature)
+    loss = getattr(getattr(svi, "loss", None), "__self__", None)
+    return loss.inverse_temperature if isinstance(loss, TemperedTrace_ELBO) else 1.0

@@ -12,9 +12,9 @@ import pyro
 import torch
 
 from pyro_adaann.annealing.history import AnnealingHistory
-from pyro_adaann.diagnostics.diagnose import assess, get_inverse_temperature
+from pyro_adaann.diagnostics.diagnose import assess
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
-from pyro_adaann.diagnostics.model_and_guide import Fit
+from pyro_adaann.diagnostics.model_and_guide import Fit, get_inverse_temperature
 from pyro_adaann.diagnostics.numbers import rounded
 from pyro_adaann.diagnostics.rules import Level
 from pyro_adaann.diagnostics.verdict import Diagnosis
