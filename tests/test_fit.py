@@ -348,7 +348,7 @@ def test_fits_that_do_not_agree_are_an_alarm_until_two_hold_everything():
     assert [remark.level for remark in remarks] == [Level.USABLE_WITH_WEIGHTS]
     diagnosis, remarks = judge([made(), made()], log_weights)
     assert (diagnosis.level, remarks) == (Level.GOOD, [])
-    assert judge([made(reach_ess=2.0)], log_weights)[1][0].level == Level.UNRELIABLE
+    assert judge([made(reach_ess=2.0)], log_weights)[0].level == Level.UNRELIABLE
 
 
 def test_nothing_is_called_reliable_beside_an_alarm():

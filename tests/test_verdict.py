@@ -64,6 +64,10 @@ CASES = [
     ({"k_hat": 0.9, "ess": 3.0}, Level.UNRELIABLE),
     ({"reach": SHORT}, Level.OUT_OF_REACH),
     ({"reach": SHORT, "k_hat": 0.9}, Level.UNRELIABLE),
+    # What wider draws cannot tell is an alarm, unless they tell that it is a lot.
+    ({"reach": replace(GOOD.reach, k_hat=1.4)}, Level.UNRELIABLE),
+    ({"reach": replace(GOOD.reach, k_hat=1.4, heaviest=0.003)}, Level.GOOD),
+    ({"reach": replace(SHORT, k_hat=1.4)}, Level.OUT_OF_REACH),
     ({"thermodynamic": ABOVE}, Level.LOST_PART),
     ({"thermodynamic": ABOVE, "k_hat": 0.9, "ess": 100.0}, Level.UNRELIABLE),
     ({"ladder": LOST}, Level.LOST_PART),

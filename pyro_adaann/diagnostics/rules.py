@@ -109,6 +109,17 @@ def _reach(m: Measurements) -> Finding | None:
     )
 
 
+def _unknown_reach(m: Measurements) -> Finding | None:
+    if m.reach is None or m.reach.is_known or m.reach.is_short:
+        return None
+    return Finding(
+        Level.UNRELIABLE,
+        "Draws from wider bases cannot tell whether posterior is out of reach of the fit: a few of them have "
+        "nearly all of their weight. Tails are then too short, and the evidence is too low. Fit again from a "
+        "wider base (base_scale), or with a more flexible guide.",
+    )
+
+
 def _broken(m: Measurements) -> Finding | None:
     if not m.has_many_broken:
         return None
@@ -204,6 +215,14 @@ def _scaled(m: Measurements) -> Finding | None:
     )
 
 
-_ALARMS: tuple[Rule, ...] = (_ladder, _broken, _tail, _reach, _thermodynamic, _unfinished)
+_ALARMS: tuple[Rule, ...] = (
+    _ladder,
+    _broken,
+    _tail,
+    _reach,
+    _unknown_reach,
+    _thermodynamic,
+    _unfinished,
+)
 #: These change no level.
 _NOTES: tuple[Rule, ...] = (_harmless, _untracked, _scaled)

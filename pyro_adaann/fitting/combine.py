@@ -57,7 +57,7 @@ def judge(chosen: Sequence[Attempt], log_weights: Tensor) -> tuple[Diagnosis, li
     and without such a fit there is an alarm.
     """
     if len(chosen) == 1:
-        return chosen[0].diagnosis, _unknown_reach(chosen[0].diagnosis)
+        return chosen[0].diagnosis, []
     found = statistics(log_weights)
     mixture = dataclasses.replace(chosen[0].diagnosis, **found, ladder=None, reach=None, thermodynamic=None)
     whole = [attempt for attempt in chosen if _excess(mixture, attempt.diagnosis) <= 0]
@@ -70,7 +70,7 @@ def judge(chosen: Sequence[Attempt], log_weights: Tensor) -> tuple[Diagnosis, li
             f"of it), so that more fits may find still more. Ask for more of them (num_fits)."
         )
         return diagnosis, [Finding(Level.UNRELIABLE, sentence)]
-    remarks = _unknown_reach(diagnosis)
+    remarks: list[Finding] = []
     if len(whole) < len(chosen):
         sentence = (
             f"Not all of {len(chosen)} fits agree: they hold {', '.join(shares)} of what they hold together. "
@@ -88,18 +88,6 @@ def summary_findings(attempts: Sequence[Attempt]) -> list[Finding]:
     if last.end is End.OUT_OF_TIME:
         return [Finding(Level.NOT_FINISHED, "The time was over before all steps were taken (budget).")]
     return []
-
-
-def _unknown_reach(diagnosis: Diagnosis) -> list[Finding]:
-    if diagnosis.reach is None or diagnosis.reach.is_known or not diagnosis.is_annealed:
-        return []
-    return [
-        Finding(
-            Level.UNRELIABLE,
-            "Draws from wider bases cannot tell whether posterior is out of reach of the fit: a few of them "
-            "have nearly all of their weight. Tails are then too short, and the evidence is too low.",
-        )
-    ]
 
 
 def _excess(more: Diagnosis, less: Diagnosis) -> float:
