@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-__all__ = ["FitTarget"]
+__all__ = ["FitTarget", "grid", "linear_posterior", "moments_of", "noise"]
 
 Moments = dict[str, tuple[Tensor, Tensor]]
 
@@ -39,11 +39,12 @@ class FitTarget:
     events: dict[str, Callable[[dict[str, Tensor]], Tensor]] = field(default_factory=dict)
 
 
-def _noise(seed: int, *shape: int) -> Tensor:
+def noise(seed: int, *shape: int) -> Tensor:
+    """Return standard normal numbers, the same for the same seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _grid(
+def grid(
     log_density: Callable[..., Tensor], *axes: tuple[float, float, int]
 ) -> tuple[list[Tensor], Tensor, float]:
     """Return coordinates (flat), normalized weights and the log integral, by the midpoint rule."""
@@ -56,27 +57,28 @@ def _grid(
     return points, values.softmax(0), float(values.logsumexp(0)) + cell
 
 
-def _moments(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def moments_of(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weighted mean and standard deviation."""
     mean = weights @ values
     return mean, (weights @ (values - mean).square()).sqrt()
 
 
-def _linear(
-    design: Tensor, data: Tensor, prior_loc: Tensor, prior_sd: Tensor, noise: Tensor
+def linear_posterior(
+    design: Tensor, data: Tensor, prior_loc: Tensor, prior_sd: Tensor, noise_sd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean, covariance of normal coefficients and the log evidence; a batch of noises (k,)."""
-    precision = torch.diag(prior_sd**-2) + (design.T @ design) / noise.reshape(-1, 1, 1) ** 2
+    precision = torch.diag(prior_sd**-2) + (design.T @ design) / noise_sd.reshape(-1, 1, 1) ** 2
     covariance = torch.linalg.inv(precision)
-    shift = prior_loc * prior_sd**-2 + (data @ design) / noise.reshape(-1, 1) ** 2
+    shift = prior_loc * prior_sd**-2 + (data @ design) / noise_sd.reshape(-1, 1) ** 2
     mean = (covariance @ shift.unsqueeze(-1)).squeeze(-1)
-    total = design * prior_sd @ (design * prior_sd).T + noise.reshape(-1, 1, 1) ** 2 * torch.eye(len(data))
+    total = design * prior_sd @ (design * prior_sd).T + noise_sd.reshape(-1, 1, 1) ** 2 * torch.eye(len(data))
     evidence = dist.MultivariateNormal(design @ prior_loc, total, validate_args=False).log_prob(data)
     return mean, covariance, evidence
 
 
 def far_normal() -> FitTarget:
     """A prior N(0, 1) and data at 50: the posterior lies 36 prior sds away."""
-    data = 50 + _noise(0, 25)
+    data = 50 + noise(0, 25)
 
     def model(x: Tensor) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -84,7 +86,7 @@ def far_normal() -> FitTarget:
             pyro.sample("x", dist.Normal(z, 5.0), obs=x)
 
     one = torch.ones(1, dtype=torch.float64)
-    mean, cov, evidence = _linear(torch.ones(25, 1).double(), data, 0 * one, one, 5 * one)
+    mean, cov, evidence = linear_posterior(torch.ones(25, 1).double(), data, 0 * one, one, 5 * one)
     return FitTarget(model, (data.float(),), {"z": (mean[0, 0], cov[0, 0, 0].sqrt())}, float(evidence))
 
 
@@ -98,16 +100,16 @@ def square_root() -> FitTarget:
     def log_density(z: Tensor) -> Tensor:
         return dist.Normal(0.0, 3.0).log_prob(z) + dist.Normal(z**2, 1.0).log_prob(torch.tensor(4.0))
 
-    (z,), weights, evidence = _grid(log_density, (-12, 12, 100_000))
+    (z,), weights, evidence = grid(log_density, (-12, 12, 100_000))
     events = {"z > 0": lambda draws: draws["z"] > 0}
     return FitTarget(
-        model, (torch.tensor(4.0),), {"z": _moments(z, weights)}, evidence, {"z > 0": 0.5}, events
+        model, (torch.tensor(4.0),), {"z": moments_of(z, weights)}, evidence, {"z > 0": 0.5}, events
     )
 
 
 def half_cauchy() -> FitTarget:
     """A scale with a half-Cauchy prior and six data."""
-    data = 2.5 * _noise(1, 6)
+    data = 2.5 * noise(1, 6)
 
     def model(x: Tensor) -> None:
         scale = pyro.sample("scale", dist.HalfCauchy(1.0))
@@ -119,8 +121,8 @@ def half_cauchy() -> FitTarget:
         prior = math.log(2 / math.pi) - torch.log1p(scale**2)
         return prior + dist.Normal(0.0, scale.unsqueeze(-1)).log_prob(data).sum(-1) + log_scale
 
-    (log_scale,), weights, evidence = _grid(log_density, (-8, 12, 100_000))
-    return FitTarget(model, (data.float(),), {"scale": _moments(log_scale.exp(), weights)}, evidence)
+    (log_scale,), weights, evidence = grid(log_density, (-8, 12, 100_000))
+    return FitTarget(model, (data.float(),), {"scale": moments_of(log_scale.exp(), weights)}, evidence)
 
 
 def beta_binomial() -> FitTarget:
@@ -163,24 +165,24 @@ def dirichlet() -> FitTarget:
     return FitTarget(model, (counts,), {"shares": (exact.mean, exact.variance.sqrt())}, float(evidence))
 
 
-def _regression(design: Tensor, prior_sd: Tensor, noise: float, seed: int) -> FitTarget:
-    truth = prior_sd * _noise(seed, design.shape[1]) / 4
-    data = design @ truth + noise * _noise(seed + 1, len(design))
+def _regression(design: Tensor, prior_sd: Tensor, noise_sd: float, seed: int) -> FitTarget:
+    truth = prior_sd * noise(seed, design.shape[1]) / 4
+    data = design @ truth + noise_sd * noise(seed + 1, len(design))
 
     def model(x: Tensor, y: Tensor) -> None:
         beta = pyro.sample("beta", dist.Normal(torch.zeros(x.shape[1]), prior_sd.float()).to_event(1))
         with pyro.plate("data", len(y)):
-            pyro.sample("y", dist.Normal((beta * x).sum(-1), noise), obs=y)
+            pyro.sample("y", dist.Normal((beta * x).sum(-1), noise_sd), obs=y)
 
     one = torch.ones(1, dtype=torch.float64)
-    mean, cov, evidence = _linear(design, data, 0 * prior_sd, prior_sd, noise * one)
+    mean, cov, evidence = linear_posterior(design, data, 0 * prior_sd, prior_sd, noise_sd * one)
     moments = {"beta": (mean[0], cov[0].diagonal().sqrt())}
     return FitTarget(model, (design.float(), data.float()), moments, float(evidence))
 
 
 def regression() -> FitTarget:
     """Three coefficients."""
-    return _regression(_noise(2, 40, 3), torch.full((3,), 2.0).double(), 0.5, 3)
+    return _regression(noise(2, 40, 3), torch.full((3,), 2.0).double(), 0.5, 3)
 
 
 def collinear() -> FitTarget:
@@ -194,18 +196,18 @@ def collinear() -> FitTarget:
 def ill_scaled() -> FitTarget:
     """Coefficients on scales from 1e-4 to 1e4."""
     scales = torch.tensor([1e-4, 1.0, 1e4]).double()
-    return _regression(_noise(7, 30, 3) / scales, 5 * scales, 1.0, 8)
+    return _regression(noise(7, 30, 3) / scales, 5 * scales, 1.0, 8)
 
 
 def wide_regression() -> FitTarget:
     """Fifty coefficients and thirty data: most of them stay as the prior has them."""
-    return _regression(_noise(10, 30, 50), torch.ones(50).double(), 1.0, 11)
+    return _regression(noise(10, 30, 50), torch.ones(50).double(), 1.0, 11)
 
 
 def line() -> FitTarget:
     """A straight line with wide priors and an unknown noise."""
     x = torch.linspace(0, 10, 32, dtype=torch.float64)
-    data = 3 + 2 * x + 0.7 * _noise(12, 32)
+    data = 3 + 2 * x + 0.7 * noise(12, 32)
 
     def model(x: Tensor, y: Tensor) -> None:
         a = pyro.sample("a", dist.Normal(0.0, 100.0))
@@ -218,14 +220,18 @@ def line() -> FitTarget:
     prior = torch.zeros(2).double(), torch.tensor([100.0, 50.0]).double()
 
     def log_density(log_sigma: Tensor) -> Tensor:
-        evidence = _linear(design, data, *prior, log_sigma.exp())[2]
+        evidence = linear_posterior(design, data, *prior, log_sigma.exp())[2]
         return evidence + dist.HalfNormal(10.0).log_prob(log_sigma.exp()) + log_sigma
 
-    (log_sigma,), weights, evidence = _grid(log_density, (-2, 2, 2000))
-    mean, cov, _ = _linear(design, data, *prior, log_sigma.exp())
+    (log_sigma,), weights, evidence = grid(log_density, (-2, 2, 2000))
+    mean, cov, _ = linear_posterior(design, data, *prior, log_sigma.exp())
     means = weights @ mean
     sds = (weights @ (cov.diagonal(dim1=1, dim2=2) + (mean - means).square())).sqrt()
-    moments = {"a": (means[0], sds[0]), "b": (means[1], sds[1]), "sigma": _moments(log_sigma.exp(), weights)}
+    moments = {
+        "a": (means[0], sds[0]),
+        "b": (means[1], sds[1]),
+        "sigma": moments_of(log_sigma.exp(), weights),
+    }
     return FitTarget(model, (x.float(), data.float()), moments, evidence)
 
 

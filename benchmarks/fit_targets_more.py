@@ -7,7 +7,7 @@ import math
 import pyro
 import pyro.distributions as dist
 import torch
-from fit_targets import FitTarget, _grid, _moments, _noise
+from fit_targets import FitTarget, grid, moments_of, noise
 from torch import Tensor
 
 __all__: list[str] = []
@@ -41,21 +41,21 @@ def eight_schools() -> FitTarget:
         tau = log_tau.exp()
         return given(tau)[0] + math.log(2 / (math.pi * 5)) - torch.log1p((tau / 5) ** 2) + log_tau
 
-    (log_tau,), weights, evidence = _grid(log_density, (-10, 9, 10_000))
+    (log_tau,), weights, evidence = grid(log_density, (-10, 9, 10_000))
     _, mean, variance = given(log_tau.exp())
     means = weights @ mean
     sds = (weights @ (variance + (mean - means).square())).sqrt()
     moments = {
         "mu": (means[0], sds[0]),
         "theta": (means[1:], sds[1:]),
-        "tau": _moments(log_tau.exp(), weights),
+        "tau": moments_of(log_tau.exp(), weights),
     }
     return FitTarget(model, (effects.float(), errors.float()), moments, evidence)
 
 
 def correlation() -> FitTarget:
     """A correlation with an LKJ prior."""
-    data = _noise(20, 15, 2)
+    data = noise(20, 15, 2)
     data[:, 1] = 0.8 * data[:, 0] + 0.6 * data[:, 1]
 
     def model(x: Tensor) -> None:
@@ -72,8 +72,8 @@ def correlation() -> FitTarget:
         n = len(data)
         return prior - n * math.log(2 * math.pi) - n * log_det / 2 - quadratic / (2 * (1 - rho**2))
 
-    (z,), weights, evidence = _grid(log_density, (-6, 6, 100_000))
-    rho, height = _moments(z.tanh(), weights), _moments((1 - z.tanh() ** 2).sqrt(), weights)
+    (z,), weights, evidence = grid(log_density, (-6, 6, 100_000))
+    rho, height = moments_of(z.tanh(), weights), moments_of((1 - z.tanh() ** 2).sqrt(), weights)
     nan, zero = torch.tensor(torch.nan), torch.tensor(0.0)
     means = torch.stack([torch.stack([zero + 1, zero]), torch.stack([rho[0], height[0]]).float()])
     sds = torch.stack([torch.stack([nan, nan]), torch.stack([rho[1], height[1]]).float()])
@@ -82,13 +82,13 @@ def correlation() -> FitTarget:
 
 def mixture() -> FitTarget:
     """A mixture of two components of weights .3 and .7: two modes of unequal weight."""
-    data = torch.cat([-1.5 + _noise(21, 6), 1.5 + _noise(22, 9)])
+    data = torch.cat([-1.5 + noise(21, 6), 1.5 + noise(22, 9)])
 
     def model(x: Tensor) -> None:
         locs = pyro.sample("locs", dist.Normal(0.0, 3.0).expand([2]).to_event(1))
         with pyro.plate("data", len(x)):
             k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])), infer={"enumerate": "parallel"})
-            loc = torch.where(k == 0, locs[..., :1], locs[..., 1:])
+            loc = torch.where(k == 0, locs[..., 0], locs[..., 1])
             pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
     def log_density(a: Tensor, b: Tensor) -> Tensor:
@@ -98,8 +98,8 @@ def mixture() -> FitTarget:
             total = total + torch.logaddexp(one, math.log(0.7) + dist.Normal(b, 1.0).log_prob(x))
         return total
 
-    (a, b), weights, evidence = _grid(log_density, (-10, 10, 1000), (-10, 10, 1000))
-    (a0, a1), (b0, b1) = _moments(a, weights), _moments(b, weights)
+    (a, b), weights, evidence = grid(log_density, (-10, 10, 1000), (-10, 10, 1000))
+    (a0, a1), (b0, b1) = moments_of(a, weights), moments_of(b, weights)
     moments = {"locs": (torch.stack([a0, b0]), torch.stack([a1, b1]))}
     share = float(weights @ (a < b).double())
     events = {"locs[0] < locs[1]": lambda draws: draws["locs"][:, 0] < draws["locs"][:, 1]}
@@ -122,14 +122,14 @@ def separation() -> FitTarget:
         likelihood = torch.nn.functional.logsigmoid(torch.where(y > 0, logits, -logits)).sum(-1)
         return likelihood + dist.Normal(0.0, 10.0).log_prob(a) + dist.Normal(0.0, 10.0).log_prob(b)
 
-    (a, b), weights, evidence = _grid(log_density, (-50, 50, 800), (-20, 70, 800))
-    moments = {"a": _moments(a, weights), "b": _moments(b, weights)}
+    (a, b), weights, evidence = grid(log_density, (-50, 50, 800), (-20, 70, 800))
+    moments = {"a": moments_of(a, weights), "b": moments_of(b, weights)}
     return FitTarget(model, (x.float(), y.float()), moments, evidence)
 
 
 def many_rows() -> FitTarget:
     """A logistic regression on 100,000 rows; its posterior is normal to three digits (by Newton's method)."""
-    x = torch.cat([torch.ones(100_000, 1), _noise(23, 100_000, 2).float()], -1).double()
+    x = torch.cat([torch.ones(100_000, 1), noise(23, 100_000, 2).float()], -1).double()
     truth = torch.tensor([-1.0, 0.5, 0.2]).double()
     uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(24), dtype=torch.float64)
     y = (uniform < (x @ truth).sigmoid()).double()
@@ -151,7 +151,7 @@ def many_rows() -> FitTarget:
 def decay() -> FitTarget:
     """A differential equation, y' = -k y, with its solution in closed form; both latents positive."""
     times = torch.linspace(0.2, 4, 20, dtype=torch.float64)
-    data = 3 * (-0.8 * times).exp() + 0.1 * _noise(25, 20)
+    data = 3 * (-0.8 * times).exp() + 0.1 * noise(25, 20)
 
     def model(times: Tensor, y: Tensor) -> None:
         start = pyro.sample("start", dist.LogNormal(0.0, 1.0))
@@ -164,15 +164,15 @@ def decay() -> FitTarget:
         prior = dist.Normal(0.0, 1.0).log_prob(log_start) + dist.Normal(0.0, 1.0).log_prob(log_rate)
         return prior + dist.Normal(curve, 0.1).log_prob(data).sum(-1)
 
-    (a, b), weights, evidence = _grid(log_density, (0.7, 1.5, 800), (-0.8, 0.4, 800))
-    moments = {"start": _moments(a.exp(), weights), "rate": _moments(b.exp(), weights)}
+    (a, b), weights, evidence = grid(log_density, (0.7, 1.5, 800), (-0.8, 0.4, 800))
+    moments = {"start": moments_of(a.exp(), weights), "rate": moments_of(b.exp(), weights)}
     return FitTarget(model, (times.float(), data.float()), moments, evidence)
 
 
 def gaussian_process() -> FitTarget:
     """Length scale and noise of a Gaussian process on 20 points."""
     x = torch.linspace(0, 5, 20, dtype=torch.float64)
-    data = x.sin() + 0.3 * _noise(26, 20)
+    data = x.sin() + 0.3 * noise(26, 20)
 
     def total(length: Tensor, noise: Tensor, x: Tensor) -> Tensor:
         distance = (x.unsqueeze(-1) - x).square()
@@ -194,15 +194,15 @@ def gaussian_process() -> FitTarget:
         prior = dist.Normal(0.0, 1.0).log_prob(log_length) + dist.HalfNormal(1.0).log_prob(log_noise.exp())
         return torch.cat(parts) + prior + log_noise
 
-    (a, b), weights, evidence = _grid(log_density, (-3, 3.5, 250), (-3.5, 1, 200))
-    moments = {"length": _moments(a.exp(), weights), "noise": _moments(b.exp(), weights)}
+    (a, b), weights, evidence = grid(log_density, (-3, 3.5, 250), (-3.5, 1, 200))
+    moments = {"length": moments_of(a.exp(), weights), "noise": moments_of(b.exp(), weights)}
     return FitTarget(model, (x.float(), data.float()), moments, evidence)
 
 
 def hidden_markov() -> FitTarget:
     """Two hidden states with levels -d and d, by the forward algorithm; d and -d are nearly alike."""
     states = (torch.arange(30) // 6) % 2
-    data = (2 * states - 1) * 1.0 + 0.7 * _noise(27, 30)
+    data = (2 * states - 1) * 1.0 + 0.7 * noise(27, 30)
 
     def forward(level: Tensor, stay: Tensor, y: Tensor) -> Tensor:
         low, high = (dist.Normal(sign * level.unsqueeze(-1), 0.7).log_prob(y) for sign in (-1, 1))
@@ -226,8 +226,8 @@ def hidden_markov() -> FitTarget:
         prior = dist.Normal(0.0, 2.0).log_prob(level) + dist.Beta(2.0, 1.0).log_prob(stay)
         return prior + forward(level, stay, data) + stay.log() + (-stay).log1p()
 
-    (level, logit), weights, evidence = _grid(log_density, (-3, 3, 600), (-6, 9, 400))
-    moments = {"level": _moments(level, weights), "stay": _moments(logit.sigmoid(), weights)}
+    (level, logit), weights, evidence = grid(log_density, (-3, 3, 600), (-6, 9, 400))
+    moments = {"level": moments_of(level, weights), "stay": moments_of(logit.sigmoid(), weights)}
     share = float(weights @ (level > 0).double())
     events = {"level > 0": lambda draws: draws["level"] > 0}
     return FitTarget(model, (data.float(),), moments, evidence, {"level > 0": share}, events)
@@ -236,7 +236,7 @@ def hidden_markov() -> FitTarget:
 def frequency() -> FitTarget:
     """The frequency of a sine from few data: several narrow modes."""
     times = torch.tensor([0.0, 1.3, 2.9, 3.1, 4.6, 6.2, 7.0, 9.1], dtype=torch.float64)
-    data = (2.1 * times).sin() + 0.6 * _noise(28, 8)
+    data = (2.1 * times).sin() + 0.6 * noise(28, 8)
 
     def model(times: Tensor, y: Tensor) -> None:
         omega = pyro.sample("omega", dist.Uniform(0.5, 6.0))
@@ -247,13 +247,13 @@ def frequency() -> FitTarget:
         curve = (omega.unsqueeze(-1) * times).sin()
         return dist.Normal(curve, 0.6).log_prob(data).sum(-1) - math.log(5.5)
 
-    (omega,), weights, evidence = _grid(log_density, (0.5, 6.0, 100_000))
-    return FitTarget(model, (times.float(), data.float()), {"omega": _moments(omega, weights)}, evidence)
+    (omega,), weights, evidence = grid(log_density, (0.5, 6.0, 100_000))
+    return FitTarget(model, (times.float(), data.float()), {"omega": moments_of(omega, weights)}, evidence)
 
 
 def flat() -> FitTarget:
     """A flat prior, and data three widths of its sampler away."""
-    data = 30 + 2 * _noise(29, 10)
+    data = 30 + 2 * noise(29, 10)
 
     def model(x: Tensor) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 10.0).mask(False))
@@ -293,7 +293,7 @@ def wells() -> FitTarget:
         b = pyro.sample("b", dist.Normal(torch.zeros(4), 2.0).to_event(1).mask(False))
         pyro.factor("density", (well(a) - b**2 / 2).sum(-1))
 
-    (a,), weights, evidence = _grid(well, (-5, 5, 100_000))
-    mean, sd = _moments(a, weights)
+    (a,), weights, evidence = grid(well, (-5, 5, 100_000))
+    mean, sd = moments_of(a, weights)
     moments = {"a": (mean.expand(4), sd.expand(4)), "b": (torch.zeros(4), torch.ones(4))}
     return FitTarget(model, (), moments, 4 * evidence + 2 * math.log(2 * math.pi))

@@ -9,6 +9,7 @@ from typing import Any
 from pyro_adaann.annealing.cess_schedule import CESSSchedule
 from pyro_adaann.annealing.ladder import Ladder
 from pyro_adaann.annealing.stage_rules import ESSStageRule
+from pyro_adaann.guides.continuous import continuous_part
 from pyro_adaann.guides.spline import AutoSpline
 from pyro_adaann.steps.natural import NaturalStep
 from pyro_adaann.svi import AdaAnnSVI
@@ -71,6 +72,6 @@ def natural_svi(
         **kwargs,
     }
     if guide is None:
-        guide = AutoSpline(model, base_loc="prior", base_scale="prior")
+        guide = AutoSpline(continuous_part(model), base_loc="prior", base_scale="prior")
     step = NaturalStep(num_particles, max_kl, damping, max_plate_nesting)
     return AdaAnnSVI(model, guide, step, num_final_steps=num_final_steps, **settings)

@@ -36,6 +36,7 @@ from pyro_adaann.diagnostics.reach import Reach
 from pyro_adaann.diagnostics.rules import Finding, Level
 from pyro_adaann.fitting.attempts import Attempt, End, Plan
 from pyro_adaann.fitting.combine import choose, judge
+from pyro_adaann.fitting.compare import compare_fits
 from pyro_adaann.fitting.fit import next_plan
 
 # --- right, or says no ---------------------------------------------------------------------------------
@@ -79,6 +80,35 @@ def test_moments_are_right_or_the_verdict_says_no(make):
 @pytest.mark.parametrize("make", SLOW_TARGETS, ids=lambda make: make.__name__)
 def test_moments_of_a_harder_model_are_right_or_the_verdict_says_no(make):
     check_honest(make())
+
+
+@pytest.mark.slow
+def test_discrete_sites_that_are_enumerated_are_summed_out():
+    check_honest(fit_targets_more.mixture())
+
+
+def test_a_small_mixture_sums_out_its_labels():
+    def model(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc * k, 1.0), obs=x)
+
+    x = torch.tensor([-0.5, 0.3, 3.1])
+    z = torch.linspace(-12, 12, 20_001).double().unsqueeze(-1)
+    parts = [
+        math.log(0.7) + dist.Normal(0.0, 1.0).log_prob(x),
+        math.log(0.3) + dist.Normal(z, 1.0).log_prob(x),
+    ]
+    log_density = torch.logaddexp(*parts).sum(-1) + dist.Normal(0.0, 3.0).log_prob(z[:, 0])
+    weights = log_density.softmax(0)
+    mean = float(weights @ z[:, 0])
+    sd = float((weights @ (z[:, 0] - mean).square()).sqrt())
+    result = fit(model, x, seed=0, progress_bar=False)
+    assert result.level <= Level.USABLE_WITH_WEIGHTS
+    assert abs(float(result.mean("loc")) - mean) < 0.1 * sd
+    assert abs(float(result.sd("loc")) / sd - 1) < 0.1
+    assert list(result.draws.samples) == ["loc"]
 
 
 # --- the base from the prior ---------------------------------------------------------------------------
@@ -235,6 +265,54 @@ def test_an_export_has_the_same_posterior(make):
     assert data["posterior"]["twice"].values.ravel() == pytest.approx(2 * z)
     assert data["log_likelihood"]["x"].shape == (1, 4000, 5)
     assert data.attrs["verdict"] == result.level.headline
+
+
+def test_fits_are_ranked_and_each_is_compared_with_all():
+    result = two_fits()
+    for own in result.fits:
+        assert own.share == pytest.approx(1.0, abs=0.02)
+        # Kolmogorov's: 10,000 draws against twice as many differ by .014 once in a thousand times, if the ESS
+        # is their number; it is at least a half.
+        assert 0 < own.difference < 0.03
+        assert own.where in ("z", "scale")
+    lines = [line for line in str(result).splitlines() if line.startswith("  fit ")]
+    evidences = [float(line.split("log evidence ")[1].split()[0]) for line in lines]
+    assert len(lines) == 2
+    assert evidences == sorted(evidences, reverse=True)
+
+
+def test_a_fit_without_a_mode_differs_by_what_it_lacks():
+    """Two fits, one with the modes at -2 and 2 and one with that at 2 alone."""
+    torch.manual_seed(0)
+    both = 2 * (torch.rand(20_000) < 0.5) - 1.0
+    z = torch.cat([2 * both, torch.full((20_000,), 2.0)]) + 0.1 * torch.randn(40_000)
+    log_p = torch.zeros(40_000)
+    # The mixture has three quarters of its draws at 2, where the posterior has a half.
+    log_q = torch.where(z > 0, math.log(1.5), math.log(0.5)) * torch.ones(40_000)
+    own = torch.stack([torch.zeros(20_000), torch.full((20_000,), -math.log(2.0))])
+    whole, part = compare_fits(WeightedDraws({"z": z}, log_p, log_q, log_p - log_q, 0.0), own)
+    assert whole.share == pytest.approx(1.0, abs=0.02)
+    assert part.share == pytest.approx(0.5, abs=0.02)
+    assert whole.difference < 0.02
+    assert part.difference == pytest.approx(0.5, abs=0.02)
+    assert part.where == "z"
+
+
+# ArviZ 0.23 leaves to xarray how data sets are put beside each other.
+@pytest.mark.filterwarnings("ignore:In a future version of xarray:FutureWarning")
+def test_an_export_by_fit_has_a_chain_for_each():
+    import arviz as az
+
+    result = two_fits()
+    data = result.to_arviz(by_fit=True, num_samples=2000)
+    assert data["posterior"]["z"].shape == (2, 2000)
+    assert data["observed_data"]["x"].shape == (5,)
+    assert data.attrs["verdict"] == result.level.headline
+    # Independent draws of one posterior: R-hat - 1 is of the order of one over their number.
+    assert float(az.rhat(data)["z"].values) < 1.01
+    for chain in data["posterior"]["z"].values:
+        assert abs(chain.mean() - float(result.mean("z"))) < 0.15 * float(result.sd("z"))
+    assert one_result().to_arviz(by_fit=True, num_samples=100)["posterior"]["z"].shape == (1, 100)
 
 
 def test_the_density_is_normalized():

@@ -17,6 +17,7 @@ from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.fitting.models import check_vectorizes
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.guides.base import AutoFlow
+from pyro_adaann.guides.continuous import continuous_part
 from pyro_adaann.guides.spline import AutoSpline
 from pyro_adaann.natural import natural_svi
 from pyro_adaann.state.interrupt import InterruptGuard
@@ -128,12 +129,14 @@ def _make_guide(
     model: Callable[..., Any], widths: dict[str, float], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> AutoFlow:
     """Return a guide whose base is that of the prior, wider where it says so."""
-    guide = AutoSpline(model, base_loc="prior", base_scale="prior").initialize(*args, **kwargs)
+    guide = AutoSpline(continuous_part(model), base_loc="prior", base_scale="prior").initialize(
+        *args, **kwargs
+    )
     if not widths:
         return guide
     scale = guide.get_base_dist().base_dist.scale * _by_coordinate(guide, widths)
     loc = guide.get_base_dist().base_dist.loc
-    return AutoSpline(model, base_loc=loc, base_scale=scale).initialize(*args, **kwargs)
+    return AutoSpline(continuous_part(model), base_loc=loc, base_scale=scale).initialize(*args, **kwargs)
 
 
 def _by_coordinate(guide: AutoFlow, widths: dict[str, float]) -> Tensor:

@@ -11,6 +11,7 @@ from pyro_adaann.checks import check_count
 from pyro_adaann.diagnostics.rules import Level
 from pyro_adaann.fitting.attempts import Attempt, Clock, End, Plan, attempt
 from pyro_adaann.fitting.combine import choose, finds_more, is_settled, judge, summary_findings
+from pyro_adaann.fitting.compare import Agreement, compare_fits
 from pyro_adaann.fitting.mixture import weigh_guides
 from pyro_adaann.fitting.models import check_model
 from pyro_adaann.fitting.progress import FitProgress
@@ -192,14 +193,15 @@ def _result(
 ) -> FitResult:
     chosen = choose(attempts)
     guides = [attempt.svi.guide for attempt in chosen]
-    draws, log_weights = weigh_guides(model, guides, args, kwargs, _NUM_SAMPLES, _BATCH_SIZE)
-    diagnosis, remarks = judge(chosen, log_weights)
+    mixture = weigh_guides(model, guides, args, kwargs, _NUM_SAMPLES, _BATCH_SIZE)
+    diagnosis, remarks = judge(chosen, mixture.log_weights)
+    agreements = dict(zip(map(id, chosen), compare_fits(mixture.draws, mixture.own_log_weights), strict=True))
     best = max(chosen, key=lambda a: a.diagnosis.ess)
     return FitResult(
-        draws=draws,
+        draws=mixture.draws,
         diagnosis=diagnosis,
         remarks=(*remarks, *summary_findings(attempts)),
-        fits=tuple(_summarize(attempt, attempt in chosen) for attempt in attempts),
+        fits=tuple(_summarize(attempt, agreements.get(id(attempt))) for attempt in attempts),
         seconds=clock.passed,
         guides=tuple(guides),
         svi=best.svi,
@@ -207,8 +209,9 @@ def _result(
     )
 
 
-def _summarize(attempt: Attempt, counts: bool) -> FitSummary:
+def _summarize(attempt: Attempt, agreement: Agreement | None) -> FitSummary:
     diagnosis = attempt.diagnosis
+    share, difference, where = agreement or (None, None, "")
     return FitSummary(
         log_evidence=diagnosis.log_evidence,
         log_evidence_se=diagnosis.log_evidence_se,
@@ -216,5 +219,7 @@ def _summarize(attempt: Attempt, counts: bool) -> FitSummary:
         width=max(attempt.plan.widths.values(), default=1.0),
         num_steps=attempt.svi.history.num_steps,
         seconds=attempt.seconds,
-        counts=counts,
+        share=share,
+        difference=difference,
+        where=where,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -19,7 +19,20 @@ from pyro_adaann.diagnostics.guide_draws import GuideDraws
 from pyro_adaann.diagnostics.importance import WeightedDraws
 from pyro_adaann.weights import finite_or_no_weight, pareto_smooth
 
-__all__ = ["Apart", "weigh_guides"]
+__all__ = ["Apart", "Mixture", "weigh_guides"]
+
+
+class Mixture(NamedTuple):
+    """Draws of several guides, as many of each, one guide after the other.
+
+    :param draws: with their weights against the mixture.
+    :param log_weights: these before smoothing.
+    :param own_log_weights: those of every guide's draws against its own density, ``(num_guides, n)``.
+    """
+
+    draws: WeightedDraws
+    log_weights: Tensor
+    own_log_weights: Tensor
 
 
 class Apart:
@@ -43,8 +56,8 @@ def weigh_guides(
     kwargs: dict[str, Any],
     num_samples: int,
     batch_size: int,
-) -> tuple[WeightedDraws, Tensor]:
-    """Return draws of the mixture of guides with smoothed weights, and the weights before smoothing.
+) -> Mixture:
+    """Draw from every guide, and weight the draws against the mixture of all and by each alone.
 
     :param num_samples: draws of every guide.
     :raises ValueError: as :func:`diagnose` does.
@@ -62,11 +75,12 @@ def weigh_guides(
             # A draw out of reach of a guide's inverse has no density there.
             log_mixture = torch.stack(densities).nan_to_num(-torch.inf).logsumexp(0) - math.log(len(draws))
             # The rest, the change from free to constrained coordinates, is the same for all.
-            parts.append((batch.log_p, batch.log_q - log_own + log_mixture))
+            parts.append((batch.log_p, batch.log_q - log_own + log_mixture, batch.log_weights))
             for name, values in samples.items():
                 values.append(own.values(batch.guide_trace, name, num))
-    log_p, log_q = map(torch.cat, zip(*parts, strict=True))
+    log_p, log_q, own_log_weights = map(torch.cat, zip(*parts, strict=True))
     log_weights = finite_or_no_weight(log_p - log_q)
     smoothed, k_hat = pareto_smooth(log_weights)
     cat = {name: torch.cat(values) for name, values in samples.items()}
-    return WeightedDraws(cat, log_p, log_q, smoothed, k_hat), log_weights
+    weighted = WeightedDraws(cat, log_p, log_q, smoothed, k_hat)
+    return Mixture(weighted, log_weights, own_log_weights.reshape(len(guides), -1))

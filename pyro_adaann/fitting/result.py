@@ -20,7 +20,9 @@ from pyro_adaann.diagnostics.importance import WeightedDraws
 from pyro_adaann.diagnostics.numbers import nats, percent, rounded
 from pyro_adaann.diagnostics.rules import Finding, Level, findings
 from pyro_adaann.diagnostics.verdict import Diagnosis
+from pyro_adaann.fitting.chains import export_by_fit
 from pyro_adaann.fitting.storage import read_result, write_result
+from pyro_adaann.fitting.stored import StoredDraws
 from pyro_adaann.fitting.summary import FitSummary, site_rows
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.svi import AdaAnnSVI
@@ -152,19 +154,25 @@ class FitResult:
             result: dict[str, Tensor] = predictive(*args, **kwargs)
         return result
 
-    def to_arviz(self, **kwargs: Any) -> Any:
+    def to_arviz(self, *, by_fit: bool = False, **kwargs: Any) -> Any:
         """Return the draws as data for ArviZ, weighted as the verdict demands.
 
-        :param kwargs: arguments of :func:`to_arviz`, such as ``num_samples``, ``coords`` or ``prior``.
+        :param by_fit: make every fit a chain, weighted by itself, so that R-hat, ranks and traces compare
+            them. By default there is one chain, of all fits together: with it parts that a fit lacks have
+            their right share.
+        :param kwargs: arguments of :func:`to_arviz`, such as ``num_samples`` (of every chain), ``coords`` or
+            ``prior``.
         :raises ValueError: after :meth:`load` without a model, and as :func:`to_arviz` does.
         """
         from pyro_adaann.export.arviz import to_arviz
-        from pyro_adaann.fitting.stored import StoredDraws
 
         model, own_args, own_kwargs = self._call("an export")
-        settings = {"weighted": self.level > Level.GOOD, "diagnosis": self.diagnosis, **kwargs}
+        weighted = self.level > Level.GOOD or (by_fit and len(self.guides) > 1)
+        settings = {"weighted": weighted, "diagnosis": self.diagnosis, **kwargs}
         with pyro.get_param_store().scope():
-            if len(self.guides) == 1:
+            if by_fit:
+                data = export_by_fit(model, self.guides, own_args, own_kwargs, settings)
+            elif len(self.guides) == 1:
                 svi = (model, self.guides[0]) if self.svi is None else self.svi
                 data = to_arviz(svi, *own_args, **settings, **own_kwargs)
             else:
@@ -238,7 +246,8 @@ class FitResult:
         lines = [text for _, text in self._rows()]
         lines.append(f"{len(self.fits)} {names} in {rounded(self.seconds)} s")
         if len(self.fits) > 1:
-            lines += [f"  {i}. {fit}" for i, fit in enumerate(self.fits, 1)]
+            ranked = sorted(enumerate(self.fits, 1), key=lambda item: -item[1].log_evidence)
+            lines += [f"  fit {i}: {fit}" for i, fit in ranked]
         rows = site_rows(self.draws)
         width = max(len(row[0]) for row in rows)
         table = ["  ".join([row[0].ljust(width), *(cell.rjust(9) for cell in row[1:])]) for row in rows]

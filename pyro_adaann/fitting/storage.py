@@ -15,6 +15,7 @@ from pyro_adaann.diagnostics.thermodynamic import ThermodynamicEstimate
 from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.fitting.summary import FitSummary
 from pyro_adaann.guides.base import AutoFlow
+from pyro_adaann.guides.continuous import continuous_part
 from pyro_adaann.guides.spline import AutoSpline
 from pyro_adaann.state.checkpoint import read_checkpoint, write_checkpoint
 from pyro_adaann.state.rungs import Rung
@@ -82,7 +83,7 @@ def _guide(
     kwargs: dict[str, Any],
     state: dict[str, Any],
 ) -> AutoFlow:
-    guide = AutoSpline(model).initialize(*args, **kwargs)
+    guide = AutoSpline(continuous_part(model)).initialize(*args, **kwargs)
     try:
         guide.load_state_dict(state)
     except RuntimeError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_adaann.diagnostics.importance import WeightedDraws
-from pyro_adaann.diagnostics.numbers import nats, rounded
+from pyro_adaann.diagnostics.numbers import nats, percent, rounded
 from pyro_adaann.weights import weighted_mean_and_sd
 
 __all__ = ["FitSummary", "site_rows"]
@@ -28,12 +28,17 @@ class FitSummary:
     :param width: how many times as wide as that of the prior its base was.
     :param num_steps: how many steps it took.
     :param seconds: how long it took.
-    :param counts: whether its draws are among those of the result.
+    :param share: how much it holds of what all fits hold together; None if its draws are left out.
+    :param difference: largest difference of a distribution function from that of all fits together, as a
+        share of the draws: what is left of it where fits agree is noise.
+    :param where: the number that differs most.
 
     Example::
 
-        >>> print(FitSummary(-1.52, 0.01, "GOOD", 1.0, 120, 2.5, True))
+        >>> print(FitSummary(-1.52, 0.01, "GOOD", 1.0, 120, 2.5, 1.0, 0.0, ""))
         GOOD, log evidence -1.520 +- 0.010, 120 steps, 2.5 s
+        >>> print(FitSummary(-1.92, 0.01, "GOOD", 1.0, 120, 2.5, 0.67, 0.33, "z"))
+        GOOD, log evidence -1.920 +- 0.010, 120 steps, 2.5 s; holds 67%, z differs by 33%
     """
 
     log_evidence: float
@@ -42,15 +47,26 @@ class FitSummary:
     width: float
     num_steps: int
     seconds: float
-    counts: bool
+    share: float | None
+    difference: float | None
+    where: str
+
+    @property
+    def counts(self) -> bool:
+        """Whether its draws are among those of the result."""
+        return self.share is not None
 
     def __str__(self) -> str:
         base = "" if self.width == 1 else f", base {rounded(self.width, 2)} times as wide"
-        left_out = "" if self.counts else ", left out"
-        return (
+        text = (
             f"{self.headline}, log evidence {nats(self.log_evidence)} +- {nats(self.log_evidence_se)}, "
-            f"{self.num_steps} steps, {rounded(self.seconds)} s{base}{left_out}"
+            f"{self.num_steps} steps, {rounded(self.seconds)} s{base}"
         )
+        if self.share is None or self.difference is None:
+            return f"{text}; left out"
+        if not self.where or (self.share == 1 and not self.difference):  # one fit is all
+            return text
+        return f"{text}; holds {percent(self.share)}, {self.where} differs by {percent(self.difference)}"
 
 
 def site_rows(draws: WeightedDraws) -> list[tuple[str, ...]]:
