@@ -36,8 +36,8 @@ NAMES = {
     fit_targets_more: """flat frequency decay separation correlation mixture gaussian_process hidden_markov
         two_modes wells eight_schools many_rows""",
     fit_targets_shapes: "outliers ring product",
-    fit_targets_new: """zero_inflated survival growth saturation autoregression ordinal three_labels sparse_means
-        random_walk""",
+    fit_targets_new: """zero_inflated survival growth saturation autoregression ordinal three_labels
+        sparse_means random_walk""",
 }
 TARGETS = {name: getattr(module, name) for module, names in NAMES.items() for name in names.split()}
 
