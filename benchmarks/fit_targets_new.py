@@ -58,8 +58,7 @@ def ordinal() -> FitTarget:
         base = dist.Normal(torch.zeros(2), 2.0).to_event(1)
         cuts = pyro.sample("cuts", dist.TransformedDistribution(base, [OrderedTransform()]))
         with pyro.plate("data", len(y)):
-            predictor = slope * x
-            pyro.sample("y", dist.OrderedLogistic(predictor, cuts.unsqueeze(-2)), obs=y)
+            pyro.sample("y", dist.OrderedLogistic(slope * x, cuts), obs=y)
 
     def log_density(slope: Tensor, first: Tensor, log_step: Tensor) -> Tensor:
         low = first.unsqueeze(-1) - slope.unsqueeze(-1) * x
@@ -190,8 +189,8 @@ def random_walk() -> FitTarget:
     def model(y: Tensor) -> None:
         step = pyro.sample("step", dist.HalfNormal(1.0))
         increments = pyro.sample("increments", dist.Normal(torch.zeros(num), 1.0).to_event(1))
-        with pyro.plate("data", num):
-            pyro.sample("y", dist.Normal(step.unsqueeze(-1) * increments.cumsum(-1), 0.5), obs=y)
+        path = step.unsqueeze(-1) * increments.cumsum(-1)
+        pyro.sample("y", dist.Normal(path, 0.5).to_event(1), obs=y)
 
     sums = torch.ones(num, num).double().tril()
 

@@ -94,6 +94,8 @@ class Runs(ABC):
                     keeper.write(self.history.num_steps)
         self.history.interrupted = not self.is_done
         self._fit.stages.warn_if_unfinished()
+        if not (self.history.interrupted or isinstance(self.optim, Step)):
+            self._fit.advise(args, kwargs)
         return self.history
 
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:

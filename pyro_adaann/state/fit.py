@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_adaann.annealing.history import AnnealingHistory, Outcome
 from pyro_adaann.objectives.base import Objective
 from pyro_adaann.objectives.nonfinite import nonfinite_sites
+from pyro_adaann.state.advice import advise_weights
 from pyro_adaann.state.callable_loss import check_loss_is_tempered
 from pyro_adaann.state.parameters import FitParameters
 from pyro_adaann.state.recovery import MAX_REJECTED, NoFiniteStateError, SafetyNet
@@ -108,6 +109,18 @@ class Fit:
                 f"base_scale) or lower the learning rate."
             ) from None
         self.stages.go_back(self.net.inverse_temperature)
+
+    def advise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell at the end of a run that draws need weights, if all that is random has been weighed.
+
+        Mini-batches have no weights against all data, and with parameters of the model there is no one
+        posterior.
+        """
+        is_weighed = (
+            self.objective.is_final and bool(self.objective.memory) and not self.objective.is_subsampled
+        )
+        if is_weighed and set(self.parameters.tensors) <= set(self.parameters.names_of_guide(args, kwargs)):
+            advise_weights(self.objective.ess_share())
 
     def rewind(self, rung: Rung, factor: float) -> None:
         """Anneal again from a rung, with the rung's step lengths multiplied by ``factor``.
