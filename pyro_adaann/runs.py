@@ -12,9 +12,11 @@ from pyro.optim import PyroLRScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_adaann.annealing.history import AnnealingHistory
+from pyro_adaann.guide_status import expects_tempered
 from pyro_adaann.state.checkpoint import CheckpointKeeper, read_checkpoint, write_checkpoint
 from pyro_adaann.state.fit import Fit
 from pyro_adaann.state.interrupt import InterruptGuard
+from pyro_adaann.state.loop_watch import LoopWatch
 from pyro_adaann.state.progress import show_progress
 from pyro_adaann.state.resume import check_same_fit, fit_state, restore_fit
 from pyro_adaann.steps.base import Step
@@ -28,6 +30,7 @@ class Runs(ABC):
     optim: Any
     lr_schedule: str
     _fit: Fit
+    _loop_watch: LoopWatch
     _settings: dict[str, str]
 
     @abstractmethod
@@ -42,6 +45,7 @@ class Runs(ABC):
     @property
     def is_done(self) -> bool:
         """Whether annealing has ended and ``num_final_steps`` steps have followed, or the budget is used."""
+        self._loop_watch.is_asked()
         return self._fit.stages.is_done
 
     def run(
@@ -118,7 +122,8 @@ class Runs(ABC):
         """
         state = read_checkpoint(path)
         self._sync_optim()
-        restore_fit(self._fit, self._settings, state, args, kwargs)
+        with expects_tempered():
+            restore_fit(self._fit, self._settings, state, args, kwargs)
 
     def _resume(self, path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if os.path.exists(path) and not self.history.num_steps:

@@ -15,9 +15,11 @@ from pyro_adaann.annealing.paths import Path, get_path
 from pyro_adaann.annealing.schedules import AdaAnnSchedule, AnnealingSchedule
 from pyro_adaann.annealing.stage_rules import StageRule
 from pyro_adaann.checks import check_count
+from pyro_adaann.guide_status import expects_tempered
 from pyro_adaann.runs import Runs
 from pyro_adaann.state.arguments import check_parts, make_step
 from pyro_adaann.state.fit import Fit
+from pyro_adaann.state.loop_watch import LoopWatch
 from pyro_adaann.state.resume import settings_of
 from pyro_adaann.state.rungs import Rung, Rungs
 from pyro_adaann.state.settings import FitSettings
@@ -176,6 +178,7 @@ class AdaAnnSVI(Runs, SVI):
         if num_training_steps is not None:
             self._fit.stages.plan_training(num_training_steps)
         self._has_warned = False
+        self._loop_watch = LoopWatch(self._fit.stages)
         watch_end(self, self.history, self.schedule.final_inverse_temperature)
 
     @property
@@ -191,6 +194,7 @@ class AdaAnnSVI(Runs, SVI):
     @property
     def inverse_temperature(self) -> float:
         """The inverse temperature of the latest step; before the first step, that of the first step."""
+        self._loop_watch.is_asked()
         return self._fit.stages.present.inverse_temperature
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -203,7 +207,9 @@ class AdaAnnSVI(Runs, SVI):
         """
         self._sync_optim()
         call = Call(self.model, self.guide, args, kwargs, self.loss_and_grads, self.optim)
-        loss: float = self._fit.take_step(call, super().evaluate_loss)
+        with expects_tempered():
+            loss: float = self._fit.take_step(call, super().evaluate_loss)
+        self._loop_watch.after_step()
         return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -211,10 +217,12 @@ class AdaAnnSVI(Runs, SVI):
 
         Below 1 it is a loss of the tempered posterior, and the first call warns of that.
         """
-        if self.inverse_temperature < self.schedule.final_inverse_temperature and not self._has_warned:
+        stages = self._fit.stages
+        if not (stages.objective.is_final or self._has_warned):
             self._has_warned = True
-            warn_of_evaluation(self.inverse_temperature, self.history.num_steps)
-        loss: float = super().evaluate_loss(*args, **kwargs)
+            warn_of_evaluation(stages.present.inverse_temperature, self.history.num_steps)
+        with expects_tempered():
+            loss: float = super().evaluate_loss(*args, **kwargs)
         return loss
 
     def __repr__(self) -> str:

@@ -251,7 +251,8 @@ def test_quantiles(make_guide):
     # Shares of draws below the quantiles; the error of a share is at most 0.8 %, five of those allowed.
     for level, value in zip([0.05, 0.5, 0.95], quantiles["scale"], strict=True):
         assert (draws < value).float().mean().item() == pytest.approx(level, abs=0.04)
-    assert torch.equal(guide.median(DATA)["scale"], quantiles["scale"][1])
+    # Between two points of the net, one interpolates before the constraint and the other after it.
+    torch.testing.assert_close(guide.median(DATA)["scale"], quantiles["scale"][1], rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="Expected quantiles in"):
         guide.quantiles([1.5], DATA)
 

@@ -214,8 +214,9 @@ def test_schedules_cost_no_model_run(schedule, num_variance_samples, runs_per_st
 
 def test_fresh_variance_samples_are_vectorized_as_the_loss_is():
     problem = conjugate_normal()
-    guide = AutoPlanar(problem.model, 3).initialize()
     for vectorize, calls in ((True, 1), (False, 30)):
+        pyro.clear_param_store()
+        guide = AutoPlanar(problem.model, 3).initialize()
         model = count_calls(problem.model)
         elbo = Trace_ELBO(num_particles=2, vectorize_particles=vectorize, max_plate_nesting=1)
         svi = quick(

@@ -63,6 +63,8 @@ class Tempering:
         self.inverse_temperature = inverse_temperature
         self.guide_rates: dict[str, float] = {}
         self.model_rates: dict[str, float] = {}
+        #: What the scales of the model's sites have been multiplied by.
+        self.model_weights: dict[str, float] = {}
         #: Continuous sites whose Jacobian the guide reports, and the guide's other sites.
         self.delta_sites: set[str] = set()
         self.other_sites: set[str] = set()
@@ -146,6 +148,7 @@ class _TemperModel(Messenger):
         else:
             weight, rate = path.prior_weight(t), 1 - path.prior
         tempering.scale(msg, weight, rate, tempering.model_rates)
+        tempering.model_weights[name] = weight
 
     def _pyro_post_sample(self, msg: Any) -> None:
         tempering, path = self.tempering, self.tempering.path

@@ -30,8 +30,9 @@ from pyro_adaann.diagnostics.model_and_guide import (
     latent_names,
     plate_nesting,
 )
-from pyro_adaann.objectives.fixed_density import has_density
+from pyro_adaann.guide_status import expects_tempered
 from pyro_adaann.objectives.nonfinite import has_nonfinite_parameter
+from pyro_adaann.objectives.sites import check_scales, common_scale, has_density
 from pyro_adaann.objectives.traces import (
     as_numbers,
     marginal_log_density,
@@ -105,6 +106,7 @@ class GuideDraws:
         ]
         check_latents(self.prototype, self.enumerated_names)
         check_subsampling(self.guide_prototype, self.prototype)
+        check_scales(self.prototype, self.guide_prototype, {})
         kind = TraceEnum_ELBO if self.enumerated_names else Trace_ELBO
         self.plate_nesting = plate_nesting(self.guide_prototype, self.prototype)
         self._loss: ELBO = kind(
@@ -120,7 +122,7 @@ class GuideDraws:
         Log densities that are not finite are counted later, so no warning is needed.
         """
         validation = nullcontext() if self._validates else pyro.validation_enabled(False)
-        with torch.no_grad(), warnings.catch_warnings(), validation:
+        with torch.no_grad(), warnings.catch_warnings(), validation, expects_tempered():
             warnings.filterwarnings("ignore", message="Encountered")
             try:
                 return run()
@@ -177,8 +179,10 @@ class GuideDraws:
             log_p = marginal_log_density(model_trace, guide_trace)
         else:
             log_p = _log_density(model_trace)
+        scale = common_scale(guide_trace)
         log_p, log_q = (
-            term.double().reshape(-1).expand(num_samples) for term in (log_p, _log_density(guide_trace))
+            term.double().reshape(-1).expand(num_samples) / scale
+            for term in (log_p, _log_density(guide_trace))
         )
         return DrawBatch(log_p, log_q, guide_trace, model_trace)
 
@@ -236,7 +240,8 @@ class GuideDraws:
     def guide_density(self, guide_trace: Trace, num_samples: int) -> Tensor:
         """Return the log density of what a guide draws, its `Delta` sites left out, shape ``(n,)``."""
         terms = [per_particle(site, site["log_prob"]) for site in sites_of(guide_trace) if has_density(site)]
-        return as_numbers(sum(terms), guide_trace).double().expand(num_samples)
+        scale = common_scale(guide_trace)
+        return as_numbers(sum(terms), guide_trace).double().expand(num_samples) / scale
 
     def score_guide(self, guide_trace: Trace, num_samples: int) -> Tensor:
         """Return the log density of the guide, with its present parameters, at draws made before."""

@@ -15,6 +15,7 @@ from torch.distributions import biject_to
 from torch.quasirandom import SobolEngine
 
 from pyro_adaann.checks import check_count
+from pyro_adaann.guide_status import warn_of_draws
 from pyro_adaann.guides.prior import prior_base
 from pyro_adaann.transforms.affine import AffineLayer
 from pyro_adaann.transforms.base import FlowTransform
@@ -163,28 +164,39 @@ class AutoFlow(AutoContinuous):
         """Return the posterior median of every latent variable, in the model's shapes.
 
         Each unconstrained coordinate has its own median, as in Pyro's normal guides; with several
-        modes it may lie between them. Computed from a fixed quasi-random net, so no random state is
-        used and two calls agree.
+        modes it may lie between them. The values satisfy the constraints of their sites, so the median of a
+        probability vector sums to one, which :meth:`quantiles` at 0.5 do not. Computed from a fixed
+        quasi-random net, so no random state is used and two calls agree.
         """
-        quantiles = self.quantiles([0.5], *args, **kwargs)
-        return {name: value[0] for name, value in quantiles.items()}
+        warn_of_draws(self, "A median")
+        self.initialize(*args, **kwargs)
+        levels = self._base_loc.new_tensor([0.5])
+        middle = _quantiles_of_columns(self.transform(self._base_net(_NUM_QUANTILE_POINTS)), levels)
+        return {site["name"]: value[0] for site, _, value in self._constrain(middle)}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return the posterior quantiles of every latent variable.
+        """Return the posterior quantiles of every number of every latent variable.
+
+        They are those of the values that the model sees, for each number of a vector or matrix by itself.
 
         :param quantiles: numbers in [0, 1].
         :return: for every site a tensor with the quantiles along a new first dimension.
         :raises ValueError: if a quantile is outside [0, 1].
         """
+        warn_of_draws(self, "A quantile")
         self.initialize(*args, **kwargs)
         levels = torch.as_tensor(quantiles, dtype=self._base_loc.dtype, device=self._base_loc.device)
         if not ((levels >= 0) & (levels <= 1)).all():
             raise ValueError(f"Expected quantiles in [0, 1]; got {quantiles}.")
         latents = self.transform(self._base_net(_NUM_QUANTILE_POINTS))
-        # One coordinate at a time: torch.quantile takes at most 2^24 numbers.
-        columns = torch.stack([c.quantile(levels) for c in latents.unbind(-1)], dim=-1)
-        return {site["name"]: value for site, _, value in self._constrain(columns)}
+        # Of the values: a bijection to a simplex mixes coordinates, and one to an upper bound reverses them.
+        return {
+            site["name"]: _quantiles_of_columns(value.reshape(len(value), -1), levels).reshape(
+                -1, *value.shape[1:]
+            )
+            for site, _, value in self._constrain(latents)
+        }
 
     @torch.no_grad()
     def sample_posterior(
@@ -199,6 +211,7 @@ class AutoFlow(AutoContinuous):
         """
         check_count("num_samples", num_samples, 1)
         check_count("batch_size", batch_size, 1)
+        warn_of_draws(self, "A draw of sample_posterior")
         posterior = self.get_posterior(*args, **kwargs)
         sizes = [min(batch_size, num_samples - i) for i in range(0, num_samples, batch_size)]
         latents = torch.cat([posterior.sample(torch.Size([size])) for size in sizes])
@@ -261,3 +274,10 @@ class AutoFlow(AutoContinuous):
         state = copy.deepcopy(self.__getstate__(), memo)
         new.__setstate__({**state, "_model": self._model, "_own_model": self._own_model})
         return new
+
+
+def _quantiles_of_columns(values: Tensor, levels: Tensor) -> Tensor:
+    """Return the quantiles of every column, ``(num_levels, num_columns)``."""
+    # One column at a time: torch.quantile takes at most 2^24 numbers.
+    columns = [column.quantile(levels) for column in values.unbind(-1)]
+    return torch.stack(columns, dim=-1) if columns else values[: len(levels)]

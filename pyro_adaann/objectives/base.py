@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.annealing.tempering import Tempering
+from pyro_adaann.guide_status import expects_tempered, is_expected
 from pyro_adaann.objectives.memory import LogFactorMemory
 from pyro_adaann.objectives.nonfinite import has_nonfinite_parameter
+from pyro_adaann.objectives.sites import check_scales, num_latents
 from pyro_adaann.objectives.traces import (
+    captured_parameters,
     draw_log_factors,
     log_factors,
     log_weights,
@@ -59,11 +63,16 @@ class Objective(ABC):
         self.is_subsampled = False
         #: The model's sites and their distributions, by which a checkpoint is matched with its model.
         self.sites: list[str] | None = None
+        #: How many numbers the guide draws for one particle; None before the first evaluation.
+        self.num_latents: int | None = None
+        #: The names of the guide's parameters; None where no trace of it has been seen.
+        self.guide_names: list[str] | None = None
         #: The log factors of the latest training draws.
         self.memory = LogFactorMemory(num_recycled_draws)
         self._tempering: Tempering | None = None
         self._validates = True
         self._variance_loss: ELBO | None = None
+        self._has_warned = False
 
     @abstractmethod
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
@@ -92,6 +101,18 @@ class Objective(ABC):
         """Evaluate without torch's validation of distributions from now on."""
         self._validates = False
 
+    def _called(self, name: str) -> AbstractContextManager[None]:
+        """Return the block of an evaluation; the first one outside of the driver's methods warns below 1."""
+        if not (self.is_final or self._has_warned or is_expected()):
+            self._has_warned = True
+            warnings.warn(
+                f"`{name}` of an AdaAnnSVI is called at inverse temperature {self.inverse_temperature:.3g}, "
+                f"which AdaAnnSVI.step alone raises: a loop of your own stays there, and its guide is one of "
+                f"a tempered posterior. Call step, or use pyro.infer.SVI with TemperedTrace_ELBO.",
+                stacklevel=4,
+            )
+        return expects_tempered()
+
     def _insist(self, run: Callable[[], Any]) -> Any:
         try:
             return run()
@@ -116,6 +137,8 @@ class Objective(ABC):
         """Record the model's sites, and the log factors of a training step."""
         if self.sites is None:
             self.sites = sites_in(model_trace)
+        if self.guide_names is None:
+            self.guide_names = list(captured_parameters(guide_trace))
         self.is_subsampled = self.is_subsampled or subsampled_plate(model_trace) is not None
         if self._tempering is None:
             return
@@ -124,6 +147,10 @@ class Objective(ABC):
                 "Expected a guide with at least one latent site; got none. Without latent "
                 "variables there is no posterior to anneal: use pyro.infer.SVI."
             )
+        if self.num_latents is None:
+            if self.path.entropy == 1:
+                check_scales(model_trace, guide_trace, self._tempering.model_weights)
+            self.num_latents = num_latents(guide_trace)
         if self.memory.num_draws:
             factors = log_factors(self._tempering, model_trace, guide_trace)
             if factors is not None:

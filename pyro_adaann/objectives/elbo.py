@@ -58,14 +58,16 @@ class ELBOObjective(Objective):
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the loss; call it under `torch.no_grad`."""
-        return self._insist(lambda: self._evaluate(False, model, guide, args, kwargs))
+        with self._called("loss"):
+            return self._insist(lambda: self._evaluate(False, model, guide, args, kwargs))
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the loss and add its gradient to the parameters' ``grad``.
 
         If it raises an error that :meth:`forgives` is true of, clear the gradients and call again.
         """
-        return self._evaluate(True, model, guide, args, kwargs)
+        with self._called("loss_and_grads"):
+            return self._evaluate(True, model, guide, args, kwargs)
 
     def _evaluate(self, is_training: bool, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         self._is_training = is_training

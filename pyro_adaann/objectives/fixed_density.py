@@ -17,25 +17,18 @@ from typing import Any
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_adaann.annealing.tempering import is_delta
+from pyro_adaann.objectives.sites import has_density
 from pyro_adaann.objectives.traces import as_numbers, per_particle, sites_of
 
 __all__ = [
     "fixed_log_density",
     "flow_of",
-    "has_density",
     "log_density_at_fixed_draws",
     "score_of_flow",
     "site_log_density",
 ]
-
-
-def has_density(site: Any) -> bool:
-    """Whether a guide's site is a draw from a density of the guide's."""
-    return not (site["is_observed"] or site_is_subsample(site) or is_delta(site["fn"]))
 
 
 def fixed_log_density(guide_trace: Trace) -> Tensor:

@@ -10,6 +10,7 @@ from pyro.poutine import Trace
 
 from pyro_adaann.objectives.capabilities import Capabilities
 from pyro_adaann.objectives.fixed_density import fixed_log_density
+from pyro_adaann.objectives.sites import common_scale
 from pyro_adaann.objectives.traces import check_full_plates, finite_log_weights
 from pyro_adaann.weights import truncated_weights
 
@@ -114,4 +115,5 @@ class TraceMixedKL_ELBO(Trace_ELBO):
         if self.path_derivative:
             # A broken draw has no path derivative; only its weight, zero, contributes.
             factor = torch.where(is_kept, factor, a)
-        return loss, (1 - a) * surrogate + (factor * fixed_log_density(guide_trace)).sum()
+        own = common_scale(guide_trace) * (factor * fixed_log_density(guide_trace)).sum()
+        return loss, (1 - a) * surrogate + own

@@ -13,7 +13,8 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_adaann.annealing.tempering import is_delta
-from pyro_adaann.objectives.fixed_density import has_density, site_log_density
+from pyro_adaann.objectives.fixed_density import site_log_density
+from pyro_adaann.objectives.sites import common_scale, has_density
 from pyro_adaann.objectives.traces import PARTICLE_PLATE, as_numbers, per_particle, sites_of
 from pyro_adaann.weights import median_and_reach
 
@@ -44,7 +45,7 @@ def drop_broken(
     of a broken draw above that of a typical good one, whatever the evidence; the term vanishes when the guide
     has no mass in the broken region.
 
-    :param cost: in nats; 0 to leave them out only.
+    :param cost: in nats, of the loss without a scale that model and guide share; 0 to leave them out only.
     :param finds_lost: whether the term also counts draws that are finite and a thousand nats below the
         others; these stay in the loss.
     :param drops_lost: whether these are left out, too.
@@ -57,7 +58,7 @@ def drop_broken(
             as_numbers(sum(per_particle(site, site["log_prob"]) for site in sites_of(trace)), trace)
             for trace in (model_trace, guide_trace)
         )
-        log_weight = log_p - log_q
+        log_weight = (log_p - log_q) / common_scale(guide_trace)
         # The sum is finite only if all its terms are; in the difference two infinities could cancel.
         total, reach = torch.stack([(log_p + log_q).sum(), log_weight.median() - log_weight.min()]).tolist()
         if math.isfinite(total) and not (finds_lost and reach > _MIN_LOSS):
@@ -69,6 +70,7 @@ def drop_broken(
     num_broken = int(broken.sum())
     dropped = lost if drops_lost else broken
     any_dropped = bool(dropped.any())
+    cost = cost * common_scale(guide_trace)
     for site in sites:
         if any_dropped:
             _mask(site, dropped)

@@ -24,6 +24,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_adaann.annealing.tempering import Tempering
+from pyro_adaann.objectives.sites import PARTICLE_PLATE, common_scale
 
 __all__ = [
     "PARTICLE_PLATE",
@@ -41,9 +42,6 @@ __all__ = [
     "traces_seen",
     "with_num_particles",
 ]
-
-#: The name that Pyro gives the plate of a vectorized ELBO.
-PARTICLE_PLATE = "num_particles_vectorized"
 
 
 @contextmanager
@@ -96,6 +94,8 @@ def as_numbers(total: Tensor | float, trace: Trace) -> Tensor:
 def log_factors(tempering: Tempering, model_trace: Trace, guide_trace: Trace) -> Tensor | None:
     """Return d/dt log p_t of every particle of a pair of traces, detached, shape ``(n,)``.
 
+    Without a scale that model and guide share (:func:`~pyro_adaann.objectives.sites.common_scale`).
+
     None if discrete sites are enumerated in the guide: such a trace has no single value per particle.
     """
     if any("_enumerate_dim" in s["infer"] or "_enum_total" in s["infer"] for s in sites_of(guide_trace)):
@@ -117,18 +117,21 @@ def log_factors(tempering: Tempering, model_trace: Trace, guide_trace: Trace) ->
             rate = tempering.guide_rates.get(site["name"], 0.0)
             if rate:
                 total = total - rate * per_particle(site, site["log_prob"])
-    return as_numbers(total, model_trace)
+    return as_numbers(total, model_trace) / common_scale(guide_trace)
 
 
 def log_weights(model_trace: Trace, guide_trace: Trace) -> Tensor:
-    """Return log p_t - log q of every particle of a pair of traces, detached, shape ``(n,)``."""
+    """Return log p_t - log q of every particle of a pair of traces, detached, shape ``(n,)``.
+
+    Without a scale that model and guide share (:func:`~pyro_adaann.objectives.sites.common_scale`).
+    """
     with torch.no_grad():
         if any("_enumerate_dim" in site["infer"] for site in sites_of(model_trace)):
             log_p: Any = marginal_log_density(model_trace, guide_trace)
         else:
             log_p = sum(per_particle(site, site["log_prob"]) for site in sites_of(model_trace))
         log_q = sum(per_particle(site, site["log_prob"]) for site in sites_of(guide_trace))
-    return as_numbers(log_p - log_q, model_trace)
+    return as_numbers(log_p - log_q, model_trace) / common_scale(guide_trace)
 
 
 def finite_log_weights(model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:

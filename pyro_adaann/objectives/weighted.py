@@ -65,7 +65,8 @@ class WeightObjective(Objective):
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Return minus the mean of the finite log weights of fresh draws."""
-        return minus_mean(self.try_out(model, guide, args, kwargs))
+        with self._called("loss"):
+            return minus_mean(self.try_out(model, guide, args, kwargs))
 
     def weigh(self, model: Any, guide: Any, args: Any, kwargs: Any) -> WeighedDraws:
         """Draw from the guide, with its graph, for a step.

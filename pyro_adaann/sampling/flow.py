@@ -8,6 +8,7 @@ import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
+from pyro_adaann.guide_status import expects_tempered
 from pyro_adaann.sampling.density import UnconstrainedModel
 from pyro_adaann.transforms.base import FlowTransform
 
@@ -51,7 +52,7 @@ def guide_flow(guide: Any, model: UnconstrainedModel, args: tuple[Any, ...], kwa
             f"Expected a guide with a base and a transform, such as AutoPlanar, AutoRealNVP or Pyro's "
             f"AutoMultivariateNormal; got {type(guide).__name__}."
         )
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(), expects_tempered():
         guide(*args, **kwargs)  # a guide that has not run yet learns its sites
     names = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
     if names != list(model.sites) or guide.latent_dim != model.dim:

@@ -22,12 +22,21 @@ from pyro_adaann.annealing.history import AnnealingHistory
 from pyro_adaann.annealing.schedules import AdaAnnSchedule, AnnealingSchedule
 from pyro_adaann.checks import check_count
 
-__all__ = ["StepPlan", "next_within_budget", "plan_steps", "projected_num_steps"]
+__all__ = [
+    "Arrival",
+    "StepPlan",
+    "next_within_budget",
+    "plan_steps",
+    "projected_arrival",
+    "projected_num_steps",
+]
 
 #: Stages behind an estimate of c. One sd is of a few hundred draws, with heavy tails.
 _NUM_STAGES = 21
 #: Fewest stages for which the user's numbers of steps at the ends are kept.
 _MIN_STAGES = 50
+#: Times the c of a normal posterior from which on a measured c says that the guide is far from its target.
+_FAR = 10.0
 
 
 @dataclass(frozen=True)
@@ -131,14 +140,77 @@ def projected_num_steps(history: AnnealingHistory, schedule: AnnealingSchedule, 
         return history.num_steps - stages[-1].num_steps + plan.num_final
     if len(stages) < 3:
         return None
-    times = [stage.inverse_temperature for stage in stages[-_NUM_STAGES:]]
-    if any(a >= b for a, b in itertools.pairwise(times)):  # it has gone back
+    rate = _stages_per_log(history)
+    if rate is None:
         return None
     if schedule.needs_log_factor:  # equal steps in log t, see above
-        num_stages = math.log(end / t) * (len(times) - 1) / math.log(times[-1] / times[0])
+        num_stages = math.log(end / t) * rate
     else:
+        times = history.inverse_temperatures[-_NUM_STAGES:]
         num_stages = (end - t) * (len(times) - 1) / (times[-1] - times[0])
     # With a stage rule a stage may be longer than planned.
     recent = [stage.num_steps for stage in stages[1:][-_NUM_STAGES:-1]]
     num_per_stage = max(statistics.mean(recent or [0]), plan.num_per_stage)
     return history.num_steps + int(num_stages * num_per_stage + plan.num_final)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """After how many steps a fit is expected at inverse temperature 1.
+
+    :param num_steps: from the beginning of the fit, rounded to two digits where it is an estimate.
+    :param is_least: whether it will be more than that, how much more cannot be told yet.
+    """
+
+    num_steps: int
+    is_least: bool = False
+
+    def __str__(self) -> str:
+        return f"{'at least ' if self.is_least else ''}about {self.num_steps:,}"
+
+
+def projected_arrival(
+    history: AnnealingHistory,
+    schedule: AnnealingSchedule,
+    plan: StepPlan,
+    num_latents: int | None,
+    log_factor_sd: float | None = None,
+) -> Arrival | None:
+    """Return when the fit arrives at 1, also before its first stage is over; None where too little is known.
+
+    For AdaAnn's schedule, c is that of a normal posterior in as many dimensions, :math:`\\sqrt{d / 2}`, or
+    that of the latest stages if it is larger: a guide that is still narrow underrates it. A measured c more
+    than ten times as large is that of a guide that has not found its target, and says nothing about later.
+    There are no more stages than with the present sd of the log factor, which falls as t rises.
+
+    :param num_latents: d; None if it is not known.
+    :param log_factor_sd: the present sd; None for that of the latest stage.
+    """
+    t, end = history.stages[-1].inverse_temperature, schedule.final_inverse_temperature
+    if plan.num_total is not None:
+        return Arrival(max(plan.num_total - plan.num_final, 0))
+    num_annealing = plan.num_annealing(schedule)
+    if num_annealing is not None:
+        return Arrival(num_annealing)
+    rates, most, is_least = [_stages_per_log(history)], math.inf, False
+    if isinstance(schedule, AdaAnnSchedule) and num_latents:
+        normal = math.sqrt(num_latents / 2) / schedule.tolerance
+        is_least = (rates[0] or 0.0) > _FAR * normal
+        rates = [normal] if is_least else [normal, *rates]
+        sd = log_factor_sd or next((s.log_factor_sd for s in history.stages[-2:-1]), None)
+        most = math.inf if sd is None else sd * (end - t) / schedule.tolerance
+    known = [rate for rate in rates if rate is not None]
+    if not known:
+        return None
+    left = plan.num_initial - history.num_steps if len(history.stages) == 1 else 0
+    num_stages = min(max(known) * math.log(end / t), most)
+    num_steps = history.num_steps + max(left, 0) + num_stages * plan.num_per_stage
+    return Arrival(int(float(f"{num_steps:.1e}")), is_least)
+
+
+def _stages_per_log(history: AnnealingHistory) -> float | None:
+    """Return the number of stages per unit of log t in the latest stages; None if too few have risen."""
+    times = history.inverse_temperatures[-_NUM_STAGES:]
+    if len(times) < 3 or any(a >= b for a, b in itertools.pairwise(times)):  # it has gone back
+        return None
+    return (len(times) - 1) / math.log(times[-1] / times[0])

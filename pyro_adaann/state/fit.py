@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 
 from pyro_adaann.annealing.history import AnnealingHistory, Outcome
+from pyro_adaann.guide_status import status_of
 from pyro_adaann.objectives.base import Objective
 from pyro_adaann.objectives.nonfinite import nonfinite_sites
 from pyro_adaann.state.advice import advise_weights
@@ -18,6 +19,7 @@ from pyro_adaann.state.recovery import MAX_REJECTED, NoFiniteStateError, SafetyN
 from pyro_adaann.state.rungs import Rung, Rungs
 from pyro_adaann.state.settings import FitSettings
 from pyro_adaann.state.stages import StageControl
+from pyro_adaann.state.unfinished import warn_of_annealing_again
 from pyro_adaann.steps.base import Call, Step
 from pyro_adaann.steps.gradient import is_finite, to_float
 
@@ -81,10 +83,24 @@ class Fit:
             return
         t = self.stages.present.inverse_temperature
         check_loss_is_tempered(self.step, call, found.values(), self.settings.path, t)
+        names = self.objective.guide_names
+        own = [found[name] for name in (found if names is None else names) if name in found]
+        reached = max((s.inverse_temperature for s in map(status_of, own) if s is not None), default=0.0)
+        if reached > t:
+            warn_of_annealing_again(reached, t)
+        self.register_guide(own)
         self.net.keep()
         if self.rungs is not None:
             names = self.parameters.names_of_guide(call.args, call.kwargs)
-            self.rungs.start(self.stages.present.inverse_temperature, self.parameters.state(), names)
+            self.rungs.start(t, self.parameters.state(), names)
+
+    def register_guide(self, parameters: Iterable[Tensor]) -> None:
+        """Let draws of the guide outside of the fit warn below inverse temperature 1.
+
+        :param parameters: those of the guide.
+        """
+        self.stages.tell_status()
+        self.stages.status.register(self.parameters.guide, parameters)
 
     def _recover(self, has_diverged: bool, call: Call, evaluate_loss: Callable[..., Any]) -> None:
         """Recover from a step whose loss, gradient or parameters are not finite."""

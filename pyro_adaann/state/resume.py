@@ -85,6 +85,7 @@ def restore_fit(
         fit.stages.budget = StepPlan(**state["budget"])
     fit.fit_id = state["fit_id"]
     fit.net.keep()
+    fit.register_guide(captured_parameters(guide_trace).values())
     set_random_states(state["random"])
 
 

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 
 import torch
 
 from pyro_adaann.annealing.history import AnnealingHistory, AnnealingStage
 from pyro_adaann.annealing.schedules import AdaAnnSchedule
+from pyro_adaann.guide_status import GuideStatus
 from pyro_adaann.objectives.base import Objective
 from pyro_adaann.objectives.memory import spread_within_steps
-from pyro_adaann.state.budget import StepPlan, next_within_budget, plan_steps, projected_num_steps
+from pyro_adaann.state.budget import StepPlan, next_within_budget, plan_steps
 from pyro_adaann.state.parameters import FitParameters
 from pyro_adaann.state.recovery import SafetyNet
 from pyro_adaann.state.rungs import Rungs
 from pyro_adaann.state.settings import FitSettings
-from pyro_adaann.state.unfinished import warn_of_short_training, warn_of_unplanned_training
+from pyro_adaann.state.unfinished import how_to_go_on, warn_of_short_training, warn_of_unplanned_training
 from pyro_adaann.steps.base import Call
 from pyro_adaann.weights import standard_deviation
 
 __all__ = ["StageControl"]
-
-#: A projected number of stages above this one is reported (the paper's longest run has 4,645), at this stage.
-_MAX_STAGES = 50_000
-_NUM_STAGES_TO_PROJECT = 20
 
 
 class StageControl:
@@ -58,6 +56,8 @@ class StageControl:
         self.parameters = parameters
         self.net = net
         self.rungs = rungs
+        #: Where the guide is, for draws of it outside of the fit.
+        self.status = GuideStatus()
 
     @property
     def plan(self) -> StepPlan:
@@ -85,6 +85,14 @@ class StageControl:
         """Set the objective to the inverse temperature of the present stage."""
         t = self.present.inverse_temperature
         self.objective.start_stage(t, is_final=t >= self.schedule.final_inverse_temperature)
+        self.tell_status()
+
+    def tell_status(self) -> None:
+        """Tell draws of the guide outside of the fit where it is."""
+        # Made of records alone: what outlives the driver must not keep its guide.
+        records = self.history, self.schedule, self.plan, self.objective.num_latents
+        is_final = self.objective.is_final
+        self.status.move(self.present.inverse_temperature, partial(how_to_go_on, *records), is_final=is_final)
 
     def go_back(self, inverse_temperature: float) -> None:
         """Continue from an earlier state of the guide; the draws made since then are dropped."""
@@ -120,8 +128,6 @@ class StageControl:
             names = self.parameters.names_of_guide(call.args, call.kwargs)
             self.rungs.climb(stage.inverse_temperature, self.parameters.state(), names)
         self.start(following)
-        if len(self.history.stages) == _NUM_STAGES_TO_PROJECT:
-            self._warn_if_endless()
 
     def _following(self, call: Call) -> float:
         """Ask the schedule for the inverse temperature that follows."""
@@ -146,17 +152,6 @@ class StageControl:
             following = max(t + factor * (following - t), math.nextafter(t, math.inf))
         return following
 
-    def _warn_if_endless(self) -> None:
-        projected = projected_num_steps(self.history, self.schedule, self.plan)
-        limit = _MAX_STAGES * self.own_plan.num_per_stage + self.own_plan.num_final
-        if self.plan.num_total is None and projected is not None and projected > limit:
-            warnings.warn(
-                f"At this rate annealing takes about {projected:,} steps; it has come to inverse "
-                f"temperature {self.present.inverse_temperature:.3g} in {self.history.num_steps:,}. Give "
-                f"`run` a number of steps (num_steps) or the schedule a larger tolerance.",
-                stacklevel=4,
-            )
-
     def set_budget(self, num_steps: int) -> None:
         """Plan the fit for a total number of steps.
 
@@ -168,6 +163,7 @@ class StageControl:
                 f"is; got {num_steps}. Leave one of them out."
             )
         self.budget = plan_steps(self.schedule, self.own_plan, num_steps)
+        self.tell_status()
 
     def plan_training(self, num_steps: int) -> None:
         """Plan the fit for a loop of ``num_steps`` steps; warn where it will not, or may not, reach 1."""

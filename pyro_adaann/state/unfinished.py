@@ -14,8 +14,12 @@ import weakref
 from typing import Any
 
 from pyro_adaann.annealing.history import AnnealingHistory
+from pyro_adaann.annealing.schedules import AnnealingSchedule
+from pyro_adaann.state.budget import StepPlan, projected_arrival
 
 __all__ = [
+    "how_to_go_on",
+    "warn_of_annealing_again",
     "warn_of_evaluation",
     "warn_of_short_training",
     "warn_of_unplanned_training",
@@ -59,6 +63,32 @@ def warn_of_evaluation(inverse_temperature: float, num_steps: int) -> None:
         f"not that of the posterior. Evaluate it when AdaAnnSVI.inverse_temperature is 1, or use "
         f"loss.loss(model, guide, *args).",
         stacklevel=3,
+    )
+
+
+def warn_of_annealing_again(reached: float, inverse_temperature: float) -> None:
+    """Warn that a guide is annealed from the start, although another fit has brought it further."""
+    own = (
+        "ConstantSchedule()" if reached >= 1 else f"AdaAnnSchedule(initial_inverse_temperature={reached:.3g})"
+    )
+    warnings.warn(
+        f"An earlier AdaAnnSVI has brought this guide to inverse temperature {reached:.3g}, and this one "
+        f"begins at {inverse_temperature:.3g}: what the guide has learned since is lost. To go on from there "
+        f"step the earlier AdaAnnSVI, or give this one schedule={own}. For a new fit call "
+        f"pyro.clear_param_store() and make a new guide.",
+        stacklevel=7,
+    )
+
+
+def how_to_go_on(
+    history: AnnealingHistory, schedule: AnnealingSchedule, plan: StepPlan, num_latents: int | None
+) -> str:
+    """Return how far a fit has come, and how to bring it to inverse temperature 1, as a clause."""
+    arrival = projected_arrival(history, schedule, plan, num_latents)
+    takes = "" if arrival is None else f"; it takes {arrival} to arrive at 1"
+    return (
+        f"in stage {len(history.stages)}, after {history.num_steps:,} steps{takes}. Go on with "
+        f"AdaAnnSVI.run, or step until AdaAnnSVI.is_done. A loop of a given length needs num_training_steps."
     )
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pyro_adaann.objectives.fixed_density import (
     flow_of,
-    has_density,
     log_density_at_fixed_draws,
     score_of_flow,
 )
+from pyro_adaann.objectives.sites import has_density
 from pyro_adaann.objectives.traces import PARTICLE_PLATE, per_particle, sites_of
 from pyro_adaann.steps.transformed import base_point, fixed_density_at, is_transformed_vector
 from pyro_adaann.transforms.linear_maps import calls_of_linear_maps, gradients_of_calls, gradients_row_by_row
