@@ -175,10 +175,11 @@ class AdaAnnSVI(Runs, SVI):
         self.loss = self._fit.objective.loss
         self.loss_and_grads = getattr(self._fit.objective, "loss_and_grads", _no_loss)
         self._settings = settings_of(self._fit, optim, loss, getattr(step, "final_loss", None))
-        if num_training_steps is not None:
-            self._fit.stages.plan_training(num_training_steps)
         self._has_warned = False
         self._loop_watch = LoopWatch(self._fit.stages)
+        if num_training_steps is not None:
+            self._fit.stages.plan_training(num_training_steps)
+            self._loop_watch.is_asked()
         watch_end(self, self.history, self.schedule.final_inverse_temperature)
 
     @property

@@ -59,7 +59,7 @@ def test_the_schedule_is_that_of_the_fit_without_it(scale, loss, path):
             pyro.optim.Adam({"lr": 0.01, "eps": 0.0}),  # which then does not see a scale of the gradient
             loss(),
             path=path,
-            schedule=AdaAnnSchedule(0.5),
+            schedule=AdaAnnSchedule(0.05),
             stage_rule=ESSStageRule(0.3),
             num_initial_steps=3,
             num_steps_per_stage=2,

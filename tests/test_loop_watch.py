@@ -110,6 +110,9 @@ def test_a_fixed_schedule_is_projected_exactly():
     (message,) = told(svi, 210)
     assert "takes about 330 steps" in message
     assert svi.num_annealing_steps == 330
+    pyro.clear_param_store()
+    options = {"num_initial_steps": 150, "num_steps_per_stage": 20, "num_training_steps": 400}
+    assert told(make(schedule=LinearSchedule(10), **options), 210) == []  # checked at construction
 
 
 def test_projections_of_known_histories():
