@@ -179,11 +179,8 @@ class GuideDraws:
             log_p = marginal_log_density(model_trace, guide_trace)
         else:
             log_p = _log_density(model_trace)
-        scale = common_scale(guide_trace)
-        log_p, log_q = (
-            term.double().reshape(-1).expand(num_samples) / scale
-            for term in (log_p, _log_density(guide_trace))
-        )
+        log_q, scale = _log_density(guide_trace), common_scale(guide_trace)
+        log_p, log_q = (term.double().reshape(-1).expand(num_samples) / scale for term in (log_p, log_q))
         return DrawBatch(log_p, log_q, guide_trace, model_trace)
 
     def _check_vectorizes(self, batch: DrawBatch) -> None:
