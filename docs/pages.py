@@ -25,7 +25,8 @@ __all__ = ["PAGES", "ROOT", "Block", "Printed", "blocks", "run_diff", "run_page"
 
 ROOT = Path(__file__).resolve().parents[1]
 #: All pages with programs, and those that may have some one day.
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / f"{name}.md" for name in ("README", "PACKAGE", "CONTRIBUTING")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 _FENCE = re.compile(r"^```(python|diff)([^\n]*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 

@@ -132,6 +132,10 @@ def test_links_within_the_repository_hold(page):
         assert not anchor or anchor in anchors(target), link
 
 
+def test_the_description_of_the_package_leads_nowhere_within_the_repository():
+    assert not list(links(ROOT / "PACKAGE.md"))
+
+
 def test_every_figure_is_shown_and_every_page_is_in_the_contents():
     text = "".join(page.read_text() for page in [*pages.PAGES, *(DOCS / "figures").rglob("*.md")])
     for figure in (DOCS / "figures").rglob("*.*"):

@@ -14,7 +14,16 @@ from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoPlanar, SequenceSchedule, __version__, diagnose
+from pyro_adaann import (
+    AdaAnnSchedule,
+    AdaAnnSVI,
+    AutoPlanar,
+    LinearSchedule,
+    SequenceSchedule,
+    __version__,
+    diagnose,
+    natural_svi,
+)
 from pyro_adaann.export.arviz import to_arviz
 
 try:
@@ -292,6 +301,12 @@ def test_plain_svi():
     data = to_arviz(svi, num_samples=30)
     assert data.attrs["inverse_temperature"] == 1.0
     assert data.attrs["guide"] == "AutoNormal"
+
+
+def test_a_guide_that_chooses_its_number_of_layers_can_be_written(tmp_path):
+    svi = natural_svi(schools, num_particles=20, num_final_steps=1, schedule=LinearSchedule(2))
+    svi.run(EFFECTS, progress_bar=False)
+    to_arviz(svi, EFFECTS, num_samples=50, weighted=False).to_netcdf(tmp_path / "spline.nc")
 
 
 def test_netcdf_round_trip(tmp_path):

@@ -188,7 +188,8 @@ def _attributes(svi: Fit) -> dict[str, Any]:
         "guide": getattr(guide, "__name__", type(guide).__name__),
         "inverse_temperature": get_inverse_temperature(svi),
     }
-    if hasattr(guide, "num_transforms"):
+    # None where the guide chooses the number itself, and NetCDF holds no None.
+    if getattr(guide, "num_transforms", None) is not None:
         attrs["num_transforms"] = guide.num_transforms
     if isinstance(svi, AdaAnnSVI):
         attrs["is_done"] = int(svi.is_done)
