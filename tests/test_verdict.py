@@ -139,6 +139,31 @@ def test_where_hardly_a_draw_counts_the_base_is_what_to_change():
     assert "learning rate" not in d.verdict
 
 
+def test_a_scale_that_is_rounded_to_zero_is_a_broken_draw_and_no_error():
+    """exp(-120) is zero in single precision, and validation refuses a scale of zero."""
+
+    def model() -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 60.0))
+        pyro.sample("x", dist.Normal(0.0, scale), obs=torch.tensor(1.0))
+
+    def guide() -> None:
+        pyro.sample("scale", dist.LogNormal(0.0, 60.0))
+
+    d = diagnose((model, guide), num_samples=2000)
+    # Above exp(88.7) it is infinite; below exp(-44.7) its square is so small that the density is zero, and
+    # below exp(-103.9) it is zero itself. Five standard errors are .05.
+    normal = torch.distributions.Normal(0.0, 60.0)
+    broken = float(1 - normal.cdf(torch.tensor(88.7)) + normal.cdf(torch.tensor(-44.7)))
+    assert d.broken_share == pytest.approx(broken, abs=0.05)
+
+    def negative() -> None:
+        z = pyro.sample("scale", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(0.0, z), obs=torch.tensor(1.0))
+
+    with pytest.raises(ValueError, match="constraint"):
+        diagnose((negative, lambda: pyro.sample("scale", dist.Normal(0.0, 1.0))), num_samples=100)
+
+
 def test_a_scaled_model_has_a_verdict_about_its_arguments():
     def model(x: torch.Tensor) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))

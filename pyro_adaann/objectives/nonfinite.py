@@ -163,7 +163,10 @@ def _mask(site: Any, broken: Tensor) -> None:
 
 
 def has_nonfinite_parameter(error: BaseException) -> bool:
-    """Whether torch refused a distribution's parameter for numbers that are not finite alone."""
+    """Whether torch refused a distribution's parameter for nothing but numbers beyond floating point.
+
+    These are numbers that are not finite, and zeros: a positive number that is too small is rounded to one.
+    """
     while error.__cause__ is not None:  # Pyro raises anew, with the shapes of the trace
         error = error.__cause__
     traceback = error.__traceback__
@@ -176,8 +179,8 @@ def has_nonfinite_parameter(error: BaseException) -> bool:
     if not (torch.is_tensor(value) and torch.is_tensor(valid)):
         return False
     # A constraint on vectors or matrices has one verdict per event.
-    is_finite = torch.isfinite(value).reshape(*valid.shape, -1).all(-1)
-    return bool((valid | ~is_finite).all())
+    is_usual = (torch.isfinite(value) & (value != 0)).reshape(*valid.shape, -1).all(-1)
+    return bool((valid | ~is_usual).all())
 
 
 def nonfinite_sites(model: Any, guide: Any, args: Any, kwargs: Any) -> list[str]:
