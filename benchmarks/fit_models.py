@@ -4,7 +4,7 @@ One line a model, kept in a file, so that a run goes on where it ended::
 
     python benchmarks/fit_models.py                       # all that the file does not have yet
     python benchmarks/fit_models.py collinear rosenbrock  # these, again
-    python benchmarks/fit_models.py --table               # the table of the file
+    python benchmarks/fit_models.py --table               # the table of the file, also for docs/fit.md
 
 Errors of means are in exact standard deviations, those of standard deviations relative, each the largest
 of all numbers of a model; both of weighted draws. Seconds are those of the processor.
@@ -42,7 +42,9 @@ NAMES = {
 TARGETS = {name: getattr(module, name) for module, names in NAMES.items() for name in names.split()}
 
 
-RESULTS = Path(__file__).resolve().parent / "results" / "fit_models.jsonl"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "fit_models.jsonl"
+TABLE = ROOT / "docs" / "figures" / "fit_models.md"
 
 
 def errors(target: FitTarget, result: FitResult) -> dict[str, float | None]:
@@ -91,26 +93,26 @@ def run(name: str, seed: int) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a table in Markdown."""
     lines = [
-        "| model | latents | mean, sds | sd, % | share | log evidence | verdict | ESS | fits | seconds | |",
+        "| model | latents | means, sds off | sds off, % | shares off | log evidence off | verdict | ESS | fits | "
+        "CPU s | |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         evidence = "" if row["evidence"] is None else f"{row['evidence']:+.3f}"
-        mark = (
-            "right"
-            if is_right(row)
-            else "**quietly wrong**"
-            if row["verdict"] == "GOOD"
-            else "wrong, says so"
-        )
-        if mark == "wrong, says so" and row["verdict"] == "USABLE WITH WEIGHTS":
-            mark = "**wrong, usable**"
         lines.append(
-            f"| {row['name']} | {row['dim']} | {row['mean']:.3f} | {100 * row['sd']:.1f} | "
+            f"| {row['name'].replace('_', ' ')} | {row['dim']} | {row['mean']:.3f} | {100 * row['sd']:.1f} | "
             f"{row['share']:.3f} | {evidence} | {row['verdict']} | {row['ess']:.2f} | {row['fits']} | "
-            f"{row['seconds']:.0f} | {mark} |"
+            f"{row['seconds']:.0f} | {mark(row)} |"
         )
     return "\n".join(lines)
+
+
+def mark(row: dict[str, Any]) -> str:
+    """Return whether a fit is right, and whether its verdict says so."""
+    is_usable = row["verdict"] in ("GOOD", "USABLE WITH WEIGHTS")
+    if is_right(row):
+        return "right" if is_usable else "right, false alarm"
+    return "**quietly wrong**" if is_usable else "wrong, says so"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -119,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="MODEL", help=", ".join(TARGETS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--table", action="store_true", help="run nothing, write the table of the page")
     args = parser.parse_args(arguments)
     unknown = [name for name in args.names if name not in TARGETS]
     if unknown:
@@ -133,7 +135,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(table([row]).splitlines()[-1], flush=True)
         with args.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
-    print(table(list(done.values())))
+    text = table([done[name, args.seed] for name in TARGETS if (name, args.seed) in done])
+    print(text)
+    if args.table:
+        TABLE.write_text(text + "\n")
 
 
 if __name__ == "__main__":

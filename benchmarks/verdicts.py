@@ -6,12 +6,12 @@ means are within .1 sd and its sds within 10 %. Right ones that are not usable b
 alarms, wrong ones that are usable are misses.
 
 ``reach``: six densities, each fitted from a base that is much too narrow and from a wide one. A fit that
-lacks 2 % of the evidence and more should have an alarm, one that lacks less than half a percent none of reach.
+lacks 2 % of the evidence and more should have an alarm, one that lacks less than half a percent should not.
 
 One line a fit, kept in a file, so that a run goes on where it ended::
 
     python benchmarks/verdicts.py              # all that the file does not have yet
-    python benchmarks/verdicts.py --table      # the tables of the file
+    python benchmarks/verdicts.py --table      # the tables of the file, also for docs/diagnostics.md
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ from pyro_adaann import (
 )
 from pyro_adaann.diagnostics.rules import Level
 
-RESULTS = Path(__file__).resolve().parent / "results" / "verdicts.jsonl"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "verdicts.jsonl"
+FIGURES = ROOT / "docs" / "figures"
 NUM_SAMPLES = 5000
 
 # --- densities, all with evidence 1; their means and sds in z ---------------------------------------------
@@ -255,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what the file does not have, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--table", action="store_true", help="run nothing, write the tables of the page")
     parser.add_argument("--max-fits", type=int, default=None, help="stop after so many")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -267,9 +269,11 @@ def main(arguments: list[str] | None = None) -> None:
         rows.append({"key": key, **STUDIES[study](*arguments_of_fit)})
         with args.out.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
-    print(verdict_table([row for row in rows if row["key"][0] == "verdict"]))
-    print()
-    print(reach_table([row for row in rows if row["key"][0] == "reach"]))
+    for study, table in (("verdict", verdict_table), ("reach", reach_table)):
+        text = table([row for row in rows if row["key"][0] == study])
+        print(text, end="\n\n")
+        if args.table:
+            (FIGURES / f"verdicts_{study}.md").write_text(text + "\n")
 
 
 if __name__ == "__main__":
