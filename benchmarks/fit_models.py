@@ -93,8 +93,8 @@ def run(name: str, seed: int) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a table in Markdown."""
     lines = [
-        "| model | latents | means, sds off | sds off, % | shares off | log evidence off | verdict | ESS | fits | "
-        "CPU s | |",
+        "| model | latents | means, sds off | sds off, % | shares off | log evidence off | verdict | ESS "
+        "| fits | CPU s | |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
