@@ -183,6 +183,7 @@ def test_with_module_local_params(tmp_path):
         assert resumed.run(DATA, progress_bar=False, checkpoint=tmp_path / "x").losses == losses
 
 
+@pytest.mark.filterwarnings("ignore:The model has parameters")  # on the joint path
 def test_parameters_and_buffers_of_a_model(tmp_path):
     class Decoder(torch.nn.Module):
         def __init__(self) -> None:

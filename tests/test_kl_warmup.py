@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -304,6 +305,31 @@ def make(loss=None, **kwargs) -> AdaAnnSVI:
     options = {"schedule": LinearSchedule(5), "path": "kl_warmup", **kwargs}
     guide = AutoNormal(problem.model)
     return AdaAnnSVI(problem.model, guide, pyro.optim.Adam({"lr": 0.01}), loss or Trace_ELBO(), **options)
+
+
+@pytest.mark.parametrize(("path", "warns"), [("joint", True), ("likelihood", False), ("kl_warmup", False)])
+def test_a_model_that_is_learned_on_the_joint_path_warns(path, warns):
+    def model() -> None:
+        loc = pyro.param("prior_loc", torch.tensor(0.0))
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    pyro.clear_param_store()
+    svi = AdaAnnSVI(
+        model,
+        AutoNormal(model),
+        pyro.optim.Adam({"lr": 0.01}),
+        Trace_ELBO(),
+        path=path,
+        schedule=LinearSchedule(3),
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        svi.step()
+        svi.step()
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == warns
+    assert not warns or "The model has parameters (prior_loc)" in messages[0]
 
 
 @pytest.mark.parametrize(

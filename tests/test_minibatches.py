@@ -44,6 +44,7 @@ def simulate() -> Tensor:
     return 0.5 + z * torch.tensor([1.0, -1.0, 0.5]) + 0.3 * torch.randn(NUM_DATA, 3)
 
 
+@pytest.mark.filterwarnings("ignore:The model has parameters")  # on the joint path
 @pytest.mark.parametrize(
     ("make_elbo", "options"),
     [

@@ -416,6 +416,7 @@ def test_discrete_sites_in_the_guide():
     assert all(map(math.isfinite, svi.history.losses))
 
 
+@pytest.mark.filterwarnings("ignore:The model has parameters")
 def test_model_parameters_are_learned_too():
     data = 3.0 + torch.randn(200)
 

@@ -58,6 +58,8 @@ def empty_guide() -> None:
         ),
         (lambda: make(loss=JitTrace_ELBO()), "Use Trace_ELBO"),
         (lambda: make(loss=JitTraceEnum_ELBO()), "Use TraceEnum_ELBO"),
+        (lambda: make(loss=JitTrace_ELBO().differentiable_loss), "got JitTrace_ELBO.*Use Trace_ELBO"),
+        (lambda: make(loss=TraceMeanField_ELBO().differentiable_loss), "path='likelihood'"),
         (lambda: make(loss=TraceMeanField_ELBO()), "path='likelihood'"),
         (lambda: make(loss=TraceMeanField_ELBO(), path="bridge"), "path='likelihood'"),
         (lambda: make(loss=Trace_MMD(RBF(1))), "got Trace_MMD"),

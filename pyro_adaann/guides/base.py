@@ -17,6 +17,7 @@ from torch.quasirandom import SobolEngine
 from pyro_adaann.checks import check_count
 from pyro_adaann.guide_status import warn_of_draws
 from pyro_adaann.guides.prior import prior_base
+from pyro_adaann.guides.stored import check_initialized, check_store
 from pyro_adaann.transforms.affine import AffineLayer
 from pyro_adaann.transforms.base import FlowTransform
 from pyro_adaann.transforms.compose import ComposedFlow
@@ -51,7 +52,9 @@ class AutoFlow(AutoContinuous):
     :raises NotImplementedError: at set-up, if the model cannot be sampled (see the message).
 
     Dimension, dtype and device are the model's and known when it has run once: at the first call, or
-    before it by :meth:`initialize`.
+    before it by :meth:`initialize`. To use a fitted guide in another process, store its ``state_dict()`` by
+    `torch.save`; there, :meth:`initialize` a guide made alike and call ``load_state_dict``. Pyro's parameter
+    store has the parameters and not the base: files of it are refused.
     """
 
     def __init__(
@@ -155,8 +158,12 @@ class AutoFlow(AutoContinuous):
         return self.transform
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
-        """Return q over the unconstrained latent vector, with a ``log_prob`` at any point."""
+        """Return q over the unconstrained latent vector, with a ``log_prob`` at any point.
+
+        :raises ValueError: if Pyro's parameter store was read from a file.
+        """
         self.initialize(*args, **kwargs)
+        check_store(f"{self._pyro_name}.transform", self._modules["transform"])
         return dist.TransformedDistribution(self.get_base_dist(), [self.transform])
 
     @torch.no_grad()
@@ -261,6 +268,10 @@ class AutoFlow(AutoContinuous):
                 uniform = torch.cat([uniform, rest.double()], dim=-1)
         normal = torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12)).to(self._base_loc)
         return self._base_loc + self._base_scale * normal
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        check_initialized(self.prototype_trace is not None, prefix, state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's version empties the guide that is being copied, not the copy.

@@ -14,6 +14,7 @@ from pyro_adaann.objectives.base import Objective
 from pyro_adaann.objectives.nonfinite import nonfinite_sites
 from pyro_adaann.state.advice import advise_weights
 from pyro_adaann.state.callable_loss import check_loss_is_tempered
+from pyro_adaann.state.learned_model import warn_of_learning
 from pyro_adaann.state.parameters import FitParameters
 from pyro_adaann.state.recovery import MAX_REJECTED, NoFiniteStateError, SafetyNet
 from pyro_adaann.state.rungs import Rung, Rungs
@@ -88,6 +89,7 @@ class Fit:
         reached = max((s.inverse_temperature for s in map(status_of, own) if s is not None), default=0.0)
         if reached > t:
             warn_of_annealing_again(reached, t)
+        warn_of_learning(found, names, self.settings.path, t)
         self.register_guide(own)
         self.net.keep()
         if self.rungs is not None:
