@@ -157,6 +157,10 @@ class Objective(ABC):
                 weights = log_weights(model_trace, guide_trace)
                 self.memory.add(factors, weights, self.inverse_temperature)
 
+    def forget(self) -> None:
+        """Drop the draws that were kept, after the guide has been set back."""
+        self.memory.forget()
+
     def ess_share(self) -> float:
         """Return the effective sample size of the kept draws as a share of their number."""
         return self.memory.ess_share(self.inverse_temperature)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.objectives.base import Objective
-from pyro_adaann.objectives.traces import check_full_plates, log_weights
+from pyro_adaann.objectives.replay import Replay
+from pyro_adaann.objectives.traces import check_full_plates, log_factors, log_weights
 from pyro_adaann.weights import finite_or_no_weight
 
 __all__ = ["WeighedDraws", "WeightObjective"]
@@ -59,6 +60,7 @@ class WeightObjective(Objective):
             vectorize_particles=True,
             strict_enumeration_warning=False,
         )
+        self._replay = Replay()
 
     def _elbos(self) -> list[ELBO]:
         return [self._elbo]
@@ -82,12 +84,46 @@ class WeightObjective(Objective):
         drawn: WeighedDraws = self._insist(run)
         super()._look(drawn.model_trace, drawn.guide_trace)
         self.memory.end_step()
+        self._keep(drawn)
         num_broken = int((drawn.log_weights == -torch.inf).sum())
         self.num_broken += num_broken
         self.num_particles += len(drawn.log_weights)
         if num_broken:
             self.stop_validating()  # Pyro would warn of each of them, at every step
         return drawn
+
+    def _keep(self, drawn: WeighedDraws) -> None:
+        """Keep the draws for the stage that follows; at inverse temperature 1 none does."""
+        if self._tempering is not None:
+            factors = log_factors(self._tempering, drawn.model_trace, drawn.guide_trace)
+            if factors is not None:
+                self._replay.add(drawn.guide_trace, drawn.log_weights, factors, self.inverse_temperature)
+
+    def replay(self, guide: Any, num_draws: int, args: Any, kwargs: Any) -> Trace | None:
+        """Return a trace of the guide, with its graph, at weighted draws of the stage before.
+
+        None if there are none, or if the guide's density at given points is not cheap.
+        """
+        return self._replay.run(self._elbo, guide, num_draws, self.inverse_temperature, args, kwargs)
+
+    def start_stage(self, inverse_temperature: float, *, is_final: bool) -> None:
+        """Evaluate at this inverse temperature from now on; replay the draws of the stage that ends."""
+        super().start_stage(inverse_temperature, is_final=is_final)
+        self._replay.turn()
+
+    def forget(self) -> None:
+        """Drop the draws that were kept, after the guide has been set back."""
+        super().forget()
+        self._replay.forget()
+
+    def state(self) -> dict[str, Any]:
+        """Return what the next evaluations depend on, as plain data; :meth:`restore` takes it."""
+        return {**super().state(), "replay": self._replay.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` has returned."""
+        super().restore(state)
+        self._replay.restore(state["replay"])
 
     def try_out(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Tensor:
         """Return the log weights of fresh draws of the present guide, without recording them."""

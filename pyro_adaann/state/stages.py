@@ -96,7 +96,7 @@ class StageControl:
 
     def go_back(self, inverse_temperature: float) -> None:
         """Continue from an earlier state of the guide; the draws made since then are dropped."""
-        self.objective.memory.forget()
+        self.objective.forget()
         if inverse_temperature != self.present.inverse_temperature:
             self.start(inverse_temperature)
 
@@ -104,7 +104,7 @@ class StageControl:
         """Anneal again from an inverse temperature, by the settings' own numbers of steps."""
         self.budget = None
         self.net.begin_pass()
-        self.objective.memory.forget()
+        self.objective.forget()
         self.start(inverse_temperature)
 
     def advance(self, call: Call) -> None:

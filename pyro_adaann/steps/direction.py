@@ -45,6 +45,8 @@ class NaturalDirection:
         for every parameter a tensor of shape ``(num_draws, *shape)`` or the outer products whose sum it is.
     :param log_weights: of the draws, shape ``(num_draws,)``.
     :param units: what counts as a large change of a parameter, shape ``(num_parameters,)``; 1 if not given.
+    :param num_replayed: how many rows of the scores follow those of the draws: of points that are a sample of
+        the tempered density. Their r is 1, as in the gradient of the forward divergence.
 
     Example::
 
@@ -61,6 +63,7 @@ class NaturalDirection:
         scores: Tensor | Sequence[Tensor | Sequence[OuterProducts]],
         log_weights: Tensor,
         units: Tensor | None = None,
+        num_replayed: int = 0,
     ) -> None:
         self._parts = _parts([scores] if isinstance(scores, Tensor) else scores, units)
         # A draw whose score has overflowed is left out.
@@ -76,8 +79,9 @@ class NaturalDirection:
             part.set_scale(variance, floor)
         # Single precision rounds by 1e-7 of the mean of the diagonal, far below any damping. Solving the
         # system may lose more digits, and is done in double precision.
-        self._gram = gram_matrix(self._parts, square_norms) / len(log_weights)
-        self._residual = residuals(log_weights.double())
+        own = residuals(log_weights.double())
+        self._residual = torch.cat([own, own.new_ones(num_replayed)])
+        self._gram = gram_matrix(self._parts, square_norms) / len(self._residual)
 
     def solve(self, damping: float, max_kl: float = math.inf) -> tuple[Tensor, float]:
         """Return the direction, shortened to a divergence of at most ``max_kl``, and its divergence."""

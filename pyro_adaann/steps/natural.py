@@ -20,7 +20,7 @@ from pyro_adaann.objectives.traces import captured_parameters
 from pyro_adaann.objectives.weighted import WeightObjective, minus_mean
 from pyro_adaann.steps.base import Call, Moved, Step
 from pyro_adaann.steps.direction import NaturalDirection
-from pyro_adaann.steps.scores import draw_scores, parameter_units
+from pyro_adaann.steps.scores import draw_scores, joined_scores, parameter_units
 from pyro_adaann.steps.uninterrupted import uninterrupted
 
 __all__ = ["NaturalStep", "is_not_worse"]
@@ -28,6 +28,8 @@ __all__ = ["NaturalStep", "is_not_worse"]
 #: Factors on the damping after an accepted step and after a rejected trial, and the bounds of damping.
 _EASE, _STIFFEN = 0.5, 4.0
 _MIN_DAMPING, _MAX_DAMPING = 1e-2, 1e6
+#: Replayed draws of the stage before as a share of the guide's own.
+_REPLAYED = 0.25
 #: Directions that are tried in one step.
 _MAX_TRIALS = 6
 #: Standard errors by which the affinity of a trial may be lower than before.
@@ -138,7 +140,11 @@ class NaturalStep(Step):
         parameters = _parameters(drawn.model_trace, drawn.guide_trace)
         scores = draw_scores(drawn.guide_trace, parameters, len(drawn.log_weights))
         units = parameter_units(drawn.guide_trace, parameters)
-        direction = NaturalDirection(scores, drawn.log_weights, units)
+        num_replayed = round(_REPLAYED * self.num_particles)
+        replayed = objective.replay(call.guide, num_replayed, call.args, call.kwargs)
+        if replayed is not None:
+            scores = joined_scores(scores, draw_scores(replayed, parameters, num_replayed))
+        direction = NaturalDirection(scores, drawn.log_weights, units, num_replayed if replayed else 0)
         ready(captured_parameters(drawn.guide_trace))
 
         def is_accepted() -> bool:

@@ -20,7 +20,7 @@ from pyro_adaann.steps.transformed import base_point, fixed_density_at, is_trans
 from pyro_adaann.transforms.linear_maps import calls_of_linear_maps, gradients_of_calls, gradients_row_by_row
 from pyro_adaann.transforms.outer import OuterProducts
 
-__all__ = ["draw_scores", "parameter_units", "score_matrix"]
+__all__ = ["draw_scores", "joined_scores", "parameter_units", "score_matrix"]
 
 
 def draw_scores(
@@ -56,14 +56,32 @@ def draw_scores(
     return sums.result()
 
 
+def joined_scores(
+    first: list[Tensor | list[OuterProducts]], second: list[Tensor | list[OuterProducts]]
+) -> list[Tensor | list[OuterProducts]]:
+    """Return :func:`draw_scores` of two sets of draws of one guide as those of one set."""
+    joined: list[Tensor | list[OuterProducts]] = []
+    for a, b in zip(first, second, strict=True):
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            joined.append(torch.cat([_dense(a), _dense(b)]))
+        else:
+            joined.append(
+                [
+                    OuterProducts(torch.cat([p.left, q.left]), torch.cat([p.right, q.right]), p.mask)
+                    for p, q in zip(a, b, strict=True)
+                ]
+            )
+    return joined
+
+
+def _dense(score: Tensor | list[OuterProducts]) -> Tensor:
+    return score if isinstance(score, Tensor) else torch.stack([term.dense() for term in score]).sum(0)
+
+
 def score_matrix(guide_trace: Trace, parameters: dict[str, Tensor], num_particles: int) -> Tensor:
     """Return :func:`draw_scores` multiplied out, shape ``(num_particles, number of parameters)``."""
     scores = draw_scores(guide_trace, parameters, num_particles)
-    columns = [
-        score if isinstance(score, Tensor) else torch.stack([term.dense() for term in score]).sum(0)
-        for score in scores
-    ]
-    return torch.cat([column.reshape(num_particles, -1) for column in columns], dim=1)
+    return torch.cat([_dense(score).reshape(num_particles, -1) for score in scores], dim=1)
 
 
 def parameter_units(guide_trace: Trace, parameters: dict[str, Tensor]) -> Tensor:

@@ -43,6 +43,8 @@ class AffineLayer(FlowTransform):
         True
     """
 
+    has_closed_inverse = True
+
     def __init__(
         self,
         input_dim: int,

@@ -37,6 +37,8 @@ class FlowTransform(TransformModule):
     bijective = True
     #: Sign of the Jacobian determinant, which a flow that starts near the identity keeps.
     sign = 1
+    #: Whether the inverse is exact and costs about as much as the map itself.
+    has_closed_inverse = False
 
     _cached_log_det: Tensor | None
     _cached_image: Tensor | None

@@ -38,6 +38,7 @@ class ComposedFlow(FlowTransform):
             raise ValueError(f"Expected flows of one dimension; got {sorted(dims) or 'no flow'}.")
         super().__init__(dims.pop())
         self.parts = nn.ModuleList(parts)
+        self.has_closed_inverse = all(part.has_closed_inverse for part in parts)
 
     def _flows(self) -> list[FlowTransform]:
         return [cast(FlowTransform, part) for part in self.parts]

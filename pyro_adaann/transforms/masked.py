@@ -20,6 +20,11 @@ from torch import Tensor, nn
 __all__ = ["MaskedNetwork", "Tape", "activate", "slope"]
 
 
+#: Bound of the weights of the inputs, which come in standard deviations of the base: bends a quarter as wide,
+#: so that a coordinate can follow what changes over a few tenths of another.
+_SHARPNESS = 4.0
+
+
 class Tape(NamedTuple):
     """Inputs and outputs of the matrices in one pass, from the first to the last."""
 
@@ -60,9 +65,14 @@ class MaskedNetwork(nn.Module):
             is_last = number == len(hidden_dims)
             bound = 0.01 if is_last else 1.0
             bounds = bound / mask.sum(0).clamp(min=1).sqrt()
-            self.weights.append(nn.Parameter((2 * torch.rand_like(mask) - 1) * bounds * mask))
+            weight = (2 * torch.rand_like(mask) - 1) * bounds * mask
+            bias = 2 * torch.rand_like(bounds) - 1
+            if number == 0:  # every unit bends at a point of the base
+                weight = _SHARPNESS * weight
+                bias = -(weight * torch.randn_like(weight)).sum(0)
+            self.weights.append(nn.Parameter(weight))
             if not is_last:
-                self.biases.append(nn.Parameter(2 * torch.rand_like(bounds) - 1))
+                self.biases.append(nn.Parameter(bias))
 
     def mask(self, number: int) -> Tensor:
         """Return the mask of a matrix, shape ``(fan_in, fan_out)``."""

@@ -79,6 +79,8 @@ class RealNVPStack(FlowTransform):
         True
     """
 
+    has_closed_inverse = True
+
     def __init__(self, input_dim: int, num_transforms: int, hidden_dims: Sequence[int]) -> None:
         if input_dim < 2:
             raise ValueError(

@@ -56,6 +56,8 @@ class SplineStack(FlowTransform):
         True
     """
 
+    has_closed_inverse = True
+
     def __init__(
         self,
         input_dim: int,

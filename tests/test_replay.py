@@ -1,0 +1,161 @@
+"""Replayed draws of the stage before: a sample of the tempered density, scored under the present guide."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+
+from pyro_adaann import AutoPlanar, AutoRealNVP, AutoSpline, natural_svi
+from pyro_adaann.objectives.traces import PARTICLE_PLATE
+from pyro_adaann.objectives.weighted import WeightObjective
+from pyro_adaann.steps.direction import NaturalDirection, residuals
+from pyro_adaann.steps.scores import draw_scores, joined_scores, score_matrix
+
+LOCS = torch.tensor([-1.0, 2.0])
+
+
+def model():
+    pyro.sample("z", dist.Normal(LOCS, torch.tensor([0.5, 1.0])).to_event(1))
+
+
+def make_objective(guide, num_particles=20_000):
+    svi = natural_svi(model, guide, num_particles=num_particles, num_final_steps=3)
+    objective = svi.optim.make_objective(svi.path, 500)
+    assert isinstance(objective, WeightObjective)
+    return objective
+
+
+def draws_of(trace):
+    (site,) = (site for name, site in trace.nodes.items() if name.endswith("_latent"))
+    return site["value"].detach().reshape(-1, 2)
+
+
+@pytest.mark.parametrize("kind", [AutoSpline, AutoRealNVP])
+def test_replayed_draws_are_a_sample_of_the_tempered_density(kind):
+    pyro.set_rng_seed(0)
+    guide = kind(model, base_loc=0.0, base_scale=2.0)
+    objective = make_objective(guide)
+    objective.start_stage(0.3, is_final=False)
+    assert objective.replay(guide, 100, (), {}) is None  # there is no stage before
+    objective.weigh(model, guide, (), {})
+    assert objective.replay(guide, 100, (), {}) is None
+    t = 0.6
+    objective.start_stage(t, is_final=False)
+    got = draws_of(objective.replay(guide, 40_000, (), {}))
+    # Bridge: log p_t = (1 - t) log base + t log p, a product of normals.
+    precision = (1 - t) / 4.0 + t / torch.tensor([0.25, 1.0])
+    mean, sd = t * LOCS / torch.tensor([0.25, 1.0]) / precision, precision.rsqrt()
+    # The share of effective draws of the 20,000 is above a tenth: standard errors below .025 sd of a mean.
+    assert ((got.mean(0) - mean).abs() < 0.12 * sd).all()
+    assert ((got.std(0) / sd - 1).abs() < 0.12).all()
+
+
+def test_a_guide_without_a_closed_inverse_replays_nothing():
+    pyro.set_rng_seed(0)
+    guide = AutoPlanar(model, 4, base_scale=2.0)
+    objective = make_objective(guide, 100)
+    objective.start_stage(0.3, is_final=False)
+    objective.weigh(model, guide, (), {})
+    objective.start_stage(0.6, is_final=False)
+    assert objective.replay(guide, 100, (), {}) is None
+
+
+def test_what_was_kept_is_forgotten_when_the_guide_goes_back():
+    pyro.set_rng_seed(0)
+    guide = AutoSpline(model, base_scale=2.0)
+    objective = make_objective(guide, 100)
+    objective.start_stage(0.3, is_final=False)
+    objective.weigh(model, guide, (), {})
+    objective.start_stage(0.6, is_final=False)
+    assert objective.replay(guide, 100, (), {}) is not None
+    objective.forget()
+    assert objective.replay(guide, 100, (), {}) is None
+
+
+def test_joined_scores_are_those_of_all_draws():
+    pyro.set_rng_seed(0)
+    guide = AutoSpline(model, base_scale=2.0)
+    guide()
+    parameters = dict(guide.named_parameters())
+
+    def trace_of(num_draws, at=None):
+        with pyro.plate(PARTICLE_PLATE, num_draws, dim=-1):
+            return poutine.trace(guide if at is None else poutine.replay(guide, trace=at)).get_trace()
+
+    together = trace_of(30)
+    parts = []
+    for rows in (slice(0, 20), slice(20, 30)):
+        part = together.copy()
+        for name, site in part.nodes.items():
+            part.nodes[name] = {**site, "value": site["value"][rows]} if name.endswith("latent") else site
+        num_draws = rows.stop - rows.start
+        parts.append(draw_scores(trace_of(num_draws, part), parameters, num_draws))
+    joined = joined_scores(*parts)
+    torch.manual_seed(0)
+    log_weights = torch.randn(30)
+    expected = NaturalDirection(draw_scores(together, parameters, 30), log_weights).solve(0.1)[0]
+    torch.testing.assert_close(
+        NaturalDirection(joined, log_weights).solve(0.1)[0], expected, rtol=1e-3, atol=1e-4
+    )
+    dense = score_matrix(together, parameters, 30)
+    mixed = joined_scores([dense[:20]], [dense[20:]])
+    torch.testing.assert_close(mixed[0], dense)
+
+
+def test_replayed_rows_pull_as_in_the_forward_divergence():
+    torch.manual_seed(0)
+    scores = torch.randn(50, 6, dtype=torch.float64)
+    log_weights = torch.randn(40, dtype=torch.float64)
+    got = NaturalDirection(scores, log_weights, num_replayed=10).solve(0.3)[0]
+    centered = scores - scores.mean(0)
+    fisher = centered.T @ centered / 50
+    diagonal = fisher.diagonal() + 0.01 * fisher.diagonal().mean()
+    pull = torch.cat([residuals(log_weights), torch.ones(10, dtype=torch.float64)])
+    expected = torch.linalg.solve(fisher + 0.3 * torch.diag(diagonal), pull @ centered / 50)
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10)
+
+
+def two_modes():
+    z = pyro.sample("z", dist.Normal(0.0, 3.0))
+    pyro.sample("x", dist.Normal(z**2, 0.5), obs=torch.tensor(4.0))
+
+
+def test_a_lost_part_is_seen_by_the_replayed_draws_alone():
+    """A guide that fits one of two modes exactly: its own draws all weigh the same, and tell nothing."""
+    torch.manual_seed(0)
+    own, other = 2 + torch.randn(200, dtype=torch.float64), -2 + torch.randn(50, dtype=torch.float64)
+
+    def scores(z):
+        return torch.stack(
+            [z - 2, ((z - 2).square() - 1) / 2], 1
+        )  # of N(2, 1), in location and log precision
+
+    equal = torch.zeros(200, dtype=torch.float64)
+    alone = NaturalDirection(scores(own), equal).solve(0.1)[0]
+    assert alone.abs().max() < 1e-9
+    both = torch.cat([scores(own), scores(other)])
+    step = NaturalDirection(both, equal, num_replayed=50).solve(0.1)[0]
+    assert float((scores(other) @ step).mean()) > float((scores(own) @ step).mean())
+    assert step[0] < 0  # towards the other mode
+
+
+def test_a_fit_resumed_replays_the_same_draws(tmp_path):
+    def make():
+        return natural_svi(
+            two_modes, AutoSpline(two_modes, base_scale=3.0), num_particles=100, num_final_steps=2
+        )
+
+    pyro.set_rng_seed(0)
+    svi = make()
+    for _ in range(6):
+        svi.step()
+    svi.save_checkpoint(tmp_path / "fit.pt")
+    expected = [svi.step() for _ in range(4)]
+    pyro.clear_param_store()
+    again = make()
+    again.load_checkpoint(tmp_path / "fit.pt")
+    assert [again.step() for _ in range(4)] == expected
+    assert not any(math.isnan(loss) for loss in expected)
