@@ -56,6 +56,10 @@ class NaturalStep(Step):
     optimizer that scales every parameter separately, such as Adam, takes thousands of steps for it. D is the
     diagonal of F plus a hundredth of its mean, in units that the flows of this package define.
 
+    To the draws are added a quarter as many of the end of the stage before, a sample of the tempered density
+    by their weights, with r = 1: what the guide loses by chance its own draws do not show, but these do. That
+    takes a guide whose flows have an inverse in closed form (`AutoSpline`, `AutoRealNVP`); others do without.
+
     A direction is tried on a fresh batch of draws, and is accepted unless the affinity of guide and tempered
     density falls by more than its noise. After a rejection :math:`\lambda` grows and the next direction is
     tried, six at most. A step evaluates the model on two batches or more, without gradient, and computes the
@@ -76,7 +80,8 @@ class NaturalStep(Step):
     Source: Amari, *Natural gradient works efficiently in learning*, Neural Computation 10 (1998);
     Marquardt, *An algorithm for least-squares estimation of nonlinear parameters*, SIAM J. 11 (1963), for
     the damping; Salimans and Knowles, *Fixed-form variational posterior approximation through stochastic
-    linear regression*, Bayesian Analysis 8 (2013), for the direction as a regression on the scores.
+    linear regression*, Bayesian Analysis 8 (2013), for the direction as a regression on the scores; Midgley et al.,
+    *Flow annealed importance sampling bootstrap*, ICLR 2023, for the replay of weighted draws.
 
     Example::
 
