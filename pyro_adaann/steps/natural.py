@@ -80,8 +80,8 @@ class NaturalStep(Step):
     Source: Amari, *Natural gradient works efficiently in learning*, Neural Computation 10 (1998);
     Marquardt, *An algorithm for least-squares estimation of nonlinear parameters*, SIAM J. 11 (1963), for
     the damping; Salimans and Knowles, *Fixed-form variational posterior approximation through stochastic
-    linear regression*, Bayesian Analysis 8 (2013), for the direction as a regression on the scores; Midgley et al.,
-    *Flow annealed importance sampling bootstrap*, ICLR 2023, for the replay of weighted draws.
+    linear regression*, Bayesian Analysis 8 (2013), for the direction as a regression on the scores; Midgley
+    et al., *Flow annealed importance sampling bootstrap*, ICLR 2023, for the replay of weighted draws.
 
     Example::
 
