@@ -144,6 +144,7 @@ def train(way: str, images: Tensor, seed: int, settings: Settings) -> VAE:
         path=path or "joint",
         num_initial_steps=len(loader),  # a stage is an epoch
         num_steps_per_stage=len(loader),
+        num_training_steps=settings.num_epochs * len(loader),
     )
     for _ in range(settings.num_epochs):
         for batch in loader:

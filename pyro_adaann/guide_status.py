@@ -6,6 +6,7 @@ Nothing here keeps a guide alive, and a copy of a guide has no status.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ __all__ = ["GuideStatus", "expects_tempered", "is_expected", "status_of", "warn_
 
 #: The status of guides, of their parts and of their parameters.
 _STATUS: Any = WeakIdKeyDictionary()
+#: What lies between the user's line and a draw.
+_LIBRARIES = {"pyro_adaann", "pyro", "torch", "contextlib"}
 _num_expecting: ContextVar[int] = ContextVar("_num_expecting", default=0)
 
 
@@ -78,7 +81,7 @@ class GuideStatus:
         warnings.warn(
             f"{door} is one of a tempered posterior: the guide is at inverse temperature "
             f"{self.inverse_temperature:.3g}, {self._advice()}",
-            stacklevel=4,
+            stacklevel=_level_of_caller(),
         )
 
 
@@ -111,6 +114,14 @@ def expects_tempered() -> Iterator[None]:
 def is_expected() -> bool:
     """Whether a block of :func:`expects_tempered` is entered."""
     return _num_expecting.get() > 0
+
+
+def _level_of_caller() -> int:
+    """Return the stack level, from the calling function, of the first frame outside of the libraries."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _before_call(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -121,6 +121,7 @@ def test_a_training_known_to_be_too_short_is_announced_at_the_start():
         make(num_training_steps=0)
 
 
+@pytest.mark.filterwarnings("ignore:After .* steps the inverse temperature")  # the early warning
 @pytest.mark.parametrize(
     ("num_steps", "is_announced", "kwargs"),
     [

@@ -132,6 +132,16 @@ def test_training_diagnostics_and_exports_expect_it():
     assert not [m for m in messages(lambda: to_arviz(svi, num_samples=100)) if "A draw" in m]
 
 
+def test_the_warning_points_to_the_users_line():
+    svi = make()
+    svi.step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for run, _ in DOORS.values():
+            run(svi.guide)
+    assert [warning.filename for warning in caught] == [__file__] * 4
+
+
 def test_a_natural_step_warns_too():
     svi = make(None, NaturalStep(50))
     svi.step()
