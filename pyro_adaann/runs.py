@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_adaann.annealing.history import AnnealingHistory
 from pyro_adaann.guide_status import expects_tempered
+from pyro_adaann.processes.group import LostProcessError, anywhere, on_first
 from pyro_adaann.state.checkpoint import CheckpointKeeper, read_checkpoint, write_checkpoint
 from pyro_adaann.state.fit import Fit
 from pyro_adaann.state.interrupt import InterruptGuard
@@ -85,12 +86,15 @@ class Runs(ABC):
         bar = show_progress(self.history, self._fit.settings.schedule, self._fit.stages.plan, progress_bar)
         with bar, InterruptGuard() as interrupt:
             try:
-                while not (self.is_done or interrupt.requested):
+                while not (self.is_done or anywhere(interrupt.requested)):
                     loss = self.step(*args, **kwargs)
                     self._step_lr_scheduler(loss)
                     bar.update()
                     if keeper is not None:
                         keeper.step(self.history.num_steps)
+            except LostProcessError:
+                keeper = None  # the step has used up random numbers: the file of an earlier one is exact
+                raise
             except KeyboardInterrupt:
                 pyro.infer.util.zero_grads(self._fit.parameters.tensors.values())
             finally:
@@ -126,9 +130,10 @@ class Runs(ABC):
             restore_fit(self._fit, self._settings, state, args, kwargs)
 
     def _resume(self, path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if os.path.exists(path) and not self.history.num_steps:
+        exists = on_first(lambda: os.path.exists(path))
+        if exists and not self.history.num_steps:
             self.load_checkpoint(path, *args, **kwargs)
-        elif os.path.exists(path):
+        elif exists:
             check_same_fit(path, self._fit.fit_id, self.history.num_steps)
 
     def _state(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pyro_adaann
 PACKAGE = Path(pyro_adaann.__file__).parent
 #: From the floor to the roof: a module imports from its own layer and from those below it.
 LAYERS = [
-    {"version", "checks", "guide_status", "weights"},
+    {"version", "checks", "guide_status", "weights", "processes"},
     {"transforms"},
     {"guides"},
     {"annealing"},

@@ -40,6 +40,7 @@ from pyro_adaann.objectives.traces import (
     sites_of,
     with_num_particles,
 )
+from pyro_adaann.processes.split import split
 from pyro_adaann.weights import finite_or_no_weight
 
 __all__ = ["DrawBatch", "DrawObserved", "GuideDraws"]
@@ -165,9 +166,8 @@ class GuideDraws:
         loss = with_num_particles(self._loss, num_samples)
 
         def run() -> DrawBatch:
-            traces = loss._get_traces(self.model, self.guide, self._args, self._kwargs)
-            model_trace, guide_trace = next(iter(traces))
-            return self._score(model_trace, guide_trace, num_samples)
+            traces = loss._get_traces(split(self.model), self.guide, self._args, self._kwargs)
+            return self._score(*next(iter(traces)), num_samples)
 
         batch: DrawBatch = self._run_batch(run)
         if not self._is_checked and num_samples > 1:

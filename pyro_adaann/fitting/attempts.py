@@ -20,6 +20,7 @@ from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.continuous import continuous_part
 from pyro_adaann.guides.spline import AutoSpline
 from pyro_adaann.natural import natural_svi
+from pyro_adaann.processes.group import anywhere, number_from_first
 from pyro_adaann.state.interrupt import InterruptGuard
 from pyro_adaann.svi import AdaAnnSVI
 
@@ -47,7 +48,7 @@ class Clock:
     @property
     def passed(self) -> float:
         """Seconds since the start."""
-        return time.monotonic() - self._start
+        return number_from_first(time.monotonic() - self._start)
 
     def has(self, seconds: float) -> bool:
         """Whether there are more than so many seconds left."""
@@ -117,8 +118,9 @@ def attempt(
         while not svi.is_done:
             svi.step(*args, **kwargs)
             progress.update(svi)
-            if interrupt.requested or not clock.has(0.0):
-                end = End.INTERRUPTED if interrupt.requested else End.OUT_OF_TIME
+            is_interrupted = anywhere(interrupt.requested)
+            if is_interrupted or not clock.has(0.0):
+                end = End.INTERRUPTED if is_interrupted else End.OUT_OF_TIME
                 break
         progress.phase(f"{name}: checking")
         diagnosis = diagnose(svi, *args, num_samples=num_samples, **kwargs)

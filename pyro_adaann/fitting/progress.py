@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from pyro_adaann.processes.group import is_first
 from pyro_adaann.svi import AdaAnnSVI
 
 __all__ = ["FitProgress"]
@@ -18,7 +19,9 @@ class FitProgress:
     """
 
     def __init__(self, is_shown: bool) -> None:
-        self._bar = tqdm(disable=not is_shown, unit="step", mininterval=0.5, dynamic_ncols=True)
+        self._bar = tqdm(
+            disable=not (is_shown and is_first()), unit="step", mininterval=0.5, dynamic_ncols=True
+        )
         self._phase = ""
 
     def __enter__(self) -> FitProgress:

@@ -30,6 +30,8 @@ from pyro_adaann.objectives.traces import (
     subsampled_plate,
     with_num_particles,
 )
+from pyro_adaann.processes.rows import SplitDistribution
+from pyro_adaann.processes.split import split
 
 __all__ = ["Objective", "sites_in"]
 
@@ -82,6 +84,11 @@ class Objective(ABC):
     def _elbos(self) -> list[ELBO]:
         """Return the ELBOs that run model and guide: that of the stages below 1, and the final one."""
 
+    @property
+    def is_vectorized(self) -> bool:
+        """Whether model and guide run once for all particles."""
+        return all(elbo.vectorize_particles or elbo.num_particles == 1 for elbo in self._elbos())
+
     def start_stage(self, inverse_temperature: float, *, is_final: bool) -> None:
         """Evaluate at this inverse temperature from now on."""
         self.inverse_temperature = inverse_temperature
@@ -123,12 +130,12 @@ class Objective(ABC):
             return run()
 
     def _temper(self, model: Any, guide: Any) -> tuple[Any, Any]:
-        """Return model and guide at the present inverse temperature."""
+        """Return model and guide at the present inverse temperature, the model divided among processes."""
         self._tempering = None
         if self.inverse_temperature >= 1:
-            return model, guide
+            return split(model), guide
         self._tempering = Tempering(model, guide, self.path, self.inverse_temperature)
-        return self._tempering.model, self._tempering.guide
+        return split(self._tempering.model), self._tempering.guide
 
     def _validation(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._validates else pyro.validation_enabled(False)
@@ -232,7 +239,8 @@ def sites_in(model_trace: Trace) -> list[str]:
 
 
 def _kind(fn: Any) -> str:
-    while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
+    wrappers = dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution | SplitDistribution
+    while isinstance(fn, wrappers):
         fn = fn.base_dist
     return type(fn).__name__
 

@@ -16,6 +16,7 @@ from pyro_adaann.annealing.tempering import is_delta
 from pyro_adaann.objectives.fixed_density import site_log_density
 from pyro_adaann.objectives.sites import common_scale, has_density
 from pyro_adaann.objectives.traces import PARTICLE_PLATE, as_numbers, per_particle, sites_of
+from pyro_adaann.processes.errors import true_of_all_errors
 from pyro_adaann.weights import median_and_reach
 
 __all__ = ["drop_broken", "has_nonfinite_parameter", "limit_gradients", "nonfinite_sites"]
@@ -166,7 +167,12 @@ def has_nonfinite_parameter(error: BaseException) -> bool:
     """Whether torch refused a distribution's parameter for nothing but numbers beyond floating point.
 
     These are numbers that are not finite, and zeros: a positive number that is too small is rounded to one.
+    If several processes have an error, whether that is true of all.
     """
+    return true_of_all_errors(error, _has_nonfinite_parameter(error))
+
+
+def _has_nonfinite_parameter(error: BaseException) -> bool:
     while error.__cause__ is not None:  # Pyro raises anew, with the shapes of the trace
         error = error.__cause__
     traceback = error.__traceback__

@@ -15,11 +15,10 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 
 from pyro_adaann.annealing.tempering import is_delta
+from pyro_adaann.processes.rows import PARTICLE_PLATE
 
 __all__ = ["PARTICLE_PLATE", "check_scales", "common_scale", "has_density", "num_latents"]
 
-#: The name that Pyro gives the plate of a vectorized ELBO.
-PARTICLE_PLATE = "num_particles_vectorized"
 #: Relative difference of two scales that count as the same.
 _TOLERANCE = 1e-4
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pyro_adaann.annealing.tempering import Tempering
 from pyro_adaann.objectives.sites import PARTICLE_PLATE, common_scale
+from pyro_adaann.processes.split import split
 
 __all__ = [
     "PARTICLE_PLATE",
@@ -215,7 +216,7 @@ def draw_log_factors(
     """
     guide = poutine.infer_config(tempering.guide, lambda site: {"enumerate": None})
     with torch.no_grad():
-        traces = loss._get_traces(tempering.model, guide, args, kwargs)
+        traces = loss._get_traces(split(tempering.model), guide, args, kwargs)
         pairs = [(log_factors(tempering, *pair), log_weights(*pair)) for pair in traces]
     draws = [torch.stack([f, w.expand_as(f)]) for f, w in pairs if f is not None]
     return torch.cat(draws, dim=1)

@@ -27,6 +27,7 @@ from torch.distributions import biject_to
 
 from pyro_adaann.diagnostics.model_and_guide import check_subsampling, plate_nesting
 from pyro_adaann.objectives.traces import marginal_log_density, per_particle, sites_of
+from pyro_adaann.processes.split import split
 
 __all__ = ["UnconstrainedModel", "without_validation"]
 
@@ -133,7 +134,7 @@ class UnconstrainedModel:
             transform = self._transforms[site["name"]]
             values[site["name"]] = value = transform(free)
             prior = prior + transform.log_abs_det_jacobian(free, value).reshape(num, -1).sum(-1)
-        model = poutine.condition(self.model, data=values)
+        model = poutine.condition(split(self.model), data=values)
         model = self._elbo(num)._vectorized_num_particles(model)
         trace = poutine.block(poutine.trace(model).get_trace)(*self._args, **self._kwargs)
         trace.compute_log_prob(lambda name, site: not site_is_subsample(site))
@@ -143,7 +144,7 @@ class UnconstrainedModel:
     def _sum_out(self, points: Tensor, num: int) -> tuple[Tensor, Tensor]:
         """Run guide and model as `TraceEnum_ELBO` does, whose enumerated sites are summed out."""
         guide = self._points.at(points)
-        traces = self._elbo(num)._get_traces(self.model, guide, self._args, self._kwargs)
+        traces = self._elbo(num)._get_traces(split(self.model), guide, self._args, self._kwargs)
         model_trace, guide_trace = next(iter(traces))
         prior = _log_density(model_trace.nodes[name] for name in self.sites)
         likelihood = marginal_log_density(model_trace, guide_trace) - prior

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from pyro_adaann.processes.group import is_first, on_first
+
 __all__ = [
     "CheckpointKeeper",
     "read_checkpoint",
@@ -39,7 +41,11 @@ def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> Non
     :param state: nested dictionaries and lists of tensors, numbers, strings and None.
     :raises ValueError: if there is anything else in it.
     :raises OSError: if writing fails; an earlier file at ``path`` is kept.
+
+    Of several processes the first one writes.
     """
+    if not is_first():
+        return
     buffer = io.BytesIO()
     torch.save(_plain(state, "state"), buffer)
     body = buffer.getvalue()
@@ -64,7 +70,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     :raises FileNotFoundError: if there is no such file.
     :raises ValueError: if it is not a checkpoint, of a newer version, or damaged.
+
+    Of several processes the first one reads, for all.
     """
+    return on_first(lambda: _read(path))
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     head, _, rest = Path(path).read_bytes().partition(b"\n")
     if not head.startswith(_MAGIC):
         raise ValueError(
@@ -84,7 +96,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"off or changed after it was written. Use an older copy, or delete it and start anew."
         )
     try:
-        return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        return state
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"Expected tensors, numbers and strings in a checkpoint; got code in {os.fspath(path)!r}, "

@@ -12,6 +12,7 @@ from pyro_adaann.annealing.history import AnnealingHistory, Outcome
 from pyro_adaann.guide_status import status_of
 from pyro_adaann.objectives.base import Objective
 from pyro_adaann.objectives.nonfinite import nonfinite_sites
+from pyro_adaann.processes.group import equalize, number_from_first, on_first
 from pyro_adaann.state.advice import advise_weights
 from pyro_adaann.state.callable_loss import check_loss_is_tempered
 from pyro_adaann.state.learned_model import warn_of_learning
@@ -20,8 +21,9 @@ from pyro_adaann.state.recovery import MAX_REJECTED, NoFiniteStateError, SafetyN
 from pyro_adaann.state.rungs import Rung, Rungs
 from pyro_adaann.state.settings import FitSettings
 from pyro_adaann.state.stages import StageControl
+from pyro_adaann.state.together import begin_together
 from pyro_adaann.state.unfinished import warn_of_annealing_again
-from pyro_adaann.steps.base import Call, Step
+from pyro_adaann.steps.base import Call, Moved, Step
 from pyro_adaann.steps.gradient import is_finite, to_float
 
 __all__ = ["Fit"]
@@ -53,6 +55,8 @@ class Fit:
         self.stages.start(settings.schedule.initial_inverse_temperature)
         #: Identifies the fit in its checkpoints. Not drawn from generators that the user may have seeded.
         self.fit_id = uuid.uuid4().hex
+        #: Whether all processes have the same state.
+        self.is_together = False
 
     def take_step(self, call: Call, evaluate_loss: Callable[..., Any]) -> Any:
         """Take one step and return the loss.
@@ -61,21 +65,34 @@ class Fit:
         :param evaluate_loss: evaluates the loss without a step.
         :raises ValueError: as `AdaAnnSVI.step` does.
         """
+        self._begin_together(call)
         self.stages.advance(call)
-        moved = self.step.take(
-            self.objective, call, self.parameters.step_state, lambda found: self._get_ready(found, call)
-        )
+        moved = self._take(call)
         self.parameters.step_state = moved.state
         stage = self.stages.present
         stage.count(moved.result)
         stage.num_broken, stage.num_particles = self.objective.num_broken, self.objective.num_particles
         stage.is_subsampled = self.objective.is_subsampled
         has_diverged = moved.result.outcome is Outcome.DIVERGED
-        if not has_diverged and self.parameters.is_finite():
+        if not has_diverged and number_from_first(self.parameters.is_finite()):
             self.net.accept(self.history.num_steps)
         else:
             self._recover(has_diverged, call, evaluate_loss)
         return moved.result.loss
+
+    def _begin_together(self, call: Call) -> None:
+        if not self.is_together:
+            begin_together(call.model, call.guide, self.objective)
+            self.fit_id = on_first(lambda: self.fit_id)
+            self.is_together = True
+
+    def _take(self, call: Call) -> Moved:
+        """Take the step; parameters and result are then those of the first process."""
+        moved = self.step.take(
+            self.objective, call, self.parameters.step_state, lambda found: self._get_ready(found, call)
+        )
+        equalize(list(self.parameters.tensors.values()))
+        return on_first(lambda: moved)
 
     def _get_ready(self, found: dict[str, Tensor], call: Call) -> None:
         """Register the parameters before they change; before the first step, also keep the fit's state."""

@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pyro_adaann.annealing.history import AnnealingHistory
 from pyro_adaann.annealing.schedules import AnnealingSchedule
+from pyro_adaann.processes.group import is_first
 from pyro_adaann.state.budget import StepPlan, projected_num_steps
 
 __all__ = ["ProgressBar", "ProgressLines", "show_progress"]
@@ -128,7 +129,11 @@ class ProgressLines:
 def show_progress(
     history: AnnealingHistory, schedule: AnnealingSchedule, plan: StepPlan, is_shown: bool
 ) -> ProgressBar | ProgressLines:
-    """Return a bar where it can be drawn, lines elsewhere; to be used as a context."""
+    """Return a bar where it can be drawn, lines elsewhere; to be used as a context.
+
+    Of several processes the first one shows it.
+    """
+    is_shown = is_shown and is_first()
     if not is_shown or _is_widget() or sys.stderr.isatty():
         return ProgressBar(history, schedule, plan, is_shown)
     return ProgressLines(history, schedule, plan)

@@ -87,6 +87,7 @@ def restore_fit(
     fit.net.keep()
     fit.register_guide(captured_parameters(guide_trace).values())
     set_random_states(state["random"])
+    fit.is_together = False  # each process has set the random states of its own device
 
 
 def settings_of(fit: Fit, optim: Any, loss: Any, final_loss: ELBO | None) -> dict[str, str]:

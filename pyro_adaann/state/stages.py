@@ -13,6 +13,7 @@ from pyro_adaann.annealing.schedules import AdaAnnSchedule
 from pyro_adaann.guide_status import GuideStatus
 from pyro_adaann.objectives.base import Objective
 from pyro_adaann.objectives.memory import spread_within_steps
+from pyro_adaann.processes.group import number_from_first
 from pyro_adaann.state.budget import StepPlan, next_within_budget, plan_steps
 from pyro_adaann.state.parameters import FitParameters
 from pyro_adaann.state.recovery import SafetyNet
@@ -119,11 +120,11 @@ class StageControl:
         if self.objective.is_final or stage.num_effective_steps < length:
             return
         if self.stage_rule is not None:
-            ess = self.objective.ess_share()
+            ess = number_from_first(self.objective.ess_share())
             if not self.stage_rule.is_over(stage.num_steps, ess):
                 return
             stage.is_tracked = self.stage_rule.is_met(ess)
-        following = self._following(call)
+        following = number_from_first(self._following(call))
         if self.rungs is not None and self.rungs.cover(stage, following):
             names = self.parameters.names_of_guide(call.args, call.kwargs)
             self.rungs.climb(stage.inverse_temperature, self.parameters.state(), names)

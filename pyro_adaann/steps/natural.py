@@ -18,6 +18,7 @@ from pyro_adaann.checks import check_count
 from pyro_adaann.objectives.capabilities import Capabilities
 from pyro_adaann.objectives.traces import captured_parameters
 from pyro_adaann.objectives.weighted import WeightObjective, minus_mean
+from pyro_adaann.processes.group import number_from_first
 from pyro_adaann.steps.base import Call, Moved, Step
 from pyro_adaann.steps.direction import NaturalDirection
 from pyro_adaann.steps.scores import draw_scores, joined_scores, parameter_units
@@ -175,7 +176,7 @@ class NaturalStep(Step):
         for num_trials in range(1, _MAX_TRIALS + 1):
             flat, kl = direction.solve(damping, self.max_kl)
             with _tried(tensors, state["length"] * flat) as trial:
-                trial.keep = is_accepted()
+                trial.keep = bool(number_from_first(is_accepted()))
             if trial.keep:
                 damping = max(damping * _EASE, _MIN_DAMPING)
                 kl *= state["length"] ** 2
