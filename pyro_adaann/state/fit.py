@@ -12,7 +12,7 @@ from pyro_adaann.annealing.history import AnnealingHistory, Outcome
 from pyro_adaann.guide_status import status_of
 from pyro_adaann.objectives.base import Objective
 from pyro_adaann.objectives.nonfinite import nonfinite_sites
-from pyro_adaann.processes.group import equalize, number_from_first, on_first
+from pyro_adaann.processes.group import equalize, number_from_first, on_first, process_count
 from pyro_adaann.state.advice import advise_weights
 from pyro_adaann.state.callable_loss import check_loss_is_tempered
 from pyro_adaann.state.learned_model import warn_of_learning
@@ -91,6 +91,8 @@ class Fit:
         moved = self.step.take(
             self.objective, call, self.parameters.step_state, lambda found: self._get_ready(found, call)
         )
+        if process_count() == 1:
+            return moved
         equalize(list(self.parameters.tensors.values()))
         return on_first(lambda: moved)
 
