@@ -167,7 +167,8 @@ class GuideDraws:
 
         def run() -> DrawBatch:
             traces = loss._get_traces(split(self.model), self.guide, self._args, self._kwargs)
-            return self._score(*next(iter(traces)), num_samples)
+            model_trace, guide_trace = next(iter(traces))
+            return self._score(model_trace, guide_trace, num_samples)
 
         batch: DrawBatch = self._run_batch(run)
         if not self._is_checked and num_samples > 1:
@@ -266,8 +267,7 @@ class GuideDraws:
 
     def prior(self, num_samples: int, batch_size: int) -> Iterator[tuple[Trace, int]]:
         """Yield runs of the model with all its sites drawn, and how many draws each holds."""
-        if not self._vectorize:
-            batch_size = 1
+        batch_size = batch_size if self._vectorize else 1
         for start in range(0, num_samples, batch_size):
             num = min(batch_size, num_samples - start)
             yield self._run_model(self.model, num), num
