@@ -38,11 +38,13 @@ class GuideStatus:
         self._hooks: list[Any] = []
         self._warned: set[str] = set()
 
-    def register(self, guide: Any, parameters: Iterable[Tensor]) -> None:
+    def register(self, model: Any, guide: Any, parameters: Iterable[Tensor]) -> None:
         """Make this the status of a guide and of its parameters, in place of that of an earlier fit.
 
-        :param guide: the guide. If it is a module, or a method of one, calls of the module warn below 1.
-        :param parameters: what is trained.
+        :param model: the model.
+        :param guide: the guide. If it is a module, or a method of one, calls of the module warn below 1,
+            unless they are calls of the model.
+        :param parameters: those of the guide.
         """
         for parameter in parameters:
             _STATUS[parameter] = self
@@ -52,7 +54,7 @@ class GuideStatus:
             # The parts of an AutoGuideList have methods of their own.
             for part in module.modules():
                 _STATUS[part] = self
-            self._modules = [ref(module)]
+            self._modules = [] if module is poutine.unwrap(model) else [ref(module)]
         self.move(self.inverse_temperature, self._advice, is_final=self.is_final)
 
     def move(self, inverse_temperature: float, advice: Callable[[], str], *, is_final: bool) -> None:

@@ -134,6 +134,42 @@ def test_sub_sampled_plates_are_no_common_scale():
     AdaAnnSVI(scaled(local, 0.1), scaled(guide, 0.1), pyro.optim.Adam({"lr": 0.01}), elbo()).step(10)
 
 
+@pytest.mark.parametrize(
+    ("scale", "common"),
+    [(torch.tensor(0.1), 0.1), (torch.full((3,), 0.1), 0.1), (torch.arange(1.0, 4.0), 1.0)],
+)
+def test_scales_that_are_tensors(scale, common):
+    def local() -> None:
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    both = [poutine.scale(part, scale=scale) for part in (local, guide)]
+    assert common_scale(poutine.trace(both[1]).get_trace()) == pytest.approx(common)
+    AdaAnnSVI(*both, pyro.optim.Adam({"lr": 0.01}), elbo()).step()
+    with pytest.raises(ValueError, match="under one scale"):
+        AdaAnnSVI(local, both[1], pyro.optim.Adam({"lr": 0.01}), elbo()).step()
+
+
+def test_a_sub_sampled_plate_of_the_model_may_be_a_scale_of_the_guide():
+    def local(data: torch.Tensor) -> None:
+        pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 100, subsample=torch.arange(10)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=data)
+
+    def guide(data: torch.Tensor) -> None:
+        pyro.sample("mean", dist.Normal(pyro.param("mean_loc", torch.tensor(0.0)), 1.0))
+        with poutine.scale(scale=10.0), pyro.plate("data", 10):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    assert common_scale(poutine.trace(guide).get_trace(torch.zeros(10))) == 1
+    AdaAnnSVI(local, guide, pyro.optim.Adam({"lr": 0.01}), elbo()).step(torch.zeros(10))
+
+
 @pytest.mark.parametrize("make_guide", [lambda: scaled(guide, 0.1), lambda: scaled(AutoNormal(model), 0.1)])
 def test_a_scale_of_the_guide_alone_is_refused(make_guide):
     scaled_guide = make_guide()

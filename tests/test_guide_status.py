@@ -17,6 +17,7 @@ from problems import conjugate_normal
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
+from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_adaann import (
@@ -111,6 +112,19 @@ def test_guides_of_others_warn_when_they_are_called(kind):
     (message,) = messages(guide)
     assert message.startswith("A draw by a call of the guide")
     assert len(messages(lambda: part.sample_posterior(2))) == (kind == "list")
+
+
+def test_a_model_that_has_its_guide_as_a_method_is_called_without_a_warning():
+    class Both(PyroModule):
+        def forward(self) -> None:
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+        def guide(self) -> None:
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0))
+
+    both = Both()
+    AdaAnnSVI(both, both.guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step()
+    assert messages(Predictive(both, num_samples=2)) == []  # draws of the prior
 
 
 def test_training_diagnostics_and_exports_expect_it():

@@ -40,8 +40,10 @@ def num_latents(guide_trace: Trace) -> int:
 def common_scale(guide_trace: Trace) -> float:
     """Return the scale of all draws of a guide, without that of sub-sampled plates; 1 if they differ."""
     scales = list(_guide_scales(guide_trace).values())
-    is_common = bool(scales) and all(_is_close(scale, scales[0]) for scale in scales)
-    return scales[0] if is_common else 1.0
+    if not scales:
+        return 1.0
+    first = scales[0].flatten()[0] if torch.is_tensor(scales[0]) else scales[0]
+    return float(first) if all(_is_close(scale, first) for scale in scales) else 1.0
 
 
 def check_scales(model_trace: Trace, guide_trace: Trace, weights: dict[str, float]) -> None:
@@ -56,16 +58,20 @@ def check_scales(model_trace: Trace, guide_trace: Trace, weights: dict[str, floa
         # An autoguide draws all sites at once, under another name.
         expected = of_guide.get(name, common)
         scale = _own_scale(site) / weights.get(name, 1.0)
-        if expected != 1 and not _is_close(scale, expected):
+        if _is_close(expected, 1.0) or _is_close(scale, expected):
+            continue
+        # A sub-sampled plate in one of them may be a scale of the user's in the other.
+        whole = site["scale"] / weights.get(name, 1.0)
+        if name not in of_guide or not _is_close(whole, guide_trace.nodes[name]["scale"]):
             raise ValueError(
                 f"Expected draws of the guide and the same sites of the model under one scale; got "
-                f"{expected:.4g} in the guide and {scale:.4g} in the model at site {name!r}. Weights of "
-                f"draws are then those of no posterior. Put one `poutine.scale` around model and guide, or "
-                f"leave it out; that of a mini-batch belongs around the observed sites."
+                f"{_text(expected)} in the guide and {_text(scale)} in the model at site {name!r}. Weights "
+                f"of draws are then those of no posterior. Put one `poutine.scale` around model and guide, "
+                f"or leave it out; that of a mini-batch belongs around the observed sites."
             )
 
 
-def _guide_scales(guide_trace: Trace) -> dict[str, float]:
+def _guide_scales(guide_trace: Trace) -> dict[str, Any]:
     return {site["name"]: _own_scale(site) for site in _density_sites(guide_trace)}
 
 
@@ -74,17 +80,20 @@ def _density_sites(guide_trace: Trace) -> list[Any]:
     return [site for site in sites if site["type"] == "sample" and has_density(site)]
 
 
-def _own_scale(site: Any) -> float:
-    """Return the scale of a site without that of its sub-sampled plates; NaN if its entries have several."""
+def _own_scale(site: Any) -> Any:
+    """Return the scale of a site without that of its sub-sampled plates, a number or a tensor."""
     scale = site["scale"]
-    if torch.is_tensor(scale):
-        low, high = scale.aminmax()
-        scale = float(low) if _is_close(float(low), float(high)) else math.nan
     for frame in site["cond_indep_stack"]:
         if frame.full_size is not None and frame.size:
             scale = scale * frame.size / frame.full_size
-    return float(scale)
+    return scale
 
 
-def _is_close(a: float, b: float) -> bool:
+def _is_close(a: Any, b: Any) -> bool:
+    if torch.is_tensor(a) or torch.is_tensor(b):
+        return bool(((a - b).abs() <= _TOLERANCE * abs(b)).all())
     return math.isclose(a, b, rel_tol=_TOLERANCE)
+
+
+def _text(scale: Any) -> str:
+    return f"{float(scale):.4g}" if not torch.is_tensor(scale) or scale.numel() == 1 else "several scales"

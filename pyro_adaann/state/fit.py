@@ -121,7 +121,7 @@ class Fit:
         :param parameters: those of the guide.
         """
         self.stages.tell_status()
-        self.stages.status.register(self.parameters.guide, parameters)
+        self.stages.status.register(self.parameters.model, self.parameters.guide, parameters)
 
     def _recover(self, has_diverged: bool, call: Call, evaluate_loss: Callable[..., Any]) -> None:
         """Recover from a step whose loss, gradient or parameters are not finite."""
