@@ -36,6 +36,7 @@ from pyro_adaann import (
     to_arviz,
 )
 from pyro_adaann.objectives.memory import LogFactorMemory
+from pyro_adaann.objectives.replay import Replay
 from pyro_adaann.state.checkpoint import read_checkpoint
 from pyro_adaann.state.parameters import FitParameters
 
@@ -309,6 +310,16 @@ def test_draws_of_a_checkpoint_follow_those_of_the_device():
     memory.end_step()
     assert {step.device.type for step in memory.steps(0.5)} == {"meta"}
     assert torch.cat(memory.steps(0.5), dim=1).shape == (2, 10)
+
+
+def test_replayed_draws_of_a_checkpoint_follow_those_of_the_device():
+    kept = [{"z": torch.zeros(5, 2)}, {"z": 0}, torch.zeros(5), torch.zeros(5)]
+    replay = Replay()
+    replay.restore([[kept], [kept]])
+    replay.to(torch.device("meta"))
+    for part in replay.state():
+        for values, _, *numbers in part:
+            assert {value.device.type for value in (*values.values(), *numbers)} == {"meta"}
 
 
 def test_state_of_a_checkpoint_goes_to_the_device_of_the_parameters(tmp_path):

@@ -41,6 +41,10 @@ class _Kept(NamedTuple):
     log_weights: Tensor
     log_factors: Tensor
 
+    def to(self, device: torch.device) -> _Kept:
+        values = {name: value.to(device) for name, value in self.values.items()}
+        return _Kept(values, self.dims, self.log_weights.to(device), self.log_factors.to(device))
+
 
 class Replay:
     """Weighted draws of the last steps of the stage before the present one."""
@@ -48,6 +52,11 @@ class Replay:
     def __init__(self) -> None:
         self._present: deque[_Kept] = deque(maxlen=_NUM_STEPS)
         self._before: list[_Kept] = []
+
+    def to(self, device: torch.device) -> None:
+        """Move the draws of a checkpoint, which are read to the CPU, to a device."""
+        self._before = [kept.to(device) for kept in self._before]
+        self._present = deque((kept.to(device) for kept in self._present), maxlen=_NUM_STEPS)
 
     def turn(self) -> None:
         """Begin a stage: the draws that were of the present one are of the one before."""

@@ -94,6 +94,7 @@ class WeightObjective(Objective):
 
     def _keep(self, drawn: WeighedDraws) -> None:
         """Keep the draws for the stage that follows; at inverse temperature 1 none does."""
+        self._replay.to(drawn.log_weights.device)
         if self._tempering is not None:
             factors = log_factors(self._tempering, drawn.model_trace, drawn.guide_trace)
             if factors is not None:

@@ -148,9 +148,11 @@ class NaturalStep(Step):
         units = parameter_units(drawn.guide_trace, parameters)
         num_replayed = round(_REPLAYED * self.num_particles)
         replayed = objective.replay(call.guide, num_replayed, call.args, call.kwargs)
-        if replayed is not None:
+        if replayed is None:
+            num_replayed = 0
+        else:
             scores = joined_scores(scores, draw_scores(replayed, parameters, num_replayed))
-        direction = NaturalDirection(scores, drawn.log_weights, units, num_replayed if replayed else 0)
+        direction = NaturalDirection(scores, drawn.log_weights, units, num_replayed)
         ready(captured_parameters(drawn.guide_trace))
 
         def is_accepted() -> bool:
