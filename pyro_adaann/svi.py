@@ -44,7 +44,8 @@ class AdaAnnSVI(Runs, SVI):
     inverse temperature, ``num_steps_per_stage`` at every following one, ``num_final_steps`` at 1.
     After that it goes on as plain SVI. :meth:`step` is one step, for an existing loop; :meth:`run` runs
     to the end. A loop of a given length needs ``num_training_steps``: if it stops before
-    :attr:`inverse_temperature` is 1, the guide is one of the *tempered* posterior.
+    :attr:`inverse_temperature` is 1, the guide is one of the *tempered* posterior. A loop that neither
+    gives it nor asks for :attr:`is_done` is warned at step 200, or in stage 20; draws below 1 warn, too.
 
     With a :class:`~pyro_adaann.NaturalStep` in place of ``optim`` and ``loss`` it takes natural-gradient
     steps; :func:`natural_svi` sets the other arguments to match.

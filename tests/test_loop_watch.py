@@ -18,6 +18,7 @@ from pyro_adaann import (
     AnnealingHistory,
     AnnealingStage,
     AutoPlanar,
+    CESSSchedule,
     LinearSchedule,
 )
 from pyro_adaann.state.budget import Arrival, StepPlan, projected_arrival
@@ -132,5 +133,9 @@ def test_projections_of_known_histories():
     assert arrival(0.1, 0.1001, 0.1002, num_latents=None) == Arrival(12000)
     # An sd of 1 takes 9 stages of .1.
     assert arrival(0.1, sd=1.0) == Arrival(140)
+    # Of another adaptive schedule the latest rate is the least one: log(10) / log(2) stages of 7.
+    stages = [AnnealingStage(0.025, [0.0] * 7), AnnealingStage(0.05, [0.0] * 7), AnnealingStage(0.1)]
+    expected = Arrival(37, is_least=True)
+    assert projected_arrival(AnnealingHistory(stages), CESSSchedule(), StepPlan(1, 1, 1), 2) == expected
     budget = StepPlan(100, 5, 50, num_total=400)
     assert projected_arrival(AnnealingHistory([AnnealingStage(0.1)]), schedule, budget, 2) == Arrival(350)

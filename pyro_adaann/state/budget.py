@@ -148,10 +148,7 @@ def projected_num_steps(history: AnnealingHistory, schedule: AnnealingSchedule, 
     else:
         times = history.inverse_temperatures[-_NUM_STAGES:]
         num_stages = (end - t) * (len(times) - 1) / (times[-1] - times[0])
-    # With a stage rule a stage may be longer than planned.
-    recent = [stage.num_steps for stage in stages[1:][-_NUM_STAGES:-1]]
-    num_per_stage = max(statistics.mean(recent or [0]), plan.num_per_stage)
-    return history.num_steps + int(num_stages * num_per_stage + plan.num_final)
+    return history.num_steps + int(num_stages * _steps_per_stage(history, plan) + plan.num_final)
 
 
 @dataclass(frozen=True)
@@ -192,7 +189,8 @@ def projected_arrival(
     num_annealing = plan.num_annealing(schedule)
     if num_annealing is not None:
         return Arrival(num_annealing)
-    rates, most, is_least = [_stages_per_log(history)], math.inf, False
+    # Another schedule's stages are many times as long in log t far from 1 as they are near it.
+    rates, most, is_least = [_stages_per_log(history)], math.inf, not isinstance(schedule, AdaAnnSchedule)
     if isinstance(schedule, AdaAnnSchedule) and num_latents:
         normal = math.sqrt(num_latents / 2) / schedule.tolerance
         is_least = (rates[0] or 0.0) > _FAR * normal
@@ -204,8 +202,14 @@ def projected_arrival(
         return None
     left = plan.num_initial - history.num_steps if len(history.stages) == 1 else 0
     num_stages = min(max(known) * math.log(end / t), most)
-    num_steps = history.num_steps + max(left, 0) + num_stages * plan.num_per_stage
+    num_steps = history.num_steps + max(left, 0) + num_stages * _steps_per_stage(history, plan)
     return Arrival(int(float(f"{num_steps:.1e}")), is_least)
+
+
+def _steps_per_stage(history: AnnealingHistory, plan: StepPlan) -> float:
+    """Return how long a stage is, with a stage rule possibly longer than planned."""
+    recent = [stage.num_steps for stage in history.stages[1:][-_NUM_STAGES:-1]]
+    return max(statistics.mean(recent or [0]), plan.num_per_stage)
 
 
 def _stages_per_log(history: AnnealingHistory) -> float | None:
