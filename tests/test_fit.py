@@ -279,6 +279,7 @@ def test_fits_are_ranked_and_each_is_compared_with_all():
     evidences = [float(line.split("log evidence ")[1].split()[0]) for line in lines]
     assert len(lines) == 2
     assert evidences == sorted(evidences, reverse=True)
+    assert all(line.strip() in result._repr_html_() for line in lines)
 
 
 def test_a_fit_without_a_mode_differs_by_what_it_lacks():

@@ -223,16 +223,19 @@ class FitResult:
             )
         return self.call
 
-    def _rows(self) -> list[tuple[str, str]]:
-        d = self.diagnosis
-        own = f"log evidence {nats(self.log_evidence)} +- {nats(self.log_evidence_se)}"
-        rows = [("", own)]
-        share = percent(self.draws.ess / len(self.draws.log_weights))
-        num = len(self.draws.log_weights)
-        rows.append(
-            ("", f"{num} weighted draws, {self.draws.ess:.0f} effective ({share}), k-hat {d.k_hat:.2f}")
-        )
-        return rows
+    def _facts(self) -> list[str]:
+        """Return what there is to say in numbers, a line each; fits in the order of their evidence."""
+        num, ess, k_hat = len(self.draws.log_weights), self.draws.ess, self.diagnosis.k_hat
+        names = "fit" if len(self.fits) == 1 else "fits"
+        facts = [
+            f"log evidence {nats(self.log_evidence)} +- {nats(self.log_evidence_se)}",
+            f"{num} weighted draws, {ess:.0f} effective ({percent(ess / num)}), k-hat {k_hat:.2f}",
+            f"{len(self.fits)} {names} in {rounded(self.seconds)} s",
+        ]
+        if len(self.fits) > 1:
+            ranked = sorted(enumerate(self.fits, 1), key=lambda item: -item[1].log_evidence)
+            facts += [f"  fit {i}: {fit}" for i, fit in ranked]
+        return facts
 
     def __repr__(self) -> str:
         return (
@@ -242,16 +245,10 @@ class FitResult:
 
     def __str__(self) -> str:
         verdict = textwrap.fill(f"Verdict: {self.verdict}", 88)
-        names = "fit" if len(self.fits) == 1 else "fits"
-        lines = [text for _, text in self._rows()]
-        lines.append(f"{len(self.fits)} {names} in {rounded(self.seconds)} s")
-        if len(self.fits) > 1:
-            ranked = sorted(enumerate(self.fits, 1), key=lambda item: -item[1].log_evidence)
-            lines += [f"  fit {i}: {fit}" for i, fit in ranked]
         rows = site_rows(self.draws)
         width = max(len(row[0]) for row in rows)
         table = ["  ".join([row[0].ljust(width), *(cell.rjust(9) for cell in row[1:])]) for row in rows]
-        return "\n".join([verdict, "", *lines, "", *table])
+        return "\n".join([verdict, "", *self._facts(), "", *table])
 
     def _repr_html_(self) -> str:
         headline, text = self.verdict.split(". ", 1)
@@ -260,7 +257,7 @@ class FitResult:
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body
         )
         names = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-        facts = "<br>".join(html.escape(text) for _, text in self._rows())
+        facts = "<br>".join(html.escape(fact) for fact in self._facts())
         return (
             f"<p><b>{html.escape(headline)}.</b> {html.escape(text)}</p><p>{facts}</p>"
             f"<table><tr>{names}</tr>{rows}</table>"
