@@ -15,12 +15,31 @@ author = "The pyro_adaann developers"
 copyright = author
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "mathml"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "mathml",
+]
 exclude_patterns = ["_build", "figures"]  # parts of pages lie in figures/gallery
+# Kept inventories, in Sphinx's plain format, of the names that the pages link to: a build asks no network.
+intersphinx_mapping = {
+    "torch": ("https://docs.pytorch.org/docs/stable", "inventories/torch.txt"),
+    "pyro": ("https://docs.pyro.ai/en/stable", "inventories/pyro.txt"),
+    "arviz": ("https://python.arviz.org/en/stable", "inventories/arviz.txt"),
+}
+# Notebooks run in every build, and a cell that fails ends it.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_merge_streams = True
 # Single backticks in docstrings stand for code, as in Markdown.
 default_role = "literal"
 
-myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_enable_extensions = ["dollarmath", "colon_fence", "deflist", "substitution"]
+myst_substitutions = {"version": __version__}
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
@@ -40,6 +59,27 @@ nitpick_ignore = [
     ("py:func", "standard_deviation"),  # is in the reference under its module's name
     ("py:class", "pyro_adaann.diagnostics.rules.Finding"),  # a part of a verdict, described with it
 ]
+
+# Annotations have the names that modules import; the inventories have full ones.
+FULL_NAMES = {
+    "Tensor": "torch.Tensor",
+    "nn.Module": "torch.nn.Module",
+    "PyroOptim": "pyro.optim.optim.PyroOptim",
+    "SVI": "pyro.infer.svi.SVI",
+    "ELBO": "pyro.infer.elbo.ELBO",
+    "pyro.infer.SVI": "pyro.infer.svi.SVI",
+    "pyro.infer.Trace_ELBO": "pyro.infer.trace_elbo.Trace_ELBO",
+}
+
+
+def setup(app: Any) -> None:
+    """Give references their full names before the inventories are searched."""
+
+    def complete(app: Any, env: Any, node: Any, contnode: Any) -> None:
+        node["reftarget"] = FULL_NAMES.get(node["reftarget"], node["reftarget"])
+
+    app.connect("missing-reference", complete, priority=100)
+
 
 html_theme = "furo"
 html_title = "pyro_adaann"

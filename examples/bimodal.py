@@ -118,6 +118,7 @@ def plot(guides: dict[str, AutoPlanar], history: AnnealingHistory, path: Path) -
         panel.plot(z, guide.get_posterior().log_prob(z.unsqueeze(-1)).exp(), label=name)
         panel.set(xlabel="z", ylabel="density", title=name)
         panel.legend(loc="upper center", frameon=False)
+    panels[1].sharey(panels[0])
     panels[2].semilogy(history.inverse_temperatures)
     panels[2].set(xlabel="stage", ylabel="inverse temperature", title="AdaAnn schedule")
     figure.savefig(path, dpi=150)

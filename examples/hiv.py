@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     exported.to_netcdf(str(args.out / "posterior.nc"))
     plot_data(data, posterior, args.out / "data.png")
     plot_schedule(history, args.out / "schedule.png")
-    plot_pairs(posterior, args.out / "posterior.png", TRUTH)
+    plot_pairs(posterior, args.out / "posterior.png", TRUTH, bins=150)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def plot_data(data: Tensor, draws: dict[str, Tensor], path: Path) -> None:
     for i, panel in enumerate(axes):
         panel.plot(times, trajectories[:, i], color="tab:blue", linewidth=0.5, alpha=0.3)
         panel.plot(TIMES[1:], data[:, i], "k.", markersize=4)
-        panel.set(xlabel="time", title=f"x{i + 1}")
+        panel.set(xlabel="time", ylabel=f"$x_{i + 1}$")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -178,7 +178,7 @@ def plot_trajectories(draws: dict[str, Tensor], path: Path) -> None:
         axes.fill_between(YEARS, bands[0, :, i], bands[2, :, i], color=color, alpha=0.25)
         axes.plot(YEARS, bands[1, :, i], color=color, label=species)
         axes.plot(YEARS, PELTS[:, i], "o", color=color, markersize=4)
-    axes.set(ylabel="pelts (thousands)", xticks=YEARS[::4].tolist())
+    axes.set(xlabel="year", ylabel="pelts (thousands)", xticks=YEARS[::4].tolist())
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -68,6 +68,7 @@ def plot(target: Mixture, posteriors: dict[str, dist.TorchDistribution]) -> Figu
             panel.plot(z[:, 0], posterior.log_prob(z.float()).exp(), label=name)
         panel.set(xlabel="z", title=name)
         panel.legend(frameon=False)
+    figure.axes[0].set_ylabel("density")
     return figure
 
 

@@ -49,10 +49,13 @@ def plot(target: Mixture, posteriors: dict[str, dist.TorchDistribution]) -> Figu
     densities = {"exact": target.log_density(points)}
     with torch.no_grad():
         densities |= {name: posterior.log_prob(points.float()) for name, posterior in posteriors.items()}
+    # The same colors for the same densities; a single mode of weight 1 is above the scale.
+    levels = torch.linspace(0.0, float(densities["exact"].exp().max()), 9).tolist()
     for panel, (name, values) in zip(figure.subplots(1, 3, sharey=True), densities.items(), strict=True):
         table = values.exp().reshape(len(axes[0]), len(axes[1]))
-        panel.contourf(axes[0], axes[1], table.T, levels=8, cmap="Blues")
-        panel.set(xlabel="z1", title=name)
+        panel.contourf(axes[0], axes[1], table.T, levels=levels, cmap="Blues", extend="max")
+        panel.set(xlabel="$z_1$", title=name, aspect="equal")
+    figure.axes[0].set_ylabel("$z_2$")
     return figure
 
 

@@ -174,9 +174,12 @@ def plot(guides: dict[str, AutoPlanar], grid: Tensor, density: Tensor, path: Pat
     densities = {"exact": density}
     for name, guide in guides.items():
         densities[name] = guide.get_posterior().log_prob(grid.reshape(-1, 2)).exp().reshape(density.shape)
+    # The same colors for the same densities; a single mode of weight 1 is above the scale.
+    levels = torch.linspace(0.0, float(density.max()), 9).tolist()
+    x, y = grid.movedim(-1, 0).numpy()
     for panel, (name, values) in zip(panels, densities.items(), strict=True):
-        panel.contourf(*grid.movedim(-1, 0).numpy(), values.numpy(), levels=8, cmap="Blues")
-        panel.set(title=name, xlabel="mean 1", xlim=(-2.0, 6.0), ylim=(-2.0, 6.0))
+        panel.contourf(x, y, values.numpy(), levels=levels, cmap="Blues", extend="max")
+        panel.set(title=name, aspect="equal", xlabel="mean 1", xlim=(-2.0, 6.0), ylim=(-2.0, 6.0))
     panels[0].set_ylabel("mean 2")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -67,8 +67,16 @@ def plot_schedule(history: AnnealingHistory, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_pairs(draws: Mapping[str, Tensor], path: Path, truth: Mapping[str, float] | None = None) -> None:
-    """Draw the marginal of every parameter and the density of every pair, with the truth if given."""
+def plot_pairs(
+    draws: Mapping[str, Tensor],
+    path: Path,
+    truth: Mapping[str, float] | None = None,
+    bins: int = 50,
+) -> None:
+    """Draw the marginal of every parameter and the density of every pair, with the truth if given.
+
+    :param bins: of every axis; more of them for narrow modes far from each other.
+    """
     names = list(draws)
     size = len(names)
     width = 2.5 if size < 5 else 1.7
@@ -81,10 +89,10 @@ def plot_pairs(draws: Mapping[str, Tensor], path: Path, truth: Mapping[str, floa
             if j > i:
                 panel.axis("off")
             elif i == j:
-                plots.plot_marginal(draws[row], ax=panel, bins=50)
+                plots.plot_marginal(draws[row], ax=panel, bins=bins)
                 panel.set(yticks=[], ylabel="")
             else:
-                plots.plot_pair(draws[column], draws[row], ax=panel, bins=50)
+                plots.plot_pair(draws[column], draws[row], ax=panel, bins=bins)
             if truth is not None and i == j:
                 panel.axvline(truth[row], color="black", linewidth=0.8)
             elif truth is not None and j < i:
