@@ -297,6 +297,7 @@ def test_the_ladder_is_part_of_a_checkpoint(tmp_path):
         assert all(torch.equal(a.values[name], b.values[name]) for name in a.values)
 
 
+@pytest.mark.filterwarnings("ignore:The model has parameters")  # on the joint path
 def test_rungs_are_the_guides_alone():
     class Learned(pyro.nn.PyroModule):
         def __init__(self) -> None:
