@@ -66,6 +66,7 @@ def test_a_guide_that_needs_none_says_nothing(caplog):
     assert not said(caplog)
 
 
+@pytest.mark.filterwarnings("ignore:The model has parameters")  # on the joint path
 def test_nothing_is_said_where_draws_cannot_be_weighed(caplog):
     short_fit(model, 0.9).run(DATA, 2, progress_bar=False)  # mini-batches
     pyro.clear_param_store()
