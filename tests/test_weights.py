@@ -114,3 +114,11 @@ def test_outliers():
     # Half of the draws at one place: no distance to measure by.
     same = torch.tensor([1.0, 1.0, 1.0, 5.0])
     assert torch.equal(winsorize(same), same)
+
+
+def test_smoothing_keeps_the_scale_beside_a_weight_that_is_next_to_nothing():
+    log_weights = 30 + torch.randn(1000, generator=torch.Generator().manual_seed(0)).double()
+    expected = pareto_smooth(log_weights)[0].logsumexp(0)
+    # In double precision a shift of 37 is lost in a number of this size.
+    with_one = torch.cat([log_weights, torch.tensor([-1e20], dtype=torch.float64)])
+    torch.testing.assert_close(pareto_smooth(with_one)[0].logsumexp(0), expected, rtol=1e-4, atol=0)

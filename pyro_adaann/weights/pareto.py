@@ -59,9 +59,10 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, float]:
     normalized, k_hat = _psislw(positive.cpu().numpy())
     if not math.isfinite(k_hat):  # too many of the tail are equal for the fit of ArviZ 1.x
         return log_weights, math.inf
-    # ArviZ shifts all weights so that they add up to 1; those below the tail are moved by that alone.
-    lowest = int(positive.argmin())
-    shift = float(positive[lowest]) - float(normalized[lowest])
+    # ArviZ shifts all weights so that they add up to 1; those below the tail, a fifth at most, are moved by
+    # that alone. The lowest of them may be so low that the shift is lost in rounding.
+    place = int(positive.kthvalue(max(1, 3 * len(positive) // 4)).indices)
+    shift = float(positive[place]) - float(normalized[place])
     smoothed = torch.as_tensor(normalized, dtype=positive.dtype, device=positive.device) + shift
     return log_weights.masked_scatter(is_positive, smoothed), k_hat
 
