@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
+from torch import Tensor
 
-from pyro_adaann.processes.group import ProcessError, all_objects, numbers_of_all, process_count
+from pyro_adaann.processes.group import (
+    ProcessError,
+    all_objects,
+    numbers_of_all,
+    process_count,
+    sum_over_processes,
+)
 
-__all__ = ["is_elsewhere", "raise_together", "true_of_all_errors"]
+__all__ = ["is_elsewhere", "raise_together", "sum_or_raise_together", "true_of_all_errors"]
 
 #: The kinds of errors that are told apart, the first one that an error is of.
 _KINDS = (ProcessError, ValueError, torch.linalg.LinAlgError, NotImplementedError, RuntimeError)
@@ -23,8 +32,25 @@ def raise_together(failure: Exception | None, *numbers: float) -> list[list[floa
     :return: the numbers of all processes, if none has an error.
     """
     found = numbers_of_all(float(failure is not None), *numbers)
-    if not any(has_failed for has_failed, *_ in found):
-        return [own for _, *own in found]
+    if any(has_failed for has_failed, *_ in found):
+        _raise_first(failure)
+    return [own for _, *own in found]
+
+
+def sum_or_raise_together(values: Tensor, failure: Exception | None) -> Tensor:
+    """Return the sum of the tensors that the processes give, or raise as :func:`raise_together` does.
+
+    :param values: of one shape in all processes, also in one with an error.
+    """
+    message = torch.cat([values, values.new_tensor([float(failure is not None)])])
+    *total, num_failures = sum_over_processes(message).split([len(values), 1])
+    if num_failures:
+        _raise_first(failure)
+    return total[0]
+
+
+def _raise_first(failure: Exception | None) -> NoReturn:
+    """Raise the error of this process, or that of the first process that has one."""
     own = None
     if failure is not None:
         kind = next((i for i, kind in enumerate(_KINDS) if isinstance(failure, kind)), len(_KINDS) - 1)

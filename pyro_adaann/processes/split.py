@@ -23,8 +23,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_adaann.processes.errors import raise_together
-from pyro_adaann.processes.group import ProcessError, process_count, sum_over_processes
+from pyro_adaann.processes.errors import raise_together, sum_or_raise_together
+from pyro_adaann.processes.group import ProcessError, process_count
 from pyro_adaann.processes.rows import Rows, SplitDistribution, find_rows
 
 __all__ = ["split"]
@@ -182,21 +182,23 @@ class _Joined(torch.autograd.Function):
                 found = [zero if grad is None else grad for grad, zero in zip(some, found, strict=True)]
         except Exception as error:
             failure = error
-        raise_together(failure)
         dims = [dim for _, dim in ctx.inputs]
-        return (None, None, None, *_exchange(rows, list(zip(found, dims, strict=True))))
+        return (None, None, None, *_exchange(rows, list(zip(found, dims, strict=True)), failure))
 
 
-def _exchange(rows: Rows, parts: list[tuple[Tensor, int | None]]) -> list[Tensor]:
+def _exchange(
+    rows: Rows, parts: list[tuple[Tensor, int | None]], failure: Exception | None = None
+) -> list[Tensor]:
     """Return tensors of all rows from the parts of every process, in one message.
 
     :param parts: tensors with the dimension of their rows; with None they are summed.
+    :param failure: the error of this process, to be raised in all.
     """
     full = [values if dim is None else rows.among_all(values, dim) for values, dim in parts]
     # Whatever is in single precision stays so: half as much to send.
     dtype = functools.reduce(torch.promote_types, [values.dtype for values in full])
     message = torch.cat([values.to(dtype).reshape(-1) for values in full])
-    flat = sum_over_processes(message).split([values.numel() for values in full])
+    flat = sum_or_raise_together(message, failure).split([values.numel() for values in full])
     pairs = zip(parts, full, flat, strict=True)
     return [values.reshape(whole.shape).to(part) for (part, _), whole, values in pairs]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -87,14 +88,16 @@ class Fit:
             self.is_together = True
 
     def _take(self, call: Call) -> Moved:
-        """Take the step; parameters and result are then those of the first process."""
+        """Take the step; parameters and outcome are then those of the first process."""
         moved = self.step.take(
             self.objective, call, self.parameters.step_state, lambda found: self._get_ready(found, call)
         )
         if process_count() == 1:
             return moved
         equalize(list(self.parameters.tensors.values()))
-        return on_first(lambda: moved)
+        outcomes = list(Outcome)
+        outcome = outcomes[int(number_from_first(outcomes.index(moved.result.outcome)))]
+        return replace(moved, result=replace(moved.result, outcome=outcome))
 
     def _get_ready(self, found: dict[str, Tensor], call: Call) -> None:
         """Register the parameters before they change; before the first step, also keep the fit's state."""
