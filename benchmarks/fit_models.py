@@ -137,6 +137,10 @@ def main(arguments: list[str] | None = None) -> None:
             file.write(json.dumps(row) + "\n")
     text = table([done[name, args.seed] for name in TARGETS if (name, args.seed) in done])
     print(text)
+    missing = [name.replace("_", " ") for name in TARGETS if (name, args.seed) not in done]
+    if missing:
+        text += f"\n\nNot run yet: {', '.join(missing)}."
+        print(text.splitlines()[-1])
     if args.table:
         TABLE.write_text(text + "\n")
 
