@@ -22,6 +22,7 @@ import pyro_adaann
 from pyro_adaann import (
     AdaAnnSchedule,
     AdaAnnSVI,
+    AnnealedSMC,
     AutoPlanar,
     AutoRealNVP,
     AutoSpline,
@@ -32,6 +33,7 @@ from pyro_adaann import (
     find_lost_parts,
     importance_draws,
     mixture_draws,
+    polish,
     resample,
     to_arviz,
 )
@@ -218,6 +220,19 @@ def use_everything(guide: str, step: str, folder: Path, dtype: torch.dtype = tor
     return svi
 
 
+def use_samplers() -> None:
+    """Sample from the prior, along the coordinates of a guide, and polish the guide."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    model = make_model()
+    AnnealedSMC(model, num_particles=64).run(progress_bar=False)
+    svi = make_fit("planar", "natural")
+    svi.run(progress_bar=False)
+    smc = AnnealedSMC(model, num_particles=64, guide=svi.guide, path="bridge")
+    assert smc.run(progress_bar=False).samples["z"].device.type == "cpu"
+    polish(svi, num_chains=2, num_samples=20, num_warmup=10, num_walkers=8, progress_bar=False)
+
+
 @pytest.mark.parametrize(
     ("code", "kind"),
     [
@@ -256,6 +271,19 @@ def test_every_tensor_is_made_on_a_device_that_is_given_and_stays_there(guide, s
     with Watch() as watch:
         use_everything(guide, step, tmp_path)
     watch.check()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_samplers_stay_on_the_device_of_the_model():
+    with Watch() as watch:
+        use_samplers()
+    watch.check()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_samplers_beside_another_default_device():
+    with torch.device("meta"):
+        use_samplers()
 
 
 @pytest.mark.parametrize("step", list(STEPS))
