@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
@@ -31,7 +29,7 @@ from pyro_adaann.diagnostics.model_and_guide import (
     plate_nesting,
 )
 from pyro_adaann.guide_status import expects_tempered
-from pyro_adaann.objectives.nonfinite import has_nonfinite_parameter
+from pyro_adaann.objectives.lenient import Leniency
 from pyro_adaann.objectives.sites import check_scales, common_scale, has_density
 from pyro_adaann.objectives.traces import (
     as_numbers,
@@ -94,7 +92,7 @@ class GuideDraws:
         # Sites that the guide would enumerate are drawn: one value per particle.
         self.guide = poutine.infer_config(guide, lambda site: {"enumerate": None})
         self._args, self._kwargs, self._vectorize = args, kwargs, vectorize
-        self._validates = True
+        self._leniency = Leniency()
         self.guide_prototype, self.prototype = self._run(lambda: self._run_once(self.guide))
         names = latent_names(self.prototype)
         #: Latent sites of the model that are summed out, since the guide does not draw them.
@@ -118,20 +116,13 @@ class GuideDraws:
         self._is_checked = not vectorize or bool(self.enumerated_names)
 
     def _run(self, run: Callable[[], Any]) -> Any:
-        """Run without gradients, and without validation if that refuses parameters of broken draws.
+        """Run without gradients, and without torch's checks if these refuse a broken draw.
 
         Log densities that are not finite are counted later, so no warning is needed.
         """
-        validation = nullcontext() if self._validates else pyro.validation_enabled(False)
-        with torch.no_grad(), warnings.catch_warnings(), validation, expects_tempered():
+        with torch.no_grad(), warnings.catch_warnings(), expects_tempered():
             warnings.filterwarnings("ignore", message="Encountered")
-            try:
-                return run()
-            except ValueError as error:
-                if not (self._validates and has_nonfinite_parameter(error)):
-                    raise
-        self._validates = False
-        return self._run(run)
+            return self._leniency.insist(run)
 
     def _run_batch(self, run: Callable[[], Any]) -> Any:
         """Run; an error of a batch, after a single draw has worked, says that the model may not vectorize."""

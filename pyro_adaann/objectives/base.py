@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.poutine import Trace
@@ -18,8 +16,8 @@ from torch import Tensor
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.annealing.tempering import Tempering
 from pyro_adaann.guide_status import expects_tempered, is_expected
+from pyro_adaann.objectives.lenient import Leniency
 from pyro_adaann.objectives.memory import LogFactorMemory
-from pyro_adaann.objectives.nonfinite import has_nonfinite_parameter
 from pyro_adaann.objectives.sites import check_scales, num_latents
 from pyro_adaann.objectives.traces import (
     captured_parameters,
@@ -72,7 +70,8 @@ class Objective(ABC):
         #: The log factors of the latest training draws.
         self.memory = LogFactorMemory(num_recycled_draws)
         self._tempering: Tempering | None = None
-        self._validates = True
+        #: Whether broken draws still raise errors.
+        self.leniency = Leniency()
         self._variance_loss: ELBO | None = None
         self._has_warned = False
 
@@ -95,19 +94,6 @@ class Objective(ABC):
         self.is_final = is_final
         self.num_broken = self.num_particles = 0
 
-    def forgives(self, error: ValueError) -> bool:
-        """Whether the error only means that a particle is broken; call :meth:`stop_validating` then.
-
-        Torch's validation raises when a distribution gets a parameter that is not finite: one
-        trajectory that overflows would end the run. Without validation its log density is NaN, and
-        the particle is left out and counted like other broken ones.
-        """
-        return self._validates and has_nonfinite_parameter(error)
-
-    def stop_validating(self) -> None:
-        """Evaluate without torch's validation of distributions from now on."""
-        self._validates = False
-
     def _called(self, name: str) -> AbstractContextManager[None]:
         """Return the block of an evaluation; the first one outside of the driver's methods warns below 1."""
         if not (self.is_final or self._has_warned or is_expected()):
@@ -120,15 +106,6 @@ class Objective(ABC):
             )
         return expects_tempered()
 
-    def _insist(self, run: Callable[[], Any]) -> Any:
-        try:
-            return run()
-        except ValueError as error:
-            if not self.forgives(error):
-                raise
-            self.stop_validating()
-            return run()
-
     def _temper(self, model: Any, guide: Any) -> tuple[Any, Any]:
         """Return model and guide at the present inverse temperature, the model divided among processes."""
         self._tempering = None
@@ -136,9 +113,6 @@ class Objective(ABC):
             return split(model), guide
         self._tempering = Tempering(model, guide, self.path, self.inverse_temperature)
         return split(self._tempering.model), self._tempering.guide
-
-    def _validation(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._validates else pyro.validation_enabled(False)
 
     def _look(self, model_trace: Trace, guide_trace: Trace) -> None:
         """Record the model's sites, and the log factors of a training step."""
@@ -190,10 +164,9 @@ class Objective(ABC):
         loss, t = self._variance_loss, self.inverse_temperature
 
         def draw() -> Tensor:
-            with self._validation():
-                return draw_log_factors(loss, Tempering(model, guide, self.path, t), args, kwargs)
+            return draw_log_factors(loss, Tempering(model, guide, self.path, t), args, kwargs)
 
-        return [self._insist(draw)]
+        return [self.leniency.insist(draw)]
 
     def _make_variance_loss(self, num_samples: int) -> ELBO:
         elbo = next(iter(self._elbos()), None) or Trace_ELBO()
@@ -208,7 +181,7 @@ class Objective(ABC):
             "num_broken": self.num_broken,
             "num_particles": self.num_particles,
             "memory": self.memory.state(),
-            "validates": self._validates,
+            "leniency": self.leniency.state(),
             "sites": self.sites,
             # Pyro guesses it at the first evaluation, from a run of the model that uses up draws.
             "max_plate_nesting": [elbo.max_plate_nesting for elbo in self._elbos()],
@@ -219,7 +192,7 @@ class Objective(ABC):
         """Go on from a state that :meth:`state` has returned."""
         self.num_broken, self.num_particles = state["num_broken"], state["num_particles"]
         self.memory.restore(state["memory"])
-        self._validates = state["validates"]
+        self.leniency.restore(state["leniency"])
         self.sites = state["sites"]
         for elbo, nesting in zip(self._elbos(), state["max_plate_nesting"], strict=True):
             elbo.max_plate_nesting = nesting

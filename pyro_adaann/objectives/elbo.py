@@ -59,12 +59,12 @@ class ELBOObjective(Objective):
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the loss; call it under `torch.no_grad`."""
         with self._called("loss"):
-            return self._insist(lambda: self._evaluate(False, model, guide, args, kwargs))
+            return self.leniency.insist(lambda: self._evaluate(False, model, guide, args, kwargs))
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the loss and add its gradient to the parameters' ``grad``.
 
-        If it raises an error that :meth:`forgives` is true of, clear the gradients and call again.
+        If it raises an error that its leniency forgives, clear the gradients and call again.
         """
         with self._called("loss_and_grads"):
             return self._evaluate(True, model, guide, args, kwargs)
@@ -77,7 +77,7 @@ class ELBOObjective(Objective):
         loss = self._losses[self.is_final]
         elbo = elbo_of(loss)
         seen = nullcontext() if elbo is None else traces_seen(elbo, self._look)
-        with self._validation(), seen:
+        with self.leniency.block(), seen:
             value = self._calls[self.is_final][is_training](model, guide, *args, **kwargs)
         self.memory.end_step()
         num_broken, num_particles = self.num_broken - before[0], self.num_particles - before[1]
@@ -103,5 +103,5 @@ class ELBOObjective(Objective):
             self.num_broken += num_broken
             # Pyro would warn of each of them, at every step.
             if num_broken:
-                self.stop_validating()
+                self.leniency.validates = False
             self.num_particles += num_particles

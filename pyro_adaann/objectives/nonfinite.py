@@ -6,7 +6,6 @@ import math
 from functools import partial
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
@@ -14,12 +13,12 @@ from torch import Tensor
 
 from pyro_adaann.annealing.tempering import is_delta
 from pyro_adaann.objectives.fixed_density import site_log_density
+from pyro_adaann.objectives.lenient import Leniency
 from pyro_adaann.objectives.sites import common_scale, has_density
 from pyro_adaann.objectives.traces import PARTICLE_PLATE, as_numbers, per_particle, sites_of
-from pyro_adaann.processes.errors import true_of_all_errors
 from pyro_adaann.weights import median_and_reach
 
-__all__ = ["drop_broken", "has_nonfinite_parameter", "limit_gradients", "nonfinite_sites"]
+__all__ = ["drop_broken", "limit_gradients", "nonfinite_sites"]
 
 #: Least distance below the median at which a log weight counts as lost, in nats.
 _MIN_LOSS = 1000.0
@@ -163,43 +162,21 @@ def _mask(site: Any, broken: Tensor) -> None:
         site["score_parts"] = type(site["score_parts"])(*map(mask, site["score_parts"]))
 
 
-def has_nonfinite_parameter(error: BaseException) -> bool:
-    """Whether torch refused a distribution's parameter for nothing but numbers beyond floating point.
-
-    These are numbers that are not finite, and zeros: a positive number that is too small is rounded to one.
-    If several processes have an error, whether that is true of all.
-    """
-    return true_of_all_errors(error, _has_nonfinite_parameter(error))
-
-
-def _has_nonfinite_parameter(error: BaseException) -> bool:
-    while error.__cause__ is not None:  # Pyro raises anew, with the shapes of the trace
-        error = error.__cause__
-    traceback = error.__traceback__
-    if traceback is None or not str(error).startswith("Expected parameter"):
-        return False
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    found = traceback.tb_frame.f_locals
-    value, valid = found.get("value"), found.get("valid")
-    if not (torch.is_tensor(value) and torch.is_tensor(valid)):
-        return False
-    # A constraint on vectors or matrices has one verdict per event.
-    is_usual = (torch.isfinite(value) & (value != 0)).reshape(*valid.shape, -1).all(-1)
-    return bool((valid | ~is_usual).all())
-
-
 def nonfinite_sites(model: Any, guide: Any, args: Any, kwargs: Any) -> list[str]:
     """Return the names of the sites whose log density is not finite in one fresh draw."""
+    return Leniency(validates=False).insist(lambda: _nonfinite_sites(model, guide, args, kwargs))
+
+
+@torch.no_grad()
+def _nonfinite_sites(model: Any, guide: Any, args: Any, kwargs: Any) -> list[str]:
     names = []
-    with pyro.validation_enabled(False), torch.no_grad():
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        replayed = poutine.replay(model, trace=guide_trace)
-        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-        for trace in (guide_trace, model_trace):
-            for name, site in trace.nodes.items():
-                if site["type"] == "sample" and name not in names:
-                    log_prob = site["fn"].log_prob(site["value"])
-                    if not torch.isfinite(log_prob).all():
-                        names.append(name)
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    replayed = poutine.replay(model, trace=guide_trace)
+    model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+    for trace in (guide_trace, model_trace):
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and name not in names:
+                log_prob = site["fn"].log_prob(site["value"])
+                if not torch.isfinite(log_prob).all():
+                    names.append(name)
     return names

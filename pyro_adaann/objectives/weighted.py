@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.objectives.base import Objective
+from pyro_adaann.objectives.lenient import Violations
 from pyro_adaann.objectives.replay import Replay
 from pyro_adaann.objectives.traces import check_full_plates, log_factors, log_weights
 from pyro_adaann.weights import finite_or_no_weight
@@ -78,10 +79,9 @@ class WeightObjective(Objective):
 
         def run() -> WeighedDraws:
             self.memory.start_step()
-            with self._validation():
-                return self._weigh(*self._temper(_without_graph(model), guide), args, kwargs)
+            return self._weigh(*self._temper(_without_graph(model), guide), args, kwargs)
 
-        drawn: WeighedDraws = self._insist(run)
+        drawn = self.leniency.insist(run)
         super()._look(drawn.model_trace, drawn.guide_trace)
         self.memory.end_step()
         self._keep(drawn)
@@ -89,7 +89,7 @@ class WeightObjective(Objective):
         self.num_broken += num_broken
         self.num_particles += len(drawn.log_weights)
         if num_broken:
-            self.stop_validating()  # Pyro would warn of each of them, at every step
+            self.leniency.validates = False  # Pyro would warn of each of them, at every step
         return drawn
 
     def _keep(self, drawn: WeighedDraws) -> None:
@@ -129,8 +129,10 @@ class WeightObjective(Objective):
     def try_out(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Tensor:
         """Return the log weights of fresh draws of the present guide, without recording them."""
         # A broken draw has weight zero; without validation it raises no error and no warning.
-        with torch.no_grad(), pyro.validation_enabled(False):
-            return self._weigh(*self._temper(model, guide), args, kwargs).log_weights
+        with torch.no_grad(), pyro.validation_enabled(False), Violations():
+            return self.leniency.insist(
+                lambda: self._weigh(*self._temper(model, guide), args, kwargs).log_weights
+            )
 
     def _weigh(self, model: Any, guide: Any, args: Any, kwargs: Any) -> WeighedDraws:
         # Sites that the guide would enumerate are drawn: one value per particle.

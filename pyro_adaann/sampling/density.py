@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_adaann.diagnostics.model_and_guide import check_subsampling, plate_nesting
+from pyro_adaann.objectives.lenient import Leniency, Violations
 from pyro_adaann.objectives.traces import marginal_log_density, per_particle, sites_of
 from pyro_adaann.processes.split import split
 
@@ -87,6 +88,7 @@ class UnconstrainedModel:
         shapes = [site["fn"].batch_shape for site in sites_of(trace) if not site_is_subsample(site)]
         self._nesting = max(plate_nesting(trace), *map(len, shapes))
         self._is_checked = not vectorize
+        self._leniency = Leniency(validates=False)
         #: Names of latent sites without a density: those cannot be drawn from the prior.
         self.masked = [name for name, site in self.sites.items() if _is_masked(site)]
 
@@ -116,11 +118,9 @@ class UnconstrainedModel:
         num = len(points) if points.dim() == 2 else 1
         if num > 1:
             points = points.reshape(num, *[1] * self._nesting, self.dim)
+        run = self._sum_out if self._kind is TraceEnum_ELBO else self._score
         with without_validation():
-            if self._kind is TraceEnum_ELBO:
-                prior, likelihood = self._sum_out(points, num)
-            else:
-                prior, likelihood = self._score(points, num)
+            prior, likelihood = self._leniency.insist(lambda: run(points, num))
 
         def each(term: Tensor) -> Tensor:
             return term.to(points).reshape(-1).expand(num)
@@ -136,7 +136,8 @@ class UnconstrainedModel:
             prior = prior + transform.log_abs_det_jacobian(free, value).reshape(num, -1).sum(-1)
         model = poutine.condition(split(self.model), data=values)
         model = self._elbo(num)._vectorized_num_particles(model)
-        trace = poutine.block(poutine.trace(model).get_trace)(*self._args, **self._kwargs)
+        # Within the block, which hides the sites from handlers around it.
+        trace = poutine.block(Violations()(poutine.trace(model).get_trace))(*self._args, **self._kwargs)
         trace.compute_log_prob(lambda name, site: not site_is_subsample(site))
         others = (site for site in sites_of(trace) if not (site["name"] in values or site_is_subsample(site)))
         return prior + _log_density(trace.nodes[name] for name in values), _log_density(others)
@@ -195,7 +196,8 @@ class UnconstrainedModel:
 
     def _prior_run(self, model: Callable[..., Any], num: int) -> Tensor:
         with without_validation():
-            trace: Trace = poutine.block(poutine.trace(model).get_trace)(*self._args, **self._kwargs)
+            get_trace = poutine.block(poutine.trace(model).get_trace)
+            trace: Trace = self._leniency.insist(lambda: get_trace(*self._args, **self._kwargs))
         columns = []
         for name in self.sites:
             free = self._transforms[name].inv(trace.nodes[name]["value"])

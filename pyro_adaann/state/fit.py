@@ -147,7 +147,7 @@ class Fit:
                 f"not finite: {', '.join(sites) or 'none in the latest draw'}). The parameters are the last "
                 f"good ones. Start the guide where the model has a finite density (init_loc_fn, base_loc, "
                 f"base_scale) or lower the learning rate."
-            ) from None
+            ) from self.objective.leniency.error
         self.stages.go_back(self.net.inverse_temperature)
 
     def advise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

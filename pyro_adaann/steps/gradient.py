@@ -67,13 +67,7 @@ class GradientStep(Step):
         ready: Callable[[dict[str, Tensor]], None],
     ) -> Moved:
         """Take one step of the optimizer."""
-        try:
-            loss, found = _loss_and_parameters(call)
-        except ValueError as error:
-            if not objective.forgives(error):
-                raise
-            objective.stop_validating()
-            loss, found = _loss_and_parameters(call)
+        loss, found = objective.leniency.insist(lambda: _loss_and_parameters(call))
         parameters = set(found.values())
         loss, outcome = to_float(loss), Outcome.DIVERGED
         if is_finite(parameters, loss if objective.reports_loss else 0.0):

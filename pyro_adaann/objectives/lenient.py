@@ -1,0 +1,192 @@
+"""Models run so that one draw they cannot take costs that draw alone: its log density becomes NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions.constraints import is_dependent
+from torch.distributions.utils import lazy_property
+from torch.overrides import TorchFunctionMode
+
+from pyro_adaann.processes.errors import true_of_all_errors
+
+__all__ = ["BROKEN_DRAW_ERRORS", "Leniency", "Violations"]
+
+#: The kinds of errors by which torch refuses a whole batch for one draw.
+BROKEN_DRAW_ERRORS = (ValueError, torch.linalg.LinAlgError)
+
+_T = TypeVar("_T")
+
+
+class Leniency:
+    """Whether a model still runs with torch's checks, which refuse a whole batch for one broken draw.
+
+    It runs with them until they refuse something. From then on a parameter that violates its constraint, or
+    a matrix that cannot be factorized, makes the log density of its own draw NaN.
+
+    :param validates: whether to begin with these checks.
+    """
+
+    def __init__(self, *, validates: bool = True) -> None:
+        self.validates = validates
+        #: Whether factorizations are watched, which costs a microsecond for every operation of torch.
+        self.watches_factorizations = False
+        #: The latest error that was forgiven, which tells why no draw is left if none is.
+        self.error: BaseException | None = None
+
+    def forgive(self, error: BaseException) -> bool:
+        """Whether the error may be that of one draw of a batch, and the next run will not raise it.
+
+        If several processes have an error, whether that is true of all.
+        """
+        is_factorization = isinstance(error, torch.linalg.LinAlgError)
+        is_known = not self.watches_factorizations if is_factorization else _is_of_parameter(error)
+        forgives = true_of_all_errors(error, is_known and (is_factorization or self.validates))
+        if forgives:
+            self.error = error
+            self.validates = False
+            self.watches_factorizations = self.watches_factorizations or is_factorization
+        return forgives
+
+    def insist(self, run: Callable[[], _T]) -> _T:
+        """Run within :meth:`block`, and again where an error is forgiven."""
+        while True:
+            try:
+                with self.block():
+                    return run()
+            except BROKEN_DRAW_ERRORS as error:
+                if not self.forgive(error):
+                    raise
+
+    def state(self) -> list[bool]:
+        """Return what the next runs depend on, as plain data; :meth:`restore` takes it."""
+        return [self.validates, self.watches_factorizations]
+
+    def restore(self, state: list[bool]) -> None:
+        """Go on from what :meth:`state` has returned."""
+        self.validates, self.watches_factorizations = state
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """Run the block with torch's checks, or without once they have refused something."""
+        if self.validates:
+            yield
+            return
+        with pyro.validation_enabled(False), Violations():
+            if not self.watches_factorizations:
+                yield
+                return
+            with _NaNFactors():
+                yield
+
+
+def _is_of_parameter(error: BaseException) -> bool:
+    while error.__cause__ is not None:  # Pyro raises anew, with the shapes of the trace
+        error = error.__cause__
+    return str(error).startswith("Expected parameter")
+
+
+class Violations(Messenger):
+    """Make the log density of a site NaN where a parameter violates its constraint.
+
+    Without torch's validation it may be finite there and mean nothing, as that of a gamma distribution with
+    a negative shape.
+    """
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        is_valid = _is_valid(fn)
+        if is_valid is not None and not bool(is_valid.all()):
+            msg["fn"] = _PartlyValid(fn, is_valid)
+
+
+class _PartlyValid(TorchDistribution):
+    """A distribution whose log density is NaN where its parameters are not valid."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, fn: Any, is_valid: Tensor) -> None:
+        self.base_dist = fn
+        self.is_valid = is_valid
+        self.has_rsample = fn.has_rsample
+        super().__init__(fn.batch_shape, fn.event_shape, validate_args=False)
+
+    @property
+    def has_enumerate_support(self) -> bool:
+        return bool(self.base_dist.has_enumerate_support)
+
+    @property
+    def support(self) -> Any:
+        return self.base_dist.support
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_prob = self.base_dist.log_prob(value)
+        return torch.where(self.is_valid.to(log_prob.device), log_prob, torch.nan)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        draws: Tensor = self.base_dist.sample(sample_shape)
+        return draws
+
+
+def _is_valid(fn: Any) -> Tensor | None:
+    """Return which entries of a batch have valid parameters, None if nothing is known."""
+    if isinstance(fn, dist.Independent):
+        inner = _is_valid(fn.base_dist)
+        dims = tuple(range(-fn.reinterpreted_batch_ndims, 0))
+        if inner is None or not dims:
+            return inner
+        return inner.expand(fn.base_dist.batch_shape).flatten(dims[0]).all(-1)
+    if isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution):
+        inner = _is_valid(fn.base_dist)
+        return inner if inner is None else inner.expand(fn.batch_shape)
+    constraints = getattr(fn, "arg_constraints", None)
+    if not isinstance(constraints, dict):
+        return None
+    result = None
+    for name, constraint in constraints.items():
+        is_derived = name not in vars(fn) and isinstance(getattr(type(fn), name, None), lazy_property)
+        if is_dependent(constraint) or is_derived:
+            continue  # as torch's own validation leaves them
+        is_valid = constraint.check(torch.as_tensor(getattr(fn, name)))
+        while is_valid.dim() > len(fn.batch_shape):
+            is_valid = is_valid.all(-1)
+        result = is_valid if result is None else result & is_valid
+    return None if result is None else result.expand(fn.batch_shape)
+
+
+class _NaNFactors(TorchFunctionMode):
+    """Make factors NaN for the matrices of a batch that have none, and leave the others as they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        try:
+            return func(*args, **kwargs)
+        except torch.linalg.LinAlgError:
+            checked = _WITH_INFO.get(func)
+            if checked is None:
+                raise
+            result, info = checked(*args, **kwargs)
+            is_good = info == 0
+            return torch.where(
+                is_good.reshape(*is_good.shape, *[1] * (result.dim() - is_good.dim())), result, torch.nan
+            )
+
+
+#: Functions that raise for a batch, and those that say of every matrix whether it has failed.
+_WITH_INFO: dict[Any, Callable[..., Any]] = {
+    torch.linalg.cholesky: torch.linalg.cholesky_ex,
+    torch.cholesky: torch.linalg.cholesky_ex,
+    torch.Tensor.cholesky: torch.linalg.cholesky_ex,
+    torch.linalg.inv: torch.linalg.inv_ex,
+    torch.inverse: torch.linalg.inv_ex,
+    torch.Tensor.inverse: torch.linalg.inv_ex,
+    torch.linalg.solve: torch.linalg.solve_ex,
+}

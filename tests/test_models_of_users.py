@@ -1,0 +1,115 @@
+"""Models that people have, and what becomes of the draws that such a model cannot take."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+
+from pyro_adaann import AdaAnnSVI, AnnealedSMC, AutoPlanar, NaturalStep, diagnose, importance_draws
+from pyro_adaann.objectives.lenient import Leniency, Violations
+
+pytestmark = pytest.mark.filterwarnings("ignore:Encountered")
+
+
+def covariance() -> None:
+    """A correlation that rounds to one: the covariance is finite and not positive definite."""
+    r = torch.tanh(3 * pyro.sample("a", dist.Normal(0.0, 3.0)))
+    one = torch.ones_like(r)
+    matrix = torch.stack([torch.stack([one, r], -1), torch.stack([r, one], -1)], -2)
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), matrix), obs=torch.tensor([0.5, 0.7]))
+
+
+def cut_points() -> None:
+    """Ordered cut points that round to equal."""
+    c = pyro.sample("c", dist.Normal(torch.zeros(2), 8.0).to_event(1))
+    low = 1e6 * c[..., 0]  # where single precision has steps of 1/16
+    cuts = torch.stack([low, low + torch.nn.functional.softplus(c[..., 1])], -1)
+    pyro.sample("y", dist.OrderedLogistic(low, cuts), obs=torch.tensor(1))
+
+
+def gaussian_process() -> None:
+    """A kernel matrix that the model factorizes itself, with lognormal priors."""
+    length = pyro.sample("length", dist.LogNormal(0.0, 2.0))[..., None, None]
+    noise = pyro.sample("noise", dist.LogNormal(-3.0, 3.0))[..., None, None]
+    x = torch.linspace(0.0, 1.0, 30)
+    kernel = torch.exp(-0.5 * ((x[:, None] - x) / length) ** 2) + noise**2 * torch.eye(30)
+    tril = torch.linalg.cholesky(kernel)
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(30), scale_tril=tril), obs=torch.sin(5 * x))
+
+
+MODELS = (covariance, cut_points, gaussian_process)
+
+
+def with_adam(model: object, *, vectorize: bool = True) -> AdaAnnSVI:
+    elbo = Trace_ELBO(20, vectorize_particles=vectorize, max_plate_nesting=0)
+    guide = AutoPlanar(model, num_transforms=2, base_scale=3.0)
+    return AdaAnnSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_draw_that_the_model_cannot_take_is_broken_and_the_fit_goes_on(model, vectorize):
+    """Of 10 steps of 20 draws with sd 3 all are fine with probability below 1e-6."""
+    svi = with_adam(model, vectorize=vectorize)
+    for _ in range(10):
+        svi.step()
+    stages = svi.history.stages
+    assert svi.history.num_steps == 10
+    assert 0 < sum(stage.num_broken for stage in stages) < sum(stage.num_particles for stage in stages)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_natural_steps_diagnostics_and_samplers_go_on_too(model):
+    guide = AutoPlanar(model, num_transforms=2, base_scale=3.0)
+    svi = AdaAnnSVI(model, guide, NaturalStep(100, max_plate_nesting=0), path="bridge")
+    for _ in range(3):
+        svi.step()
+    assert diagnose((model, guide), num_samples=300).num_broken > 0
+    assert math.isfinite(importance_draws((model, guide), num_samples=300).log_weights.max())
+
+
+def test_the_others_of_a_batch_keep_their_densities_and_gradients():
+    good = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
+    bad = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+    batch = torch.stack([good, bad]).requires_grad_()
+    leniency = Leniency()
+    tril = leniency.insist(lambda: torch.linalg.cholesky(batch))
+    expected = torch.linalg.cholesky(good)
+    assert torch.equal(tril[0], expected)
+    assert bool(tril[1].isnan().all())
+    tril[0].sum().backward()
+    alone = good.clone().requires_grad_()
+    torch.linalg.cholesky(alone).sum().backward()
+    assert torch.allclose(batch.grad[0], alone.grad)
+
+
+def test_a_finite_density_of_a_parameter_out_of_range_counts_as_none():
+    """lgamma is finite at -1.5, and so would be the density."""
+    with pyro.validation_enabled(False), Violations():
+        fn = dist.Gamma(torch.tensor([2.0, -1.5]), 1.0)
+        assert bool(torch.isfinite(fn.log_prob(torch.ones(2))).all())
+        trace = pyro.poutine.trace(lambda: pyro.sample("g", fn, obs=torch.ones(2))).get_trace()
+        density = trace.nodes["g"]["fn"].log_prob(torch.ones(2))
+    assert math.isclose(float(density[0]), -1.0)
+    assert math.isnan(float(density[1]))
+
+
+def test_a_model_that_takes_no_draw_says_at_which_site_and_why():
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, -1.0 - z**2), obs=torch.tensor(0.0))
+
+    with pytest.raises(ValueError, match=r"finite loss.*y") as caught:
+        with_adam(model).step()
+    assert "Expected parameter scale" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_annealed_smc_takes_them_as_broken(model):
+    result = AnnealedSMC(model, num_particles=192).run(progress_bar=False)
+    assert math.isfinite(result.log_evidence)
