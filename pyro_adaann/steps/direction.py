@@ -46,7 +46,8 @@ class NaturalDirection:
     :param log_weights: of the draws, shape ``(num_draws,)``.
     :param units: what counts as a large change of a parameter, shape ``(num_parameters,)``; 1 if not given.
     :param num_replayed: how many rows of the scores follow those of the draws: of points that are a sample of
-        the tempered density. Their r is 1, as in the gradient of the forward divergence.
+        the tempered density. Their r is 1, as in the gradient of the forward divergence; no score counts as
+        longer than the longest one of the draws.
 
     Example::
 
@@ -72,6 +73,14 @@ class NaturalDirection:
         if is_lost.any():
             for part in self._parts:
                 part.forget(is_lost)
+            square_norms = square_norms.masked_fill(is_lost, 0.0)
+        if num_replayed:
+            # A point far in the guide's tail may have a score a thousand times as large as all others.
+            limit = square_norms[:-num_replayed].amax()
+            factor = (limit / square_norms.clamp(min=torch.finfo(limit.dtype).tiny)).clamp(max=1.0).sqrt()
+            for part in self._parts:
+                part.shrink(factor)
+            square_norms = square_norms.clamp(max=limit)
         variances = [part.variance() for part in self._parts]
         num_parameters = sum(part.num_parameters for part in self._parts)
         floor = _FLOOR * torch.stack([variance.sum() for variance in variances]).sum() / num_parameters
