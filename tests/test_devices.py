@@ -343,11 +343,10 @@ def test_draws_of_a_checkpoint_follow_those_of_the_device():
 def test_replayed_draws_of_a_checkpoint_follow_those_of_the_device():
     kept = [{"z": torch.zeros(5, 2)}, {"z": 0}, torch.zeros(5), torch.zeros(5)]
     replay = Replay()
-    replay.restore([[kept], [kept]])
+    replay.restore([kept, kept])
     replay.to(torch.device("meta"))
-    for part in replay.state():
-        for values, _, *numbers in part:
-            assert {value.device.type for value in (*values.values(), *numbers)} == {"meta"}
+    for values, _, *numbers in replay.state():
+        assert {value.device.type for value in (*values.values(), *numbers)} == {"meta"}
 
 
 def test_state_of_a_checkpoint_goes_to_the_device_of_the_parameters(tmp_path):

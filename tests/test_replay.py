@@ -1,4 +1,4 @@
-"""Replayed draws of the stage before: a sample of the tempered density, scored under the present guide."""
+"""Replayed draws of the steps before: a sample of the tempered density, scored under the present guide."""
 
 import math
 
@@ -29,7 +29,7 @@ def make_objective(guide, num_particles=20_000):
 
 
 def draws_of(trace):
-    (site,) = (site for name, site in trace.nodes.items() if name.endswith("_latent"))
+    (site,) = (site for name, site in trace.guide_trace.nodes.items() if name.endswith("_latent"))
     return site["value"].detach().reshape(-1, 2)
 
 
@@ -39,11 +39,11 @@ def test_replayed_draws_are_a_sample_of_the_tempered_density(kind):
     guide = kind(model, base_loc=0.0, base_scale=2.0)
     objective = make_objective(guide)
     objective.start_stage(0.3, is_final=False)
-    assert objective.replay(guide, 100, (), {}) is None  # there is no stage before
     objective.weigh(model, guide, (), {})
-    assert objective.replay(guide, 100, (), {}) is None
+    assert objective.replay(guide, 100, (), {}) is None  # there is no step before
     t = 0.6
     objective.start_stage(t, is_final=False)
+    objective.weigh(model, guide, (), {})
     got = draws_of(objective.replay(guide, 40_000, (), {}))
     # Bridge: log p_t = (1 - t) log base + t log p, a product of normals.
     precision = (1 - t) / 4.0 + t / torch.tensor([0.25, 1.0])
@@ -58,8 +58,8 @@ def test_a_guide_without_a_closed_inverse_replays_nothing():
     guide = AutoPlanar(model, 4, base_scale=2.0)
     objective = make_objective(guide, 100)
     objective.start_stage(0.3, is_final=False)
-    objective.weigh(model, guide, (), {})
-    objective.start_stage(0.6, is_final=False)
+    for _ in range(2):
+        objective.weigh(model, guide, (), {})
     assert objective.replay(guide, 100, (), {}) is None
 
 
@@ -68,8 +68,8 @@ def test_what_was_kept_is_forgotten_when_the_guide_goes_back():
     guide = AutoSpline(model, base_scale=2.0)
     objective = make_objective(guide, 100)
     objective.start_stage(0.3, is_final=False)
-    objective.weigh(model, guide, (), {})
-    objective.start_stage(0.6, is_final=False)
+    for _ in range(2):
+        objective.weigh(model, guide, (), {})
     assert objective.replay(guide, 100, (), {}) is not None
     objective.forget()
     assert objective.replay(guide, 100, (), {}) is None
@@ -105,17 +105,44 @@ def test_joined_scores_are_those_of_all_draws():
     torch.testing.assert_close(mixed[0], dense)
 
 
-def test_replayed_rows_pull_as_in_the_forward_divergence():
+def test_replayed_rows_pull_where_the_guide_has_too_little_density():
     torch.manual_seed(0)
     scores = torch.randn(50, 6, dtype=torch.float64)
-    log_weights = torch.randn(40, dtype=torch.float64)
-    got = NaturalDirection(scores, log_weights, num_replayed=10).solve(0.3)[0]
+    log_weights, replayed = torch.randn(40, dtype=torch.float64), torch.randn(10, dtype=torch.float64)
+    got = NaturalDirection(scores, log_weights, replayed=replayed).solve(0.3)[0]
     centered = scores - scores.mean(0)
     fisher = centered.T @ centered / 50
     diagonal = fisher.diagonal() + 0.01 * fisher.diagonal().mean()
-    pull = torch.cat([residuals(log_weights), torch.ones(10, dtype=torch.float64)])
+    weights = replayed.exp() / log_weights.exp().mean()
+    pull = torch.cat([residuals(log_weights), (1 - 1 / weights).clamp(min=0.0)])
     expected = torch.linalg.solve(fisher + 0.3 * torch.diag(diagonal), pull @ centered / 50)
     torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_replayed_rows_do_not_pull_where_guide_and_density_agree():
+    torch.manual_seed(0)
+    same = torch.full((50,), 3.0, dtype=torch.float64)
+    step = NaturalDirection(torch.randn(50, 6).double(), same[:40], replayed=same[40:]).solve(0.3)[0]
+    assert step.abs().max() < 1e-9
+
+
+def test_weights_of_replayed_draws_are_those_of_the_present_guide():
+    pyro.set_rng_seed(0)
+    guide = AutoSpline(model, base_loc=0.0, base_scale=2.0)
+    objective = make_objective(guide, 100)
+    objective.start_stage(0.3, is_final=False)
+    objective.weigh(model, guide, (), {})
+    objective.start_stage(0.6, is_final=False)
+    objective.weigh(model, guide, (), {})
+    with torch.no_grad():  # the guide that drew them is another one by now
+        guide.transform.parts[1].shift.add_(0.3)
+    replayed = objective.replay(guide, 50, (), {})
+    z = draws_of(replayed)
+    log_p = 0.6 * dist.Normal(LOCS, torch.tensor([0.5, 1.0])).log_prob(z).sum(-1)
+    log_p = log_p + 0.4 * dist.Normal(0.0, 2.0).log_prob(z).sum(-1)
+    torch.testing.assert_close(
+        replayed.log_weights, log_p - guide.get_posterior().log_prob(z), rtol=0, atol=1e-3
+    )
 
 
 def two_modes():
@@ -137,7 +164,7 @@ def test_a_lost_part_is_seen_by_the_replayed_draws_alone():
     alone = NaturalDirection(scores(own), equal).solve(0.1)[0]
     assert alone.abs().max() < 1e-9
     both = torch.cat([scores(own), scores(other)])
-    step = NaturalDirection(both, equal, num_replayed=50).solve(0.1)[0]
+    step = NaturalDirection(both, equal, replayed=torch.full((50,), 9.0)).solve(0.1)[0]
     assert float((scores(other) @ step).mean()) > float((scores(own) @ step).mean())
     assert step[0] < 0  # towards the other mode
 

@@ -1,9 +1,9 @@
-r"""Draws of the stage before, replayed so that a part of the density that the guide has is not lost.
+r"""Draws of the steps before, replayed so that a part of the density that the guide has is not lost.
 
 Draws that a guide makes show where it has too little density only where it has some. Over a few steps it
-can lose a part by chance, and nothing of its own shows that from then on. The draws :math:`z_i` of the last
-steps at :math:`t'`, with weights :math:`w_i = p_t(z_i) / q_{t'}(z_i)`, are a sample of :math:`p_t` that does
-not depend on the present guide. The weights need no model run: their logarithm is linear in t.
+can lose a part by chance, and nothing of its own shows that from then on. The draws :math:`z_i` of the guides
+:math:`q_k` of the steps before, with weights :math:`p_t(z_i) / q_k(z_i)`, are a sample of :math:`p_t` that
+does not depend on the present guide. The weights need no model run: their logarithm is linear in t.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_adaann.objectives.fixed_density import flow_of, has_density
-from pyro_adaann.objectives.traces import PARTICLE_PLATE, sites_of, with_num_particles
+from pyro_adaann.objectives.traces import PARTICLE_PLATE, per_particle, sites_of, with_num_particles
 from pyro_adaann.weights import resample, truncated_weights
 
-__all__ = ["Replay"]
+__all__ = ["Replay", "Replayed"]
 
-#: How many steps at the end of a stage are kept: in one alone a part of 1 % may be missing.
-_NUM_STEPS = 2
+#: How many steps are kept: more of them hold what a guide loses slowly, fewer follow one that spreads.
+_NUM_STEPS = 8
 
 
 class _Kept(NamedTuple):
@@ -32,37 +32,44 @@ class _Kept(NamedTuple):
 
     :param values: values of the guide's sites by name, particles first.
     :param dims: where the particles have been, by name.
-    :param log_weights: at t = 0, shape ``(n,)``.
-    :param log_factors: their slope in t, likewise.
+    :param log_p: log density at t = 0, shape ``(n,)``.
+    :param log_q: that of the guide which drew them, likewise.
+    :param log_factors: the slope of the former in t, likewise.
     """
 
     values: dict[str, Tensor]
     dims: dict[str, int]
-    log_weights: Tensor
+    log_p: Tensor
+    log_q: Tensor
     log_factors: Tensor
 
     def to(self, device: torch.device) -> _Kept:
         values = {name: value.to(device) for name, value in self.values.items()}
-        return _Kept(values, self.dims, self.log_weights.to(device), self.log_factors.to(device))
+        numbers = (number.to(device) for number in (self.log_p, self.log_q, self.log_factors))
+        return _Kept(values, self.dims, *numbers)
+
+
+class Replayed(NamedTuple):
+    """Draws replayed under the present guide.
+
+    :param guide_trace: trace of the guide, with its graph.
+    :param log_weights: of the draws against the density at the present inverse temperature, shape ``(n,)``,
+        up to the constant that the weights of the guide's own draws have too.
+    """
+
+    guide_trace: Trace
+    log_weights: Tensor
 
 
 class Replay:
-    """Weighted draws of the last steps of the stage before the present one."""
+    """Weighted draws of the latest steps."""
 
     def __init__(self) -> None:
-        self._present: deque[_Kept] = deque(maxlen=_NUM_STEPS)
-        self._before: list[_Kept] = []
+        self._steps: deque[_Kept] = deque(maxlen=_NUM_STEPS + 1)
 
     def to(self, device: torch.device) -> None:
         """Move the draws of a checkpoint, which are read to the CPU, to a device."""
-        self._before = [kept.to(device) for kept in self._before]
-        self._present = deque((kept.to(device) for kept in self._present), maxlen=_NUM_STEPS)
-
-    def turn(self) -> None:
-        """Begin a stage: the draws that were of the present one are of the one before."""
-        if self._present:
-            self._before = list(self._present)
-            self._present.clear()
+        self._steps = deque((kept.to(device) for kept in self._steps), maxlen=_NUM_STEPS + 1)
 
     def add(
         self, guide_trace: Trace, log_weights: Tensor, log_factors: Tensor, inverse_temperature: float
@@ -78,45 +85,54 @@ class Replay:
             if flow is None or not flow.has_closed_inverse or dim is None:
                 return
             values[site["name"]], dims[site["name"]] = site["value"].detach().movedim(dim, 0), dim
-        at_zero = log_weights - inverse_temperature * log_factors
-        self._present.append(_Kept(values, dims, at_zero, log_factors))
+        log_q = _log_density(guide_trace)
+        log_p = log_weights + log_q - inverse_temperature * log_factors
+        self._steps.append(_Kept(values, dims, log_p, log_q, log_factors))
 
-    def run(self, elbo: ELBO, guide: Any, num_draws: int, t: float, args: Any, kwargs: Any) -> Trace | None:
-        """Return a trace of the guide, with its graph, at draws that are a sample of p_t; None without draws.
+    def run(
+        self, elbo: ELBO, guide: Any, num_draws: int, t: float, args: Any, kwargs: Any
+    ) -> Replayed | None:
+        """Return a sample of p_t from the steps before the latest, or None.
 
         :param elbo: the one whose plate of particles the draws come from.
         :param num_draws: how many.
         :param t: the inverse temperature.
         """
-        if not self._before or not num_draws:
+        earlier = list(self._steps)[:-1]
+        if not earlier or not num_draws:
             return None
-        log_weights = torch.cat([kept.log_weights + t * kept.log_factors for kept in self._before])
+        log_p = torch.cat([kept.log_p + t * kept.log_factors for kept in earlier])
+        log_weights = log_p - torch.cat([kept.log_q for kept in earlier])
         order = resample(truncated_weights(log_weights).log(), num_draws)
         elbo = with_num_particles(elbo, num_draws)
         fixed = Trace()
-        for name in self._before[0].values:
-            value = torch.cat([kept.values[name] for kept in self._before])[order]
-            dim = self._before[0].dims[name]
+        for name, dim in earlier[0].dims.items():
+            value = torch.cat([kept.values[name] for kept in earlier])[order]
             fixed.add_node(
                 name, name=name, type="sample", is_observed=False, infer={}, value=value.movedim(0, dim)
             )
         replayed = poutine.replay(elbo._vectorized_num_particles(guide), trace=fixed)
-        return poutine.trace(replayed).get_trace(*args, **kwargs)
+        trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        trace.compute_log_prob(lambda name, site: name in fixed)
+        return Replayed(trace, log_p[order] - _log_density(trace))
 
     def forget(self) -> None:
         """Drop all draws, after the guide has been set back."""
-        self._present.clear()
-        self._before.clear()
+        self._steps.clear()
 
     def state(self) -> list[list[Any]]:
         """Return the draws as plain data; :meth:`restore` takes it."""
-        return [[list(kept) for kept in part] for part in (self._present, self._before)]
+        return [list(kept) for kept in self._steps]
 
     def restore(self, state: list[list[Any]]) -> None:
         """Go on from what :meth:`state` has returned."""
-        present, before = ([_Kept(*kept) for kept in part] for part in state)
-        self._present = deque(present, maxlen=_NUM_STEPS)
-        self._before = before
+        self._steps = deque((_Kept(*kept) for kept in state), maxlen=_NUM_STEPS + 1)
+
+
+def _log_density(guide_trace: Trace) -> Tensor:
+    """Return the log density of every particle, detached, shape ``(n,)``."""
+    parts = [per_particle(s, s["log_prob"].detach()) for s in sites_of(guide_trace) if has_density(s)]
+    return torch.stack([part.reshape(-1) for part in parts]).sum(0)
 
 
 def _particle_dim(site: Any) -> int | None:

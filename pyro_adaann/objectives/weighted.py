@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.objectives.base import Objective
 from pyro_adaann.objectives.lenient import Violations
-from pyro_adaann.objectives.replay import Replay
+from pyro_adaann.objectives.replay import Replay, Replayed
 from pyro_adaann.objectives.traces import check_full_plates, log_factors, log_weights
 from pyro_adaann.weights import finite_or_no_weight
 
@@ -93,24 +93,20 @@ class WeightObjective(Objective):
         return drawn
 
     def _keep(self, drawn: WeighedDraws) -> None:
-        """Keep the draws for the stage that follows; at inverse temperature 1 none does."""
+        """Keep the draws for the steps that follow."""
         self._replay.to(drawn.log_weights.device)
+        factors: Tensor | None = torch.zeros_like(drawn.log_weights)  # at 1, which is not left
         if self._tempering is not None:
             factors = log_factors(self._tempering, drawn.model_trace, drawn.guide_trace)
-            if factors is not None:
-                self._replay.add(drawn.guide_trace, drawn.log_weights, factors, self.inverse_temperature)
+        if factors is not None:
+            self._replay.add(drawn.guide_trace, drawn.log_weights, factors, self.inverse_temperature)
 
-    def replay(self, guide: Any, num_draws: int, args: Any, kwargs: Any) -> Trace | None:
-        """Return a trace of the guide, with its graph, at weighted draws of the stage before.
+    def replay(self, guide: Any, num_draws: int, args: Any, kwargs: Any) -> Replayed | None:
+        """Return weighted draws of the steps before under the present guide.
 
         None if there are none, or if the guide's density at given points is not cheap.
         """
         return self._replay.run(self._elbo, guide, num_draws, self.inverse_temperature, args, kwargs)
-
-    def start_stage(self, inverse_temperature: float, *, is_final: bool) -> None:
-        """Evaluate at this inverse temperature from now on; replay the draws of the stage that ends."""
-        super().start_stage(inverse_temperature, is_final=is_final)
-        self._replay.turn()
 
     def forget(self) -> None:
         """Drop the draws that were kept, after the guide has been set back."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_adaann.steps.gram import DensePart, OuterPart, ScorePart, gram_matrix
 from pyro_adaann.transforms.outer import OuterProducts
-from pyro_adaann.weights import truncated_weights
+from pyro_adaann.weights import finite_or_no_weight, truncated_weights
 
 __all__ = ["NaturalDirection", "residuals"]
 
@@ -45,9 +45,10 @@ class NaturalDirection:
         for every parameter a tensor of shape ``(num_draws, *shape)`` or the outer products whose sum it is.
     :param log_weights: of the draws, shape ``(num_draws,)``.
     :param units: what counts as a large change of a parameter, shape ``(num_parameters,)``; 1 if not given.
-    :param num_replayed: how many rows of the scores follow those of the draws: of points that are a sample of
-        the tempered density. Their r is 1, as in the gradient of the forward divergence; no score counts as
-        longer than the longest one of the draws.
+    :param replayed: log weights of points that are a sample of the tempered density, on the scale of
+        ``log_weights``; their rows of the scores follow those of the draws. With the weights w their r is
+        1 - 1 / w where that is positive, else 0: where the guide has too little density, the gradient of the
+        forward divergence, which vanishes where the densities agree.
 
     Example::
 
@@ -64,7 +65,7 @@ class NaturalDirection:
         scores: Tensor | Sequence[Tensor | Sequence[OuterProducts]],
         log_weights: Tensor,
         units: Tensor | None = None,
-        num_replayed: int = 0,
+        replayed: Tensor | None = None,
     ) -> None:
         self._parts = _parts([scores] if isinstance(scores, Tensor) else scores, units)
         # A draw whose score has overflowed is left out.
@@ -73,14 +74,6 @@ class NaturalDirection:
         if is_lost.any():
             for part in self._parts:
                 part.forget(is_lost)
-            square_norms = square_norms.masked_fill(is_lost, 0.0)
-        if num_replayed:
-            # A point far in the guide's tail may have a score a thousand times as large as all others.
-            limit = square_norms[:-num_replayed].amax()
-            factor = (limit / square_norms.clamp(min=torch.finfo(limit.dtype).tiny)).clamp(max=1.0).sqrt()
-            for part in self._parts:
-                part.shrink(factor)
-            square_norms = square_norms.clamp(max=limit)
         variances = [part.variance() for part in self._parts]
         num_parameters = sum(part.num_parameters for part in self._parts)
         floor = _FLOOR * torch.stack([variance.sum() for variance in variances]).sum() / num_parameters
@@ -88,8 +81,11 @@ class NaturalDirection:
             part.set_scale(variance, floor)
         # Single precision rounds by 1e-7 of the mean of the diagonal, far below any damping. Solving the
         # system may lose more digits, and is done in double precision.
-        own = residuals(log_weights.double())
-        self._residual = torch.cat([own, own.new_ones(num_replayed)])
+        self._residual = residuals(log_weights.double())
+        if replayed is not None:
+            log_mean = finite_or_no_weight(log_weights.double()).logsumexp(0) - math.log(len(log_weights))
+            pull = 1 - (log_mean - replayed.double()).exp()
+            self._residual = torch.cat([self._residual, pull.nan_to_num(nan=0.0).clamp(min=0.0)])
         self._gram = gram_matrix(self._parts, square_norms) / len(self._residual)
 
     def solve(self, damping: float, max_kl: float = math.inf) -> tuple[Tensor, float]:

@@ -56,10 +56,6 @@ class ScorePart(ABC):
         """Set the scores of some draws to zero."""
 
     @abstractmethod
-    def shrink(self, factor: Tensor) -> None:
-        """Multiply every draw's score by a factor, shape ``(n,)``."""
-
-    @abstractmethod
     def variance(self) -> Tensor:
         """Return the variance of the scores in units of the parameter, in its shape."""
 
@@ -96,9 +92,6 @@ class DensePart(ScorePart):
 
     def forget(self, is_lost: Tensor) -> None:
         self._scores = self._scores.masked_fill(is_lost.unsqueeze(1), 0.0)
-
-    def shrink(self, factor: Tensor) -> None:
-        self._scores = self._scores * factor.unsqueeze(1)
 
     def variance(self) -> Tensor:
         mean, square = self._scores.mean(0), self._scores.square().mean(0)
@@ -144,9 +137,6 @@ class OuterPart(ScorePart):
     def forget(self, is_lost: Tensor) -> None:
         where = is_lost[:, None, None]
         self._terms = [(a.masked_fill(where, 0.0), b.masked_fill(where, 0.0)) for a, b in self._terms]
-
-    def shrink(self, factor: Tensor) -> None:
-        self._terms = [(left, right * factor[:, None, None]) for left, right in self._terms]
 
     def variance(self) -> Tensor:
         shape = self._stacked(self._units).shape

@@ -29,7 +29,7 @@ __all__ = ["NaturalStep", "is_not_worse"]
 #: Factors on the damping after an accepted step and after a rejected trial, and the bounds of damping.
 _EASE, _STIFFEN = 0.5, 4.0
 _MIN_DAMPING, _MAX_DAMPING = 1e-2, 1e6
-#: Replayed draws of the stage before as a share of the guide's own.
+#: Replayed draws of the steps before as a share of the guide's own.
 _REPLAYED = 0.25
 #: Directions that are tried in one step.
 _MAX_TRIALS = 6
@@ -57,9 +57,10 @@ class NaturalStep(Step):
     optimizer that scales every parameter separately, such as Adam, takes thousands of steps for it. D is the
     diagonal of F plus a hundredth of its mean, in units that the flows of this package define.
 
-    To the draws are added a quarter as many of the end of the stage before, a sample of the tempered density
-    by their weights, with r = 1: what the guide loses by chance its own draws do not show, but these do. That
-    takes a guide whose flows have an inverse in closed form (`AutoSpline`, `AutoRealNVP`); others do without.
+    To the draws are added a quarter as many of the eight steps before, a sample of the tempered density by
+    their weights, with :math:`r(w) = \max(0, 1 - 1/w)`: what the guide loses by chance its own draws do not
+    show, but these do. That takes a guide whose flows have an inverse in closed form (`AutoSpline`,
+    `AutoRealNVP`); others do without.
 
     A direction is tried on a fresh batch of draws, and is accepted unless the affinity of guide and tempered
     density falls by more than its noise. After a rejection :math:`\lambda` grows and the next direction is
@@ -149,10 +150,10 @@ class NaturalStep(Step):
         num_replayed = round(_REPLAYED * self.num_particles)
         replayed = objective.replay(call.guide, num_replayed, call.args, call.kwargs)
         if replayed is None:
-            num_replayed = 0
+            direction = NaturalDirection(scores, drawn.log_weights, units)
         else:
-            scores = joined_scores(scores, draw_scores(replayed, parameters, num_replayed))
-        direction = NaturalDirection(scores, drawn.log_weights, units, num_replayed)
+            scores = joined_scores(scores, draw_scores(replayed.guide_trace, parameters, num_replayed))
+            direction = NaturalDirection(scores, drawn.log_weights, units, replayed.log_weights)
         ready(captured_parameters(drawn.guide_trace))
 
         def is_accepted() -> bool:
