@@ -341,7 +341,7 @@ def test_draws_of_a_checkpoint_follow_those_of_the_device():
 
 
 def test_replayed_draws_of_a_checkpoint_follow_those_of_the_device():
-    kept = [{"z": torch.zeros(5, 2)}, {"z": 0}, torch.zeros(5), torch.zeros(5)]
+    kept = [{"z": torch.zeros(5, 2)}, {"z": 0}, *(torch.zeros(5) for _ in range(3))]
     replay = Replay()
     replay.restore([kept, kept])
     replay.to(torch.device("meta"))

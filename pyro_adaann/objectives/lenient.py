@@ -155,7 +155,10 @@ def _is_valid(fn: Any) -> Tensor | None:
         is_derived = name not in vars(fn) and isinstance(getattr(type(fn), name, None), lazy_property)
         if is_dependent(constraint) or is_derived:
             continue  # as torch's own validation leaves them
-        is_valid = constraint.check(torch.as_tensor(getattr(fn, name)))
+        value = getattr(fn, name)
+        if not isinstance(value, Tensor):
+            continue  # a number is the same for all draws
+        is_valid = constraint.check(value)
         while is_valid.dim() > len(fn.batch_shape):
             is_valid = is_valid.all(-1)
         result = is_valid if result is None else result & is_valid

@@ -85,6 +85,8 @@ class Replay:
             if flow is None or not flow.has_closed_inverse or dim is None:
                 return
             values[site["name"]], dims[site["name"]] = site["value"].detach().movedim(dim, 0), dim
+        if not values:
+            return
         log_q = _log_density(guide_trace)
         log_p = log_weights + log_q - inverse_temperature * log_factors
         self._steps.append(_Kept(values, dims, log_p, log_q, log_factors))
