@@ -9,8 +9,19 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 
-from pyro_adaann import AdaAnnSVI, AnnealedSMC, AutoPlanar, NaturalStep, diagnose, importance_draws
+from pyro_adaann import (
+    AdaAnnSVI,
+    AnnealedSMC,
+    AutoPlanar,
+    AutoRealNVP,
+    AutoSpline,
+    NaturalStep,
+    diagnose,
+    importance_draws,
+    natural_svi,
+)
 from pyro_adaann.objectives.lenient import Leniency, Violations
 
 pytestmark = pytest.mark.filterwarnings("ignore:Encountered")
@@ -113,3 +124,31 @@ def test_a_model_that_takes_no_draw_says_at_which_site_and_why():
 def test_annealed_smc_takes_them_as_broken(model):
     result = AnnealedSMC(model, num_particles=192).run(progress_bar=False)
     assert math.isfinite(result.log_evidence)
+
+
+def local_latents():
+    center = pyro.sample("center", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 2000, subsample_size=100):
+        z = pyro.sample("z", dist.Normal(center, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(100))
+
+
+@pytest.mark.parametrize("kind", [AutoPlanar, AutoRealNVP, AutoSpline])
+def test_local_latents_of_a_sub_sample_are_refused_by_a_flow(kind):
+    with pytest.raises(ValueError, match=r"'z' in plate 'rows', of which 100 of 2000 are drawn.*AutoNormal"):
+        kind(local_latents)()
+    with pytest.raises(ValueError, match="'z' in plate 'rows'"):
+        natural_svi(local_latents).step()
+
+
+@pytest.mark.parametrize(("num_latents", "num_warnings"), [(100, 0), (600, 1)])
+def test_natural_steps_for_hundreds_of_latents_say_so_at_the_start(num_latents, num_warnings, recwarn):
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0).expand([num_latents]).to_event(1))
+
+    pyro.set_rng_seed(0)
+    svi = natural_svi(model, AutoNormal(model), num_particles=10, path="joint")
+    for _ in range(2):
+        svi.step()
+    found = [w for w in recwarn if "600" in str(w.message) and "AutoLowRank" in str(w.message)]
+    assert len(found) == num_warnings

@@ -16,6 +16,7 @@ from torch.quasirandom import SobolEngine
 
 from pyro_adaann.checks import check_count
 from pyro_adaann.guide_status import warn_of_draws
+from pyro_adaann.guides.continuous import check_whole_plates
 from pyro_adaann.guides.prior import prior_base
 from pyro_adaann.guides.stored import check_initialized, check_store
 from pyro_adaann.transforms.affine import AffineLayer
@@ -108,6 +109,7 @@ class AutoFlow(AutoContinuous):
                 f"distribution with the same support and switch its density off, for example "
                 f"`dist.Normal(0, 10).mask(False)`."
             ) from error
+        check_whole_plates(self.prototype_trace, type(self).__name__)
         for name in ("_INPUT", "_RETURN"):
             if name in self.prototype_trace:
                 self.prototype_trace.remove_node(name)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from pyro import poutine
+from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 
-__all__ = ["continuous_part"]
+__all__ = ["check_whole_plates", "continuous_part"]
 
 
 def continuous_part(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,3 +32,21 @@ def _is_latent_discrete(site: Any) -> bool:
     if site["type"] != "sample" or site["is_observed"] or site_is_subsample(site):
         return False
     return bool(site["fn"].support.is_discrete)
+
+
+def check_whole_plates(trace: Trace, guide_name: str) -> None:
+    """Raise a `ValueError` if a latent site is in a plate of which a part alone is drawn.
+
+    A flow would learn one value for each place of the sub-sample, and use it for other rows at the next step.
+    """
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site["is_observed"] or site_is_subsample(site):
+            continue
+        for frame in site["cond_indep_stack"]:
+            if frame.full_size is not None and frame.size != frame.full_size:
+                raise ValueError(
+                    f"Expected latent sites outside of sub-sampled plates; got {name!r} in plate "
+                    f"{frame.name!r}, of which {frame.size} of {frame.full_size} are drawn. {guide_name} has "
+                    f"one value for each latent: take the whole plate, AutoNormal, which sub-samples too, or "
+                    f"a guide of your own that depends on the rows."
+                )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,16 @@ from torch import Tensor
 
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.objectives.base import Objective
+from pyro_adaann.objectives.fixed_density import has_density
 from pyro_adaann.objectives.lenient import Violations
 from pyro_adaann.objectives.replay import Replay, Replayed
-from pyro_adaann.objectives.traces import check_full_plates, log_factors, log_weights
+from pyro_adaann.objectives.traces import check_full_plates, log_factors, log_weights, sites_of
 from pyro_adaann.weights import finite_or_no_weight
 
 __all__ = ["WeighedDraws", "WeightObjective"]
+
+#: A spline of 500 latents has millions of parameters.
+_MANY_LATENTS = 500
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,10 @@ class WeightObjective(Objective):
             self.memory.start_step()
             return self._weigh(*self._temper(_without_graph(model), guide), args, kwargs)
 
+        is_first = self.sites is None
         drawn = self.leniency.insist(run)
+        if is_first:
+            _warn_if_many(drawn.guide_trace, len(drawn.log_weights))
         super()._look(drawn.model_trace, drawn.guide_trace)
         self.memory.end_step()
         self._keep(drawn)
@@ -145,6 +153,19 @@ def minus_mean(weights: Tensor) -> float:
     total = torch.where(is_finite, weights.double(), 0.0).sum()
     total, count = torch.stack([total, is_finite.sum().double()]).tolist()  # a graphics card is asked once
     return -total / count if count else math.nan
+
+
+def _warn_if_many(guide_trace: Trace, num_draws: int) -> None:
+    """Warn of a guide with more latent numbers than a few natural steps can fit."""
+    sites = [site for site in sites_of(guide_trace) if has_density(site)]
+    num_latents = sum(site["value"].numel() for site in sites) // num_draws
+    if num_latents > _MANY_LATENTS:
+        warnings.warn(
+            f"Natural steps are for up to a few hundred latent numbers; this guide has {num_latents:,}. The "
+            f"time of a step and the number of stages grow with them: hours are possible. Use AdaAnnSVI with "
+            f"AutoNormal or AutoLowRankMultivariateNormal, or give the model fewer latents.",
+            stacklevel=2,
+        )
 
 
 def _without_graph(model: Any) -> Any:
