@@ -9,6 +9,7 @@ does not depend on the present guide. The weights need no model run: their logar
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,8 @@ class _Kept(NamedTuple):
         return _Kept(values, self.dims, *numbers)
 
 
-class Replayed(NamedTuple):
+@dataclass(frozen=True)
+class Replayed:
     """Draws replayed under the present guide.
 
     :param guide_trace: trace of the guide, with its graph.
