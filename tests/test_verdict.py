@@ -160,8 +160,11 @@ def test_a_scale_that_is_rounded_to_zero_is_a_broken_draw_and_no_error():
         z = pyro.sample("scale", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(0.0, z), obs=torch.tensor(1.0))
 
-    with pytest.raises(ValueError, match="constraint"):
-        diagnose((negative, lambda: pyro.sample("scale", dist.Normal(0.0, 1.0))), num_samples=100)
+    # A scale below zero has a finite density that means nothing. Five standard errors of 1,000 draws are .08.
+    d = diagnose((negative, lambda: pyro.sample("scale", dist.Normal(0.0, 1.0))), num_samples=1000)
+    assert d.broken_share == pytest.approx(0.5, abs=0.08)
+    assert d.verdict.startswith("UNRELIABLE")
+    assert "outside of its constraint" in d.verdict
 
 
 def test_a_scaled_model_has_a_verdict_about_its_arguments():

@@ -126,7 +126,8 @@ def _broken(m: Measurements) -> Finding | None:
     return Finding(
         Level.UNRELIABLE,
         f"The model has no finite log density at {percent(m.broken_share)} of the draws. Look for the cause "
-        f"there first: overflow, or a guide wider than the support.",
+        f"there first: overflow, a parameter outside of its constraint (a negative scale), or a guide wider "
+        f"than the support.",
     )
 
 
