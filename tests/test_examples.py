@@ -39,6 +39,8 @@ def test_help_names_the_duration_and_a_folder_of_its_own(name, capsys):
 
 # With a few steps alone the verdict is what it should be.
 @pytest.mark.filterwarnings("ignore:The verdict on the fit is:UserWarning")
+# Alpha-annealing of a model that learns is among the ways that vae_digits compares.
+@pytest.mark.filterwarnings("ignore:The model has parameters:UserWarning")
 @pytest.mark.parametrize("name", list(SCRIPTS))
 def test_example_runs(name, tmp_path, capsys):
     arguments, files = SCRIPTS[name]
