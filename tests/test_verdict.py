@@ -259,6 +259,23 @@ def test_no_batch_is_larger_than_asked_for():
         assert max(sizes) == 100
 
 
+def test_few_draws_are_few_of_every_rung_too():
+    rows: list[int] = []
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        rows.append(z.numel())
+
+    svi = small_fit(model, Ladder(0.1))
+    diagnose((model, svi.guide), num_samples=200)
+    alone = sum(rows)
+    rows.clear()
+    diagnose(svi, num_samples=200)
+    # The ladder's own default would be 5,000 draws of every rung.
+    num_looks = len(svi.ladder.rungs) + 1
+    assert sum(rows) <= alone + num_looks * 2 * 200 + 1100
+
+
 class _Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()

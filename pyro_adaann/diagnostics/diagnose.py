@@ -31,6 +31,8 @@ __all__ = ["Diagnosis", "assess", "diagnose", "statistics"]
 
 #: Draws for the mean log factor at t = 1, which is one of many nodes.
 _NUM_FINAL_DRAWS = 1000
+#: Largest number of draws of a rung, in those of the guide: a lost part is seen through fewer of them.
+_DRAWS_OF_A_RUNG = 2
 
 
 def diagnose(
@@ -54,7 +56,7 @@ def diagnose(
     :param svi: an `AdaAnnSVI`, a `pyro.infer.SVI`, or a pair ``(model, guide)``. For the first two
         the inverse temperature is known, and a guide of a tempered posterior is reported as such.
     :param args: arguments of model and guide as in ``svi.step``, with ``kwargs``.
-    :param num_samples: number of draws, at least 100.
+    :param num_samples: number of draws, at least 100; of every rung of a ladder up to twice as many.
     :param batch_size: how many at a time.
     :param vectorize: whether model and guide run on a whole batch at once; False is slower and always works.
     :raises ValueError: if ``num_samples`` < 100, if a plate is subsampled, if the guide misses a latent
@@ -104,7 +106,7 @@ def assess(
         is_scaled=is_scaled,
         # Thermodynamic integration is not valid for a part of the data scaled up.
         thermodynamic=None if is_scaled else _thermodynamic(svi, args, kwargs, batch_size, vectorize),
-        **_annealing(svi, args, kwargs, batch_size, vectorize),
+        **_annealing(svi, args, kwargs, num_samples, batch_size, vectorize),
     )
 
 
@@ -134,7 +136,12 @@ def statistics(log_weights: Tensor) -> dict[str, Any]:
 
 
 def _annealing(
-    svi: Fit, args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int, vectorize: bool
+    svi: Fit,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_samples: int,
+    batch_size: int,
+    vectorize: bool,
 ) -> dict[str, Any]:
     if not isinstance(svi, AdaAnnSVI):
         return {}
@@ -145,7 +152,14 @@ def _annealing(
         "num_stages": sum(stage.inverse_temperature < 1 for stage in history.present_pass),
     }
     if svi.ladder is not None and svi.ladder.rungs:
-        found["ladder"] = find_lost_parts(svi, *args, batch_size=batch_size, vectorize=vectorize, **kwargs)
+        found["ladder"] = find_lost_parts(
+            svi,
+            *args,
+            num_samples=_DRAWS_OF_A_RUNG * num_samples,
+            batch_size=batch_size,
+            vectorize=vectorize,
+            **kwargs,
+        )
     return found
 
 
