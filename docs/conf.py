@@ -35,6 +35,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"  # hints about widgets, which depend on the machine
 # Single backticks in docstrings stand for code, as in Markdown.
 default_role = "literal"
 
