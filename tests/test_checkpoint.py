@@ -266,9 +266,9 @@ def test_any_changed_byte_is_noticed(tmp_path):
 
 def test_foreign_and_newer_files(tmp_path):
     path = written(tmp_path)
-    newer = path.read_bytes().replace(b"checkpoint 2\n", b"checkpoint 3\n", 1)
+    newer = path.read_bytes().replace(b"checkpoint 3\n", b"checkpoint 4\n", 1)
     path.write_bytes(newer)
-    assert_refused(make("planar", 1), path, "format 2; got .* of format 3")
+    assert_refused(make("planar", 1), path, "format 3; got .* of format 4")
     torch.save({"a": 1}, path)
     assert_refused(make("planar", 1), path, "another kind of file")
     with pytest.raises(FileNotFoundError):
@@ -324,7 +324,7 @@ def test_code_in_a_file_does_not_run(tmp_path):
     body = io.BytesIO()
     torch.save({"a": Evil()}, body)
     digest = hashlib.sha256(body.getvalue()).hexdigest().encode()
-    (tmp_path / "x").write_bytes(b"pyro_adaann checkpoint 2\n" + digest + b"\n" + body.getvalue())
+    (tmp_path / "x").write_bytes(b"pyro_adaann checkpoint 3\n" + digest + b"\n" + body.getvalue())
     with pytest.raises(ValueError, match=r"got code in .* not been run"):
         read_checkpoint(tmp_path / "x")
     assert not (tmp_path / "evil").exists()

@@ -32,7 +32,7 @@ __all__ = [
 
 _MAGIC = b"pyro_adaann checkpoint "
 #: Increased whenever the content of the files changes.
-_FORMAT = 2
+_FORMAT = 3
 
 
 def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
