@@ -76,7 +76,7 @@ MAY_MOVE = {
     "export/plots.py": "matplotlib draws NumPy arrays",
     "state/checkpoint.py": "a file is read on machines without the device",
     "state/stages.py": "as for schedules: one copy a stage",
-    "transforms/kernels/planar.py": "runs in NumPy on the CPU alone, by views",
+    "transforms/kernels/planar_recursion.py": "runs in NumPy on the CPU alone, by views",
     "weights/pareto.py": "the fit of the tail is ArviZ's, in NumPy",
 }
 #: Modules that may make tensors on the default device, and why.

@@ -110,7 +110,7 @@ def state():
 before = state()
 import pyro_adaann
 assert state() == before, (before, state())
-heavy = {"arviz", "arviz_base", "matplotlib", "xarray"} & set(sys.modules)
+heavy = {"arviz", "arviz_base", "matplotlib", "xarray", "triton"} & set(sys.modules)
 assert not heavy, heavy
 """
 

@@ -22,7 +22,7 @@ from pyro_adaann.transforms import (
     RealNVPStack,
     SplineStack,
 )
-from pyro_adaann.transforms.kernels import planar
+from pyro_adaann.transforms.kernels import planar_recursion
 from pyro_adaann.transforms.kernels.coupling import by_layer, couple
 from pyro_adaann.transforms.kernels.planar import constrain, layer_by_layer
 from pyro_adaann.transforms.kernels.rational_quadratic import apply_spline
@@ -115,7 +115,7 @@ def test_recursions_in_torch_are_those_in_numpy(monkeypatch):
     x = points(flow, 50).requires_grad_()
     results = []
     for on_numpy in (True, False):
-        monkeypatch.setattr(planar, "_on_numpy", lambda tensor, on_numpy=on_numpy: on_numpy)
+        monkeypatch.setattr(planar_recursion, "_on_numpy", lambda tensor, on_numpy=on_numpy: on_numpy)
         flow.zero_grad()
         x.grad = None
         y, log_det = flow.forward_and_log_det(x)

@@ -9,8 +9,8 @@ so with :math:`G = W U^\top` and :math:`A = W z_0 + b`
     \log|\det J| = \sum_l \log\bigl(1 + G_{ll} (1 - h_l^2)\bigr).
 
 The only sequential part is the recursion for h on an (L, num_points) matrix; all the rest are matrix
-products. Its gradient is the transposed recursion, from the last layer to the first. On a CPU both
-run in NumPy, whose call overhead is a third of torch's: with 250 layers that overhead is the cost.
+products. Its gradient is the transposed recursion, from the last layer to the first. How both run is in
+`planar_recursion`.
 
 A layer is invertible if :math:`u \cdot w > -1`. The free parameter u is therefore moved along w so that
 :math:`u \cdot w` becomes :math:`m(u \cdot w)` with :math:`m(x) = (1 - \epsilon)
@@ -27,12 +27,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyro_adaann.transforms.kernels.planar_recursion import activations, adjoint
 from pyro_adaann.transforms.outer import OuterProducts
 
 __all__ = ["PlanarFunction", "constrain", "invert", "layer_by_layer", "point_gradients", "score"]
@@ -42,9 +42,8 @@ _MARGIN = 1e-3
 _SOFTPLUS_SHIFT = math.log(math.e - 1)  # softplus of it is 1
 #: Newton's steps of the inverse at most; if u . w < 5,000, 12 reach 1e-9, and one or two more all digits.
 _MAX_ITERATIONS, _TRACED_ITERATIONS = 200, 16
-#: Layers between two matrix products of the recursion: long blocks call NumPy more often on more
-#: rows, short ones call the matrix product more often.
-_BLOCK = 32
+#: Rows of a block of a product of which only the lower triangle is used.
+_BLOCK = 64
 
 
 def constrain(u: Tensor, w: Tensor) -> Tensor:
@@ -87,18 +86,16 @@ def layer_by_layer(x: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, 
 class PlanarFunction(torch.autograd.Function):
     """The stack on ``(num_points, d)`` with its hand-written gradient (see the module's text).
 
-    Points are columns here: products with the few rows of ``(d, num_points)`` are several times faster
-    than with its transpose. And matrices of shape (layers, points) are overwritten where that is
-    possible: for a thousand points, fresh memory costs more than what is computed in it.
+    Points are columns here. Matrices of shape (layers, points) are overwritten where that is possible: for a
+    thousand points, fresh memory costs more than what is computed in it.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, free_u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         u = constrain(free_u, w)
         columns = x.t().contiguous()
-        h = torch.addmm(b.unsqueeze(-1), w, columns)
         gram = w @ u.t()
-        _solve_activations(h, gram)
+        h = activations(columns, u, w, b, gram)
         ctx.save_for_backward(columns, free_u, u, w, gram, h)
         return torch.addmm(columns, u.t(), h).t(), _sum_of_logs(_jacobian(gram, h))
 
@@ -109,12 +106,10 @@ class PlanarFunction(torch.autograd.Function):
         grad_y = grad_y.t().contiguous()
         # d log_det / d h_l = -2 G_ll h_l / J_l and d log_det / d G_ll = (1 - h_l^2) / J_l.
         ratio = _jacobian(gram, h).reciprocal_().mul_(grad_log_det)
-        scratch = ratio * h
-        grad_a = u @ grad_y
-        grad_a.addcmul_(scratch, -2 * gram.diagonal().unsqueeze(-1))
-        slope = torch.mul(h, h, out=scratch).neg_().add_(1)
+        own = (ratio * h).mul_(-2 * gram.diagonal().unsqueeze(-1))
+        slope = (h * h).neg_().add_(1)
         grad_diagonal = ratio.mul_(slope).sum(-1)
-        _solve_adjoint(grad_a, gram, slope)
+        grad_a = adjoint(own, grad_y, u, w, gram, slope)
         grad_gram = _strictly_lower_product(grad_a, h)
         grad_gram.diagonal().copy_(grad_diagonal)
         grad_x = torch.addmm(grad_y, w.t(), grad_a).t()
@@ -144,55 +139,10 @@ def _sum_of_logs(jacobian: Tensor) -> Tensor:
 def _strictly_lower_product(a: Tensor, h: Tensor) -> Tensor:
     """Return the part of ``a @ h.T`` below the diagonal, which is all that the recursion has used."""
     product = a.new_zeros(len(a), len(a))
-    for start in range(0, len(a), 2 * _BLOCK):
-        stop = start + 2 * _BLOCK
+    for start in range(0, len(a), _BLOCK):
+        stop = start + _BLOCK
         torch.mm(a[start:stop], h[:stop].t(), out=product[start:stop, :stop])
     return product.tril_(-1)
-
-
-def _on_numpy(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
-
-
-@np.errstate(all="ignore")  # what is not finite is dealt with where densities are weighed
-def _solve_activations(a: Tensor, gram: Tensor) -> None:
-    """Overwrite ``a`` (layers, points) by h with ``h_l = tanh(a_l + sum_{k<l} gram_lk h_k)``."""
-    if not _on_numpy(a):
-        for layer in range(a.shape[0]):
-            a[layer].addmv_(a[:layer].t(), gram[layer, :layer]).tanh_()
-        return
-    h, g = a.numpy(), gram.numpy()
-    for start in range(0, len(h), _BLOCK):
-        block = h[start : start + _BLOCK]
-        within = g[start : start + _BLOCK, start : start + _BLOCK]
-        if start:
-            block += g[start : start + _BLOCK, :start] @ h[:start]
-        for i, row in enumerate(block):
-            if i:
-                row += np.dot(within[i, :i], block[:i])
-            np.tanh(row, row)
-
-
-@np.errstate(all="ignore")  # what is not finite is dealt with where densities are weighed
-def _solve_adjoint(c: Tensor, gram: Tensor, slope: Tensor) -> None:
-    """Overwrite ``c`` by the adjoint d with ``d_l = slope_l (c_l + sum_{k>l} gram_kl d_k)``."""
-    transposed = gram.t().contiguous()
-    if not _on_numpy(c):
-        for layer in range(c.shape[0] - 1, -1, -1):
-            c[layer].addmv_(c[layer + 1 :].t(), transposed[layer, layer + 1 :]).mul_(slope[layer])
-        return
-    d, g, s = c.numpy(), transposed.numpy(), slope.numpy()
-    for stop in range(len(d), 0, -_BLOCK):
-        start = max(stop - _BLOCK, 0)
-        block, slopes = d[start:stop], s[start:stop]
-        within = g[start:stop, start:stop]
-        if stop < len(d):
-            block += g[start:stop, stop:] @ d[stop:]
-        for i in range(stop - start - 1, -1, -1):
-            row = block[i]
-            if i + 1 < len(block):
-                row += np.dot(within[i, i + 1 :], block[i + 1 :])
-            row *= slopes[i]
 
 
 def score(x: Tensor, base_score: Tensor, u: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -207,15 +157,13 @@ def score(x: Tensor, base_score: Tensor, u: Tensor, w: Tensor, b: Tensor) -> Ten
     and :math:`u_l \cdot s_{l-1} = u_l \cdot s_0 + \sum_{k<l} G_{kl} \beta_k`: the recursion of the
     gradient, with the layers in reverse order.
     """
-    h = torch.addmm(b.unsqueeze(-1), w, x.t())
     gram = w @ u.t()
-    _solve_activations(h, gram)
+    h = activations(x.t(), u, w, b, gram)
     jacobian = _jacobian(gram, h)
     slope = (h * h).sub_(1).div_(jacobian)  # -h' / j
-    c = u @ base_score.t()
-    c.sub_(2 * gram.diagonal().unsqueeze(-1) * h / jacobian)
-    beta = c.flip(0)
-    _solve_adjoint(beta, gram.flip((0, 1)), slope.flip(0))
+    own = -2 * gram.diagonal().unsqueeze(-1) * h / jacobian
+    own, u, from_last, slope = (t.flip(0) for t in (own, u, w, slope))
+    beta = adjoint(own, base_score.t(), u, from_last, gram.flip((0, 1)), slope)
     return base_score + beta.flip(0).t() @ w
 
 
@@ -228,13 +176,12 @@ def point_gradients(
     the layer's output, d_l times its input, and d_l, with the log-determinant's own part in u and w.
     """
     u = constrain(free_u, w)
-    h = torch.addmm(b.unsqueeze(-1), w, x.t())
     gram = w @ u.t()
-    _solve_activations(h, gram)
+    h = activations(x.t(), u, w, b, gram)
     ratio = grad_log_det / _jacobian(gram, h)
-    grad_a = u @ grad_y.t() - 2 * gram.diagonal().unsqueeze(-1) * ratio * h
     slope = 1 - h * h
-    _solve_adjoint(grad_a, gram, slope)
+    own = -2 * gram.diagonal().unsqueeze(-1) * ratio * h
+    grad_a = adjoint(own, grad_y.t(), u, w, gram, slope)
     h, grad_a, grad_diagonal = (t.t().unsqueeze(-1) for t in (h, grad_a, ratio * slope))
     added, taken = h * u, grad_a * w
     inputs = x.unsqueeze(1) + added.cumsum(1) - added
