@@ -4,9 +4,10 @@
 
 First the device against the CPU, in double precision: image, log-determinant, score, gradients by points and
 inverse of every kind of flow; Gram matrix and direction of a natural step. Then a short fit of each kind on
-the device, resumed from a checkpoint to the last bit. Then the time of one step, by flow and number of draws,
-with what was launched and waited for in it. The exit status is 1 if something is wrong. ``--device cpu
---quick`` tries the script itself.
+the device, resumed from a checkpoint to the last bit. Then the time of one step, by flow and number of draws
+(`gpu_steps.py`), beside the least time of its arithmetic and of its traffic at the rates that the device
+shows (`floors.py`), and what was launched and waited for in it (`launches.py`). The exit status is 1 if
+something is wrong. ``--device cpu --quick`` tries the script itself.
 """
 
 from __future__ import annotations
@@ -15,19 +16,16 @@ import argparse
 import copy
 import json
 import logging
-import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
-from pyro.infer import Trace_ELBO
+from gpu_steps import adam, elbo, make_model, time_steps
 from torch import Tensor
 
 from pyro_adaann import (
@@ -36,7 +34,6 @@ from pyro_adaann import (
     AutoPlanar,
     AutoRealNVP,
     AutoSpline,
-    ConstantSchedule,
     Ladder,
     NaturalStep,
     TraceMixedKL_ELBO,
@@ -52,19 +49,16 @@ from pyro_adaann.transforms import (
     RealNVPStack,
     SplineStack,
 )
+from pyro_adaann.transforms.kernels import planar_recursion
 
 #: Largest relative difference between devices in double precision.
 TOLERANCE = 1e-7
-#: No more cells of a row once one has taken this long, in seconds.
-MAX_CELL = 15.0
 FLOWS: dict[str, Callable[[], FlowTransform]] = {
     "planar 100": lambda: PlanarStack(3, 100),
     "RealNVP 6 x 25": lambda: RealNVPStack(3, 6, [25, 25]),
     "spline 2 x 32": lambda: SplineStack(5, 2, 8, [32, 32]),
     "planar 20, affine": lambda: ComposedFlow([PlanarStack(4, 20), AffineLayer(4)]),
 }
-#: (flow, a guide from a model, step by number of draws, numbers of draws), largest last.
-Row = tuple[str, Callable[[Any], Any], Callable[[int], tuple[Any, ...]], Sequence[int]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("pyro").setLevel(logging.WARNING)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print(f"{name}, torch {torch.__version__}, pyro {pyro.__version__}")
+    has_kernels = device.type == "cuda" and planar_recursion._kernels(device) is not None
+    print(f"planar layers: {'Triton kernels' if has_kernels else 'one by one'}")
     checks = check_flows(device) | check_natural_step(device)
     for what, difference in checks.items():
         print(f"{what:48} {difference:9.1e}  {'ok' if difference < TOLERANCE else 'WRONG'}")
@@ -158,17 +154,6 @@ def natural(flow: FlowTransform, x: Tensor, log_weights: Tensor) -> dict[str, Te
     return {"Gram matrix": direction._gram, "direction": direction.solve(0.1)[0]}
 
 
-def make_model(dim: int, device: torch.device) -> Callable[[], None]:
-    """Two modes in the first coordinate, the others normal."""
-    zero, sd = torch.zeros(dim, device=device), torch.full((dim,), 3.0, device=device)
-
-    def model() -> None:
-        z = pyro.sample("z", dist.Normal(zero, sd).to_event(1))
-        pyro.factor("log_density", -2 * (z[..., 0].abs() - 2).square() - z[..., 1:].square().sum(-1))
-
-    return model
-
-
 #: Short fits: a guide of the model, and an optimizer with a loss, or a step.
 FITS: dict[str, tuple[Callable[[Any], Any], Callable[[], tuple[Any, ...]]]] = {
     "planar, Adam": (lambda m: AutoPlanar(m, 16), lambda: (adam(), elbo(50))),
@@ -179,14 +164,6 @@ FITS: dict[str, tuple[Callable[[Any], Any], Callable[[], tuple[Any, ...]]]] = {
     "planar, natural": (lambda m: AutoPlanar(m, 16), lambda: (NaturalStep(200),)),
     "spline, natural": (lambda m: AutoSpline(m, 2, 4, [16, 16]), lambda: (NaturalStep(200),)),
 }
-
-
-def adam() -> Any:
-    return pyro.optim.Adam({"lr": 0.005})
-
-
-def elbo(num_particles: int) -> Trace_ELBO:
-    return Trace_ELBO(num_particles=num_particles, vectorize_particles=True)
 
 
 def fit_and_resume(kind: str, device: torch.device) -> str:
@@ -230,89 +207,6 @@ def fit_and_resume(kind: str, device: torch.device) -> str:
     if not all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)):
         return "another fit after a checkpoint"
     return ""
-
-
-def rows(*, is_quick: bool) -> list[Row]:
-    def gradient(num_draws: int) -> tuple[Any, ...]:
-        return adam(), elbo(num_draws)
-
-    def natural(num_draws: int) -> tuple[Any, ...]:
-        return (NaturalStep(num_draws),)
-
-    if is_quick:
-        return [
-            ("planar 20", lambda m: AutoPlanar(m, 20), gradient, [100, 1000]),
-            ("RealNVP 2 x 10", lambda m: AutoRealNVP(m, 2, [10, 10]), gradient, [100, 1000]),
-            ("natural, planar 20", lambda m: AutoPlanar(m, 20), natural, [100]),
-        ]
-    many = [100, 1000, 10_000, 100_000]
-    return [
-        ("planar 250", lambda m: AutoPlanar(m, 250), gradient, many),
-        ("planar 50", lambda m: AutoPlanar(m, 50), gradient, many),
-        ("RealNVP 12 x 100", lambda m: AutoRealNVP(m, 12, [100, 100]), gradient, many),
-        ("spline", AutoSpline, gradient, many),
-        ("natural, planar 64", lambda m: AutoPlanar(m, 64), natural, [500, 4000]),
-        ("natural, planar 250", lambda m: AutoPlanar(m, 250), natural, [500, 4000]),
-        ("natural, RealNVP 12 x 100", lambda m: AutoRealNVP(m, 12, [100, 100]), natural, [500, 4000]),
-        ("natural, spline", AutoSpline, natural, [500, 4000]),
-    ]
-
-
-def time_steps(device: torch.device, *, is_quick: bool) -> list[dict[str, Any]]:
-    found = []
-    print(f"\n{'a step':28} {'draws':>8} {'ms':>9} {'launches':>9} {'waits':>6}")
-    for name, make_guide, make_step, counts in rows(is_quick=is_quick):
-        for num_draws in counts:
-            start = time.perf_counter()
-            cell = time_step(make_guide, make_step(num_draws), device)
-            found.append({"step": name, "draws": num_draws, **cell})
-            launches, waits = (cell[key] if cell[key] is not None else "" for key in ("launches", "waits"))
-            print(f"{name:28} {num_draws:8,} {cell['ms']:9.2f} {launches:>9} {waits:>6}", flush=True)
-            if time.perf_counter() - start > MAX_CELL:
-                break
-    return found
-
-
-def time_step(
-    make_guide: Callable[[Any], Any], step: tuple[Any, ...], device: torch.device
-) -> dict[str, Any]:
-    """Return the median time of a step in ms; on CUDA, its kernels and how often it waits for them."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    model = make_model(3, device)
-    svi = AdaAnnSVI(model, make_guide(model), *step, schedule=ConstantSchedule(0.5))
-    times: list[float] = []
-    began = time.perf_counter()
-    while (len(times) < 25 and time.perf_counter() - began < MAX_CELL / 3) or len(times) < 3:
-        start = time.perf_counter()
-        svi.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(1000 * (time.perf_counter() - start))
-    is_cuda = device.type == "cuda"
-    return {
-        "ms": round(statistics.median(times[len(times) // 3 :]), 3),
-        "launches": count_launches(svi) if is_cuda else None,
-        "waits": count_waits(svi) if is_cuda else None,
-    }
-
-
-def count_launches(svi: AdaAnnSVI) -> int:
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        svi.step()
-    return sum(event.count for event in profile.key_averages() if event.key.startswith("cudaLaunch"))
-
-
-def count_waits(svi: AdaAnnSVI) -> int:
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            svi.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,28 @@ from collections.abc import Iterator
 import pyro
 import pytest
 import torch
+from on_device import find_device, select
 from torch.distributions import Distribution
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of another device."""
+    parser.addoption("--device", default="cpu", help="a device of torch's, for the tests that bear any")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the device torch's default before a test module makes a tensor."""
+    device = find_device(config.getoption("--device"))
+    if device.type != "cpu":
+        torch.set_default_device(device)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what another device does not bear."""
+    items[:], others = select(items, torch.device(config.getoption("--device")))
+    config.hook.pytest_deselected(items=others)
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +55,7 @@ def interruptible() -> Iterator[None]:
 def _settings() -> tuple[object, ...]:
     return (
         torch.get_default_dtype(),
+        torch.get_default_device(),
         Distribution._validate_args,
         pyro.settings.get("validate_infer"),
         pyro.settings.get("validate_poutine"),

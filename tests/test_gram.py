@@ -36,6 +36,8 @@ from pyro_adaann.transforms import PlanarStack
 from pyro_adaann.transforms.linear_maps import calls_of_linear_maps, gradients_of_calls
 from pyro_adaann.transforms.outer import OuterProducts
 
+pytestmark = pytest.mark.any_device
+
 NUM_DRAWS = 40
 #: What the products of draws may miss in double precision, as a share of their size.
 TOLERANCE = 1e-5

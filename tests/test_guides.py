@@ -31,6 +31,8 @@ from pyro_adaann.transforms.kernels.coupling import by_layer, couple
 from pyro_adaann.transforms.kernels.planar import layer_by_layer
 from pyro_adaann.transforms.zuko import import_zuko
 
+pytestmark = pytest.mark.any_device
+
 DATA = torch.tensor([0.3, -1.2, 2.0, 0.7])
 
 

@@ -24,6 +24,8 @@ from pyro_adaann.testing.losses import LossLaws
 from pyro_adaann.testing.schedules import ScheduleLaws
 from pyro_adaann.testing.steps import StepLaws
 
+pytestmark = pytest.mark.any_device
+
 SCHEDULES: dict[str, AnnealingSchedule] = {
     "adaann": AdaAnnSchedule(1.0, initial_inverse_temperature=0.5),
     "adaann weighted": AdaAnnSchedule(1.0, initial_inverse_temperature=0.5, weighted=True),

@@ -39,6 +39,8 @@ from pyro_adaann.steps.natural import is_not_worse
 from pyro_adaann.steps.scores import score_matrix
 from pyro_adaann.transforms import PlanarStack
 
+pytestmark = pytest.mark.any_device
+
 POSTERIOR = 0.5, 0.8  # mean and sd
 GUIDE = 0.2, 0.7
 

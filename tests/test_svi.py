@@ -44,6 +44,8 @@ from pyro_adaann import (
     SequenceSchedule,
 )
 
+pytestmark = pytest.mark.any_device
+
 DATA = torch.tensor([0.3, -1.2, 2.0, 0.7])
 GUIDES = {
     "planar": lambda model: AutoPlanar(model, 4),

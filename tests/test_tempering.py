@@ -24,6 +24,8 @@ from pyro_adaann.annealing.paths import BRIDGE, JOINT, LIKELIHOOD, get_path
 from pyro_adaann.annealing.tempering import Tempering
 from pyro_adaann.objectives.traces import draw_log_factors, log_factors, traces_seen
 
+pytestmark = pytest.mark.any_device
+
 PATHS = ["joint", "likelihood", "bridge"]
 TEMPERATURES = [0.05, 0.2, 0.5, 0.99]
 

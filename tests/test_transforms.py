@@ -28,6 +28,8 @@ from pyro_adaann.transforms.kernels.planar import constrain, layer_by_layer
 from pyro_adaann.transforms.kernels.rational_quadratic import apply_spline
 from pyro_adaann.transforms.zuko import ZukoFlow, import_zuko
 
+pytestmark = pytest.mark.any_device
+
 
 def zuko_flow(name: str, dim: int, num_transforms: int, scale: float = 1.0, **kwargs: int) -> FlowTransform:
     flow = getattr(import_zuko().flows, name)(

@@ -35,11 +35,13 @@ class WeighedDraws:
     :param log_weights: shape ``(n,)``; minus infinity where the log density is not finite.
     :param model_trace: trace of the model, without a graph.
     :param guide_trace: trace of the guide, with its graph.
+    :param loss: minus the mean of the finite log weights, NaN where there is none.
     """
 
     log_weights: Tensor
     model_trace: Trace
     guide_trace: Trace
+    loss: float
 
 
 class WeightObjective(Objective):
@@ -74,7 +76,7 @@ class WeightObjective(Objective):
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Return minus the mean of the finite log weights of fresh draws."""
         with self._called("loss"):
-            return minus_mean(self.try_out(model, guide, args, kwargs))
+            return _minus_mean(self.try_out(model, guide, args, kwargs))[0]
 
     def weigh(self, model: Any, guide: Any, args: Any, kwargs: Any) -> WeighedDraws:
         """Draw from the guide, with its graph, for a step.
@@ -82,20 +84,22 @@ class WeightObjective(Objective):
         :raises ValueError: if a plate is subsampled.
         """
 
-        def run() -> WeighedDraws:
+        def run() -> tuple[Tensor, Trace, Trace]:
             self.memory.start_step()
             return self._weigh(*self._temper(_without_graph(model), guide), args, kwargs)
 
         is_first = self.sites is None
-        drawn = self.leniency.insist(run)
+        weights, *traces = self.leniency.insist(run)
+        loss, num_finite = _minus_mean(weights)
+        drawn = WeighedDraws(weights, *traces, loss)
         if is_first:
-            _warn_if_many(drawn.guide_trace, len(drawn.log_weights))
+            _warn_if_many(drawn.guide_trace, len(weights))
         super()._look(drawn.model_trace, drawn.guide_trace)
         self.memory.end_step()
         self._keep(drawn)
-        num_broken = int((drawn.log_weights == -torch.inf).sum())
+        num_broken = len(weights) - num_finite
         self.num_broken += num_broken
-        self.num_particles += len(drawn.log_weights)
+        self.num_particles += len(weights)
         if num_broken:
             self.leniency.validates = False  # Pyro would warn of each of them, at every step
         return drawn
@@ -134,25 +138,23 @@ class WeightObjective(Objective):
         """Return the log weights of fresh draws of the present guide, without recording them."""
         # A broken draw has weight zero; without validation it raises no error and no warning.
         with torch.no_grad(), pyro.validation_enabled(False), Violations():
-            return self.leniency.insist(
-                lambda: self._weigh(*self._temper(model, guide), args, kwargs).log_weights
-            )
+            return self.leniency.insist(lambda: self._weigh(*self._temper(model, guide), args, kwargs)[0])
 
-    def _weigh(self, model: Any, guide: Any, args: Any, kwargs: Any) -> WeighedDraws:
+    def _weigh(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, Trace, Trace]:
         # Sites that the guide would enumerate are drawn: one value per particle.
         guide = poutine.infer_config(guide, lambda site: {"enumerate": None})
         model_trace, guide_trace = next(iter(self._elbo._get_traces(model, guide, args, kwargs)))
         check_full_plates("use Trace_ELBO.", model_trace, guide_trace)
         weights = finite_or_no_weight(log_weights(model_trace, guide_trace))
-        return WeighedDraws(weights.expand(self._elbo.num_particles), model_trace, guide_trace)
+        return weights.expand(self._elbo.num_particles), model_trace, guide_trace
 
 
-def minus_mean(weights: Tensor) -> float:
-    """Return minus the mean of the finite log weights, NaN where there is none."""
+def _minus_mean(weights: Tensor) -> tuple[float, int]:
+    """Return minus the mean of the finite log weights, NaN where there is none, and their number."""
     is_finite = weights > -torch.inf
     total = torch.where(is_finite, weights.double(), 0.0).sum()
     total, count = torch.stack([total, is_finite.sum().double()]).tolist()  # a graphics card is asked once
-    return -total / count if count else math.nan
+    return (-total / count if count else math.nan), int(count)
 
 
 def _warn_if_many(guide_trace: Trace, num_draws: int) -> None:

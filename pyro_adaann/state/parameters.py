@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pyro_adaann.objectives.traces import captured_parameters
 from pyro_adaann.state.random_states import get_random_states, set_random_states
 from pyro_adaann.steps.base import Step
-from pyro_adaann.steps.gradient import all_finite
+from pyro_adaann.steps.gradient import have_finite_norms
 
 __all__ = ["FitParameters"]
 
@@ -111,8 +111,8 @@ class FitParameters:
         for optimizer in self._optimizers():
             for memory in optimizer.state.values():
                 values += [v for v in memory.values() if torch.is_tensor(v)]
-        # A sum is finite only if all its terms are.
-        return all_finite([value.sum() for value in values if value.is_floating_point()])
+        # A sum of absolute values is finite only if all of them are.
+        return have_finite_norms([value for value in values if value.is_floating_point()], 1)
 
     def state(self, *, has_all_buffers: bool = False) -> dict[str, Any]:
         """Return values, optimizers and the state of the step; :meth:`restore` takes it.

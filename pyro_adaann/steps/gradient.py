@@ -20,7 +20,7 @@ from pyro_adaann.objectives.traces import captured_parameters
 from pyro_adaann.steps.base import Call, Moved, Step
 from pyro_adaann.steps.uninterrupted import uninterrupted
 
-__all__ = ["GradientStep", "all_finite", "is_finite", "to_float"]
+__all__ = ["GradientStep", "have_finite_norms", "is_finite", "to_float"]
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,19 @@ def is_finite(parameters: Collection[Tensor], loss: Any) -> bool:
     if not grads:
         return True
     # Roots of sums of squares: finite only if all the squares are.
-    return all_finite(list(torch._foreach_norm(grads)))
+    return have_finite_norms(grads, 2)
 
 
-def all_finite(numbers: list[Tensor]) -> bool:
-    """Whether tensors of one number each are finite, wherever they live; one synchronization a device."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for number in numbers:
-        by_device.setdefault(number.device, []).append(number.double())
-    return all(all(map(math.isfinite, torch.stack(group).tolist())) for group in by_device.values())
+def have_finite_norms(tensors: list[Tensor], order: int) -> bool:
+    """Whether the norms of tensors are finite, wherever they live.
+
+    Those of one device and type are computed by one launch there, and waited for once.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    norms = [torch.stack(torch._foreach_norm(group, ord=order)) for group in groups.values()]
+    return all(math.isfinite(norm) for group in norms for norm in group.tolist())
 
 
 def _entries(grad: Tensor) -> Tensor:

@@ -139,18 +139,15 @@ class OuterPart(ScorePart):
         self._terms = [(a.masked_fill(where, 0.0), b.masked_fill(where, 0.0)) for a, b in self._terms]
 
     def variance(self) -> Tensor:
-        shape = self._stacked(self._units).shape
-        variance = self._units.new_empty(shape)
-        for index in range(shape[0]):
-            factors = [(left[:, index], right[:, index]) for left, right in self._terms]
-            num = len(factors[0][0])
-            mean, square = torch.zeros_like(variance[index]), torch.zeros_like(variance[index])
-            for left, right in factors:
-                mean.addmm_(left.T, right)
-                for other_left, other_right in factors:
-                    square.addmm_((left * other_left).T, right * other_right)
-            variance[index] = square.div_(num).sub_(mean.div_(num).square_())
-        variance = variance.clamp_(min=0.0) if self._mask is None else variance.clamp_(min=0.0) * self._mask
+        mean, square = (torch.zeros_like(self._stacked(self._units)) for _ in range(2))
+        num = len(self._terms[0][0])
+        for left, right in self._terms:
+            _add_sums(mean, left, right)
+            for other_left, other_right in self._terms:
+                _add_sums(square, left * other_left, right * other_right)
+        variance = square.div_(num).sub_(mean.div_(num).square_()).clamp_(min=0.0)
+        if self._mask is not None:
+            variance *= self._mask
         return variance.reshape(self._units.shape).mul_(self._units.square())
 
     def set_scale(self, variance: Tensor, floor: Tensor) -> None:
@@ -166,20 +163,18 @@ class OuterPart(ScorePart):
         return self._square().sqrt().reshape(self._units.shape)
 
     def add_products(self, block: Tensor, rows: slice, columns: slice) -> None:
-        for index in range(len(self._row_square)):
-            for left, right in self._terms:
-                mine = (
-                    left[rows, index] * self._row_square[index],
-                    right[rows, index] * self._column_square[index],
-                )
-                for other_left, other_right in self._terms:
+        for left, right in self._terms:
+            scaled = left[rows] * self._row_square, right[rows] * self._column_square
+            for other_left, other_right in self._terms:
+                # One matrix of the stack at a time: the products of all would not fit a cache.
+                for index in range(len(self._row_square)):
+                    mine = scaled[0][:, index], scaled[1][:, index]
                     self._add_products(block, mine, (other_left[columns, index], other_right[columns, index]))
 
     def combine(self, coefficients: Tensor) -> Tensor:
         total = torch.zeros_like(self._stacked(self._units))
         for left, right in self._terms:
-            for index, matrix in enumerate(total):
-                matrix.addmm_(left[:, index].T, coefficients.unsqueeze(1) * right[:, index])
+            _add_sums(total, left, coefficients[:, None, None] * right)
         total *= self._square()
         if self._mask is not None:
             total *= self._mask
@@ -231,6 +226,11 @@ def gram_matrix(parts: Sequence[ScorePart], like: Tensor) -> Tensor:
     mean = gram.mean(0)
     # Equal to the products of centered scores: with H = I - 11'/n that is H K H.
     return gram.sub_(mean).sub_(mean.unsqueeze(1)).add_(mean.mean())
+
+
+def _add_sums(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add the sum over draws of outer products, for every matrix of a stack."""
+    total.baddbmm_(left.permute(1, 2, 0), right.transpose(0, 1))
 
 
 def _with_one_stack(factor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from pyro_adaann.annealing.paths import Path
 from pyro_adaann.checks import check_count
 from pyro_adaann.objectives.capabilities import Capabilities
 from pyro_adaann.objectives.traces import captured_parameters
-from pyro_adaann.objectives.weighted import WeightObjective, minus_mean
+from pyro_adaann.objectives.weighted import WeightObjective
 from pyro_adaann.processes.group import number_from_first
 from pyro_adaann.steps.base import Call, Moved, Step
 from pyro_adaann.steps.direction import NaturalDirection
@@ -141,9 +141,8 @@ class NaturalStep(Step):
     ) -> Moved:
         """Try directions until one is accepted; without one the parameters stay as they are."""
         drawn = objective.weigh(call.model, call.guide, call.args, call.kwargs)
-        loss = minus_mean(drawn.log_weights)
-        if math.isnan(loss):
-            return Moved(StepResult(Outcome.DIVERGED, loss, damping=state["damping"]), state)
+        if math.isnan(drawn.loss):
+            return Moved(StepResult(Outcome.DIVERGED, drawn.loss, damping=state["damping"]), state)
         parameters = _parameters(drawn.model_trace, drawn.guide_trace)
         scores = draw_scores(drawn.guide_trace, parameters, len(drawn.log_weights))
         units = parameter_units(drawn.guide_trace, parameters)
@@ -163,7 +162,7 @@ class NaturalStep(Step):
                 return False  # the density cannot be computed there
             return is_not_worse(trial, drawn.log_weights)
 
-        return self._search(direction, parameters, state, is_accepted, loss)
+        return self._search(direction, parameters, state, is_accepted, drawn.loss)
 
     def _search(
         self,

@@ -62,20 +62,23 @@ class ComposedFlow(FlowTransform):
             y = part._backward_map(y)
         return y
 
+    @torch.no_grad()
+    def _inputs(self, x: Tensor) -> list[Tensor]:
+        """Return the points that enter every part."""
+        points = [x]
+        for part in self._flows()[:-1]:
+            points.append(part._forward(points[-1])[0])
+        return points
+
     def _score(self, x: Tensor, base_score: Tensor) -> Tensor:
-        for part in self._flows():
-            base_score = part._score(x, base_score)
-            with torch.no_grad():
-                x = part._forward(x)[0]
+        for part, point in zip(self._flows(), self._inputs(x), strict=True):
+            base_score = part._score(point, base_score)
         return base_score
 
     def _point_gradients(
         self, x: Tensor, grad_y: Tensor, grad_log_det: float
     ) -> dict[str, Tensor | OuterProducts]:
-        points = [x]
-        with torch.no_grad():
-            for part in self._flows()[:-1]:
-                points.append(part._forward(points[-1])[0])
+        points = self._inputs(x)
         found: dict[str, Tensor | OuterProducts] = {}
         for number, (part, point) in reversed(list(enumerate(zip(self._flows(), points, strict=True)))):
             gradients = part._point_gradients(point, grad_y, grad_log_det)
