@@ -14,6 +14,8 @@ from pyro_adaann.objectives.weighted import WeightObjective
 from pyro_adaann.steps.direction import NaturalDirection, residuals
 from pyro_adaann.steps.scores import draw_scores, joined_scores, score_matrix
 
+#: No weight is too small.
+ANY = -math.inf
 LOCS = torch.tensor([-1.0, 2.0])
 
 
@@ -40,11 +42,11 @@ def test_replayed_draws_are_a_sample_of_the_tempered_density(kind):
     objective = make_objective(guide)
     objective.start_stage(0.3, is_final=False)
     objective.weigh(model, guide, (), {})
-    assert objective.replay(guide, 100, (), {}) is None  # there is no step before
+    assert objective.replay(guide, 100, ANY, (), {}) is None  # there is no step before
     t = 0.6
     objective.start_stage(t, is_final=False)
     objective.weigh(model, guide, (), {})
-    got = draws_of(objective.replay(guide, 40_000, (), {}))
+    got = draws_of(objective.replay(guide, 40_000, ANY, (), {}))
     # Bridge: log p_t = (1 - t) log base + t log p, a product of normals.
     precision = (1 - t) / 4.0 + t / torch.tensor([0.25, 1.0])
     mean, sd = t * LOCS / torch.tensor([0.25, 1.0]) / precision, precision.rsqrt()
@@ -60,7 +62,7 @@ def test_a_guide_without_a_closed_inverse_replays_nothing():
     objective.start_stage(0.3, is_final=False)
     for _ in range(2):
         objective.weigh(model, guide, (), {})
-    assert objective.replay(guide, 100, (), {}) is None
+    assert objective.replay(guide, 100, ANY, (), {}) is None
 
 
 def test_what_was_kept_is_forgotten_when_the_guide_goes_back():
@@ -70,9 +72,9 @@ def test_what_was_kept_is_forgotten_when_the_guide_goes_back():
     objective.start_stage(0.3, is_final=False)
     for _ in range(2):
         objective.weigh(model, guide, (), {})
-    assert objective.replay(guide, 100, (), {}) is not None
+    assert objective.replay(guide, 100, ANY, (), {}) is not None
     objective.forget()
-    assert objective.replay(guide, 100, (), {}) is None
+    assert objective.replay(guide, 100, ANY, (), {}) is None
 
 
 def test_joined_scores_are_those_of_all_draws():
@@ -136,13 +138,32 @@ def test_weights_of_replayed_draws_are_those_of_the_present_guide():
     objective.weigh(model, guide, (), {})
     with torch.no_grad():  # the guide that drew them is another one by now
         guide.transform.parts[1].shift.add_(0.3)
-    replayed = objective.replay(guide, 50, (), {})
+    replayed = objective.replay(guide, 50, ANY, (), {})
     z = draws_of(replayed)
     log_p = 0.6 * dist.Normal(LOCS, torch.tensor([0.5, 1.0])).log_prob(z).sum(-1)
     log_p = log_p + 0.4 * dist.Normal(0.0, 2.0).log_prob(z).sum(-1)
     torch.testing.assert_close(
         replayed.log_weights, log_p - guide.get_posterior().log_prob(z), rtol=0, atol=1e-3
     )
+
+
+def test_what_is_replayed_lacks_density():
+    pyro.set_rng_seed(0)
+    guide = AutoSpline(model, base_loc=0.0, base_scale=2.0)
+    objective = make_objective(guide, 100)
+    objective.start_stage(0.6, is_final=False)
+    for _ in range(2):
+        objective.weigh(model, guide, (), {})
+    pyro.set_rng_seed(1)
+    everything = objective.replay(guide, 50, ANY, (), {})
+    log_mean = everything.log_weights.median().item()
+    pyro.set_rng_seed(1)
+    lacking = objective.replay(guide, 50, log_mean, (), {})
+    expected = everything.log_weights[everything.log_weights > log_mean + math.log(1.5)]
+    assert 0 < len(expected) < 25
+    torch.testing.assert_close(lacking.log_weights, expected)
+    assert len(draws_of(lacking)) == len(expected)
+    assert objective.replay(guide, 50, math.inf, (), {}) is None
 
 
 def two_modes():

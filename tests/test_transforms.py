@@ -207,6 +207,18 @@ def test_spline_is_the_identity_at_zero_and_linear_beyond_its_ends():
     torch.testing.assert_close(y[3] - y[2], (far[3] - far[2]) * log_slope[2].exp())
 
 
+@pytest.mark.parametrize("input_dim", [1, 2, 3])
+def test_a_spline_starts_at_the_identity_with_many_bins_in_the_middle_of_a_plane(input_dim):
+    flow = SplineStack(input_dim, 2, 8, [8]).double()
+    x = 3 * torch.randn(200, input_dim).double()
+    with torch.no_grad():
+        y, log_det = flow.forward_and_log_det(x)
+    torch.testing.assert_close(y, x, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(log_det, torch.zeros(200).double(), atol=0.2, rtol=0)
+    shares = flow.networks[0].table[0, :8].softmax(0)
+    assert (shares[0] / shares[4] > 4) == (input_dim == 2)
+
+
 def test_a_coordinate_of_a_spline_layer_depends_on_those_before_it():
     flow = trained_flow(lambda: SplineStack(5, 1, 5, [16, 16]))
     jacobian = torch.autograd.functional.jacobian(lambda z: flow(z.clone()), points(flow, 1)[0])

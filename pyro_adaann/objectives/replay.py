@@ -8,6 +8,7 @@ does not depend on the present guide. The weights need no model run: their logar
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ __all__ = ["Replay", "Replayed"]
 
 #: How many steps are kept: more of them hold what a guide loses slowly, fewer follow one that spreads.
 _NUM_STEPS = 8
+#: Points with a smaller weight, in means of the guide's own draws, tell noise and cost as much as its draws.
+_MIN_LACK = 1.5
 
 
 class _Kept(NamedTuple):
@@ -94,13 +97,16 @@ class Replay:
         self._steps.append(_Kept(values, dims, log_p, log_q, log_factors))
 
     def run(
-        self, elbo: ELBO, guide: Any, num_draws: int, t: float, args: Any, kwargs: Any
+        self, elbo: ELBO, guide: Any, num_draws: int, t: float, log_mean: float, args: Any, kwargs: Any
     ) -> Replayed | None:
-        """Return a sample of p_t from the steps before the latest, or None.
+        """Return those of a sample of p_t where the guide has too little density, None if there are none.
+
+        The sample is made of the draws of the steps before the latest.
 
         :param elbo: the one whose plate of particles the draws come from.
-        :param num_draws: how many.
+        :param num_draws: size of the sample.
         :param t: the inverse temperature.
+        :param log_mean: log of the mean weight of the guide's own draws.
         """
         earlier = list(self._steps)[:-1]
         if not earlier or not num_draws:
@@ -108,17 +114,25 @@ class Replay:
         log_p = torch.cat([kept.log_p + t * kept.log_factors for kept in earlier])
         log_weights = log_p - torch.cat([kept.log_q for kept in earlier])
         order = resample(truncated_weights(log_weights).log(), num_draws)
-        elbo = with_num_particles(elbo, num_draws)
-        fixed = Trace()
-        for name, dim in earlier[0].dims.items():
-            value = torch.cat([kept.values[name] for kept in earlier])[order]
-            fixed.add_node(
-                name, name=name, type="sample", is_observed=False, infer={}, value=value.movedim(0, dim)
-            )
-        replayed = poutine.replay(elbo._vectorized_num_particles(guide), trace=fixed)
-        trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-        trace.compute_log_prob(lambda name, site: name in fixed)
-        return Replayed(trace, log_p[order] - _log_density(trace))
+        values = {name: torch.cat([kept.values[name] for kept in earlier]) for name in earlier[0].values}
+
+        def trace_at(order: Tensor) -> Trace:
+            fixed = Trace()
+            for name, dim in earlier[0].dims.items():
+                value = values[name][order].movedim(0, dim)
+                fixed.add_node(name, name=name, type="sample", is_observed=False, infer={}, value=value)
+            batch = with_num_particles(elbo, len(order))
+            replayed = poutine.replay(batch._vectorized_num_particles(guide), trace=fixed)
+            trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+            trace.compute_log_prob(lambda name, site: name in fixed)
+            return trace
+
+        with torch.no_grad():
+            log_weights = log_p[order] - _log_density(trace_at(order))
+        lacks = log_weights > log_mean + math.log(_MIN_LACK)
+        if not lacks.any():
+            return None
+        return Replayed(trace_at(order[lacks]), log_weights[lacks])
 
     def forget(self) -> None:
         """Drop all draws, after the guide has been set back."""

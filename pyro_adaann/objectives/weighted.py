@@ -113,12 +113,16 @@ class WeightObjective(Objective):
         if factors is not None:
             self._replay.add(drawn.guide_trace, drawn.log_weights, factors, self.inverse_temperature)
 
-    def replay(self, guide: Any, num_draws: int, args: Any, kwargs: Any) -> Replayed | None:
-        """Return weighted draws of the steps before under the present guide.
+    def replay(self, guide: Any, num_draws: int, log_mean: float, args: Any, kwargs: Any) -> Replayed | None:
+        """Return weighted draws of the steps before where the guide has too little density.
 
         None if there are none, or if the guide's density at given points is not cheap.
+
+        :param num_draws: how many draws are looked at.
+        :param log_mean: log of the mean weight of the guide's own draws.
         """
-        return self._replay.run(self._elbo, guide, num_draws, self.inverse_temperature, args, kwargs)
+        t = self.inverse_temperature
+        return self._replay.run(self._elbo, guide, num_draws, t, log_mean, args, kwargs)
 
     def forget(self) -> None:
         """Drop the draws that were kept, after the guide has been set back."""

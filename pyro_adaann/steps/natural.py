@@ -23,6 +23,7 @@ from pyro_adaann.steps.base import Call, Moved, Step
 from pyro_adaann.steps.direction import NaturalDirection
 from pyro_adaann.steps.scores import draw_scores, joined_scores, parameter_units
 from pyro_adaann.steps.uninterrupted import uninterrupted
+from pyro_adaann.weights import log_mean_weight
 
 __all__ = ["NaturalStep", "is_not_worse"]
 
@@ -147,11 +148,14 @@ class NaturalStep(Step):
         scores = draw_scores(drawn.guide_trace, parameters, len(drawn.log_weights))
         units = parameter_units(drawn.guide_trace, parameters)
         num_replayed = round(_REPLAYED * self.num_particles)
-        replayed = objective.replay(call.guide, num_replayed, call.args, call.kwargs)
+        log_mean = log_mean_weight(drawn.log_weights)
+        replayed = objective.replay(call.guide, num_replayed, log_mean, call.args, call.kwargs)
         if replayed is None:
             direction = NaturalDirection(scores, drawn.log_weights, units)
         else:
-            scores = joined_scores(scores, draw_scores(replayed.guide_trace, parameters, num_replayed))
+            scores = joined_scores(
+                scores, draw_scores(replayed.guide_trace, parameters, len(replayed.log_weights))
+            )
             direction = NaturalDirection(scores, drawn.log_weights, units, replayed.log_weights)
         ready(captured_parameters(drawn.guide_trace))
 

@@ -20,11 +20,6 @@ from torch import Tensor, nn
 __all__ = ["MaskedNetwork", "Tape", "activate", "slope"]
 
 
-#: Bound of the weights of the inputs, which come in standard deviations of the base: bends a quarter as wide,
-#: so that a coordinate can follow what changes over a few tenths of another.
-_SHARPNESS = 4.0
-
-
 class Tape(NamedTuple):
     """Inputs and outputs of the matrices in one pass, from the first to the last."""
 
@@ -40,9 +35,13 @@ class MaskedNetwork(nn.Module):
     :param input_dim: d.
     :param hidden_dims: widths of the hidden layers.
     :param num_outputs: how many values a coordinate has.
+    :param sharpness: factor of the weights of the inputs, which come in standard deviations of the base: the
+        larger, the narrower the bends of the hidden units.
     """
 
-    def __init__(self, input_dim: int, hidden_dims: Sequence[int], num_outputs: int) -> None:
+    def __init__(
+        self, input_dim: int, hidden_dims: Sequence[int], num_outputs: int, sharpness: float = 1.0
+    ) -> None:
         super().__init__()
         self.input_dim, self.num_outputs = input_dim, num_outputs
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
@@ -50,9 +49,9 @@ class MaskedNetwork(nn.Module):
         #: Degrees of the units of all layers, from the inputs to the outputs.
         self.degrees: list[list[int]] = []
         if input_dim > 1:
-            self._make_layers(hidden_dims)
+            self._make_layers(hidden_dims, sharpness)
 
-    def _make_layers(self, hidden_dims: Sequence[int]) -> None:
+    def _make_layers(self, hidden_dims: Sequence[int], sharpness: float) -> None:
         last = self.input_dim - 1
         self.degrees = [
             list(range(1, last + 1)),
@@ -68,7 +67,7 @@ class MaskedNetwork(nn.Module):
             weight = (2 * torch.rand_like(mask) - 1) * bounds * mask
             bias = 2 * torch.rand_like(bounds) - 1
             if number == 0:  # every unit bends at a point of the base
-                weight = _SHARPNESS * weight
+                weight = sharpness * weight
                 bias = -(weight * torch.randn_like(weight)).sum(0)
             self.weights.append(nn.Parameter(weight))
             if not is_last:

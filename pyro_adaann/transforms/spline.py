@@ -30,6 +30,12 @@ from pyro_adaann.transforms.outer import OuterProducts
 
 __all__ = ["SplineStack"]
 
+#: In two dimensions, where many bins are cheap, posteriors may have tens of modes: bends are narrow, so
+#: that a coordinate can follow what changes over a few tenths of the other, and knots at the start at
+#: B sinh(c u) / sinh(c), u equally spaced in [-1, 1]: of 24 bins 12 instead of 6 are within 1.15 standard
+#: deviations. From three on both cost steps: conditions of many coordinates are rough, far bins are coarse.
+_SHARPNESS, _CROWDING = 4.0, 3.0
+
 
 class SplineStack(FlowTransform):
     r"""A composition of autoregressive spline layers, :math:`y_i = c_i + e^{a_i} S_i(x_i)` given x_<i.
@@ -72,9 +78,14 @@ class SplineStack(FlowTransform):
         self.num_transforms = num_transforms
         self.num_bins = num_bins
         num_outputs = num_parameters(num_bins)
+        is_plane = input_dim == 2
+        sharpness = _SHARPNESS if is_plane else 1.0
         self.networks = nn.ModuleList(
-            MaskedNetwork(input_dim, hidden_dims, num_outputs) for _ in range(num_transforms)
+            MaskedNetwork(input_dim, hidden_dims, num_outputs, sharpness) for _ in range(num_transforms)
         )
+        if is_plane:
+            for network in self._layers():
+                _crowd(network.table, num_bins)
         like = cast(MaskedNetwork, self.networks[0]).table
         for name, value in (("loc", loc), ("scale", scale)):
             value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
@@ -145,6 +156,13 @@ class SplineStack(FlowTransform):
                 left = tape.inputs[i].detach()
                 gradients[f"{name}.weights.{i}"] = OuterProducts(left, grad, network.mask(i))
         return gradients
+
+
+@torch.no_grad()
+def _crowd(table: Tensor, num_bins: int) -> None:
+    """Set the widths of bins, and with them the heights, to a start that crowds the middle."""
+    u = torch.linspace(-_CROWDING, _CROWDING, num_bins + 1, dtype=table.dtype, device=table.device)
+    table[:, : 2 * num_bins] = u.sinh().diff().log().repeat(2)
 
 
 def _blocks(network: MaskedNetwork) -> list[list[slice]]:

@@ -31,9 +31,6 @@ __all__ = ["apply_spline", "invert_spline", "num_parameters"]
 
 #: Half the length B of the interval, in standard deviations of the base.
 _REACH = 5.0
-#: At the start knots are at B sinh(c u) / sinh(c), u equally spaced in [-1, 1]: of 24 bins 12 are within 1.15
-#: standard deviations of the middle, where most draws are, instead of 6.
-_CROWDING = 3.0
 #: Smallest width and height of a bin, as a share of the interval, and smallest slope at a knot. Between two
 #: separate modes a spline climbs through a gap in the narrowest bin; what is left there is this share.
 _MIN_SHARE = 1e-4
@@ -114,17 +111,11 @@ def _affine_part(raw: Tensor) -> tuple[Tensor, ...]:
     return raw[..., -2:].unbind(-1)
 
 
-def _log_shares(num_bins: int, like: Tensor) -> Tensor:
-    """Return the log shares of the bins where all parameters are zero, up to a constant."""
-    u = torch.linspace(-_CROWDING, _CROWDING, num_bins + 1, dtype=like.dtype, device=like.device)
-    return u.sinh().diff().log()
-
-
 def _locate(
     x: Tensor, raw: Tensor, num_bins: int, *, by_height: bool = False
 ) -> tuple[Bin, tuple[Tensor, ...]]:
     """Return the bin of every number, found among its knots or among their images; and what led there."""
-    logits = raw[..., : 2 * num_bins].unflatten(-1, (2, num_bins)) + _log_shares(num_bins, raw)
+    logits = raw[..., : 2 * num_bins].unflatten(-1, (2, num_bins))
     # torch's softmax of a few entries is several times as fast along the first dimension as along the last.
     shares = logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1)
     sizes = 2 * _REACH * (_MIN_SHARE + (1 - num_bins * _MIN_SHARE) * shares)
