@@ -30,6 +30,7 @@ from pyro_adaann.diagnostics.model_and_guide import (
 )
 from pyro_adaann.guide_status import expects_tempered
 from pyro_adaann.objectives.lenient import Leniency
+from pyro_adaann.objectives.rows import most_draws
 from pyro_adaann.objectives.sites import check_scales, common_scale, has_density
 from pyro_adaann.objectives.traces import (
     as_numbers,
@@ -144,14 +145,21 @@ class GuideDraws:
     def batches(self, num_samples: int, batch_size: int) -> Iterator[DrawBatch]:
         """Yield batches of draws, ``num_samples`` in all.
 
-        Batches have ``batch_size`` draws if vectorized, the last one possibly fewer, and one draw each
-        if not.
+        Batches have ``batch_size`` draws if vectorized, the last one possibly fewer, or as many as a large
+        model should run on at a time. They have one draw each if not vectorized.
 
         :raises ValueError: if the model or the guide does not run for many draws at once.
         """
-        batch_size = batch_size if self._vectorize else 1
+        batch_size = self._most_draws(batch_size)
         for start in range(0, num_samples, batch_size):
             yield self._batch(min(batch_size, num_samples - start))
+
+    def _most_draws(self, batch_size: int) -> int:
+        if not self._vectorize:
+            return 1
+        sizes = [site["log_prob"].numel() for site in sites_of(self.prototype)]
+        device = next(site["value"].device for site in sites_of(self.prototype))
+        return min(batch_size, most_draws(sum(sizes), device))
 
     def _batch(self, num_samples: int) -> DrawBatch:
         loss = with_num_particles(self._loss, num_samples)
@@ -258,7 +266,7 @@ class GuideDraws:
 
     def prior(self, num_samples: int, batch_size: int) -> Iterator[tuple[Trace, int]]:
         """Yield runs of the model with all its sites drawn, and how many draws each holds."""
-        batch_size = batch_size if self._vectorize else 1
+        batch_size = self._most_draws(batch_size)
         for start in range(0, num_samples, batch_size):
             num = min(batch_size, num_samples - start)
             yield self._run_model(self.model, num), num

@@ -116,6 +116,15 @@ class Objective(ABC):
 
     def _look(self, model_trace: Trace, guide_trace: Trace) -> None:
         """Record the model's sites, and the log factors of a training step."""
+        self._look_at_sites(model_trace, guide_trace)
+        if self._tempering is not None and self.memory.num_draws:
+            factors = log_factors(self._tempering, model_trace, guide_trace)
+            if factors is not None:
+                weights = log_weights(model_trace, guide_trace)
+                self.memory.add(factors, weights, self.inverse_temperature)
+
+    def _look_at_sites(self, model_trace: Trace, guide_trace: Trace) -> None:
+        """Record what model and guide consist of, and check that they can be annealed."""
         if self.sites is None:
             self.sites = sites_in(model_trace)
         if self.guide_names is None:
@@ -132,11 +141,6 @@ class Objective(ABC):
             if self.path.entropy == 1:
                 check_scales(model_trace, guide_trace, self._tempering.model_weights)
             self.num_latents = num_latents(guide_trace)
-        if self.memory.num_draws:
-            factors = log_factors(self._tempering, model_trace, guide_trace)
-            if factors is not None:
-                weights = log_weights(model_trace, guide_trace)
-                self.memory.add(factors, weights, self.inverse_temperature)
 
     def forget(self) -> None:
         """Drop the draws that were kept, after the guide has been set back."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.poutine import Trace
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_adaann.annealing.paths import Path
@@ -19,7 +21,14 @@ from pyro_adaann.objectives.base import Objective
 from pyro_adaann.objectives.fixed_density import has_density
 from pyro_adaann.objectives.lenient import Violations
 from pyro_adaann.objectives.replay import Replay, Replayed
-from pyro_adaann.objectives.traces import check_full_plates, log_factors, log_weights, sites_of
+from pyro_adaann.objectives.rows import TooLarge, refuse_large, run_in_rows
+from pyro_adaann.objectives.traces import (
+    check_full_plates,
+    log_factors,
+    log_weights,
+    sites_of,
+    with_num_particles,
+)
 from pyro_adaann.weights import finite_or_no_weight
 
 __all__ = ["WeighedDraws", "WeightObjective"]
@@ -28,17 +37,23 @@ __all__ = ["WeighedDraws", "WeightObjective"]
 _MANY_LATENTS = 500
 
 
+#: Log weights, log factors, and the traces of model and guide.
+_Weighed: TypeAlias = tuple[Tensor, Tensor | None, Trace, Trace]
+
+
 @dataclass(frozen=True)
 class WeighedDraws:
     """Draws of a guide and their log weights against the tempered density.
 
     :param log_weights: shape ``(n,)``; minus infinity where the log density is not finite.
-    :param model_trace: trace of the model, without a graph.
+    :param log_factors: d/dt log p_t of the draws, likewise; None where they have none.
+    :param model_trace: trace of the model, without a graph, possibly for some of the draws alone.
     :param guide_trace: trace of the guide, with its graph.
     :param loss: minus the mean of the finite log weights, NaN where there is none.
     """
 
     log_weights: Tensor
+    log_factors: Tensor | None
     model_trace: Trace
     guide_trace: Trace
     loss: float
@@ -69,6 +84,8 @@ class WeightObjective(Objective):
             strict_enumeration_warning=False,
         )
         self._replay = Replay()
+        #: On how many draws the model runs at a time; None for all.
+        self._draws_at_a_time: int | None = None
 
     def _elbos(self) -> list[ELBO]:
         return [self._elbo]
@@ -84,17 +101,19 @@ class WeightObjective(Objective):
         :raises ValueError: if a plate is subsampled.
         """
 
-        def run() -> tuple[Tensor, Trace, Trace]:
+        def run() -> _Weighed:
             self.memory.start_step()
             return self._weigh(*self._temper(_without_graph(model), guide), args, kwargs)
 
         is_first = self.sites is None
-        weights, *traces = self.leniency.insist(run)
+        weights, factors, *traces = self.leniency.insist(run)
         loss, num_finite = _minus_mean(weights)
-        drawn = WeighedDraws(weights, *traces, loss)
+        drawn = WeighedDraws(weights, factors, *traces, loss)
         if is_first:
             _warn_if_many(drawn.guide_trace, len(weights))
-        super()._look(drawn.model_trace, drawn.guide_trace)
+        self._look_at_sites(drawn.model_trace, drawn.guide_trace)
+        if self.memory.num_draws and self._tempering is not None and drawn.log_factors is not None:
+            self.memory.add(drawn.log_factors, weights, self.inverse_temperature)
         self.memory.end_step()
         self._keep(drawn)
         num_broken = len(weights) - num_finite
@@ -107,11 +126,10 @@ class WeightObjective(Objective):
     def _keep(self, drawn: WeighedDraws) -> None:
         """Keep the draws for the steps that follow."""
         self._replay.to(drawn.log_weights.device)
-        factors: Tensor | None = torch.zeros_like(drawn.log_weights)  # at 1, which is not left
-        if self._tempering is not None:
-            factors = log_factors(self._tempering, drawn.model_trace, drawn.guide_trace)
-        if factors is not None:
-            self._replay.add(drawn.guide_trace, drawn.log_weights, factors, self.inverse_temperature)
+        if drawn.log_factors is not None:
+            self._replay.add(
+                drawn.guide_trace, drawn.log_weights, drawn.log_factors, self.inverse_temperature
+            )
 
     def replay(self, guide: Any, num_draws: int, log_mean: float, args: Any, kwargs: Any) -> Replayed | None:
         """Return weighted draws of the steps before where the guide has too little density.
@@ -131,12 +149,17 @@ class WeightObjective(Objective):
 
     def state(self) -> dict[str, Any]:
         """Return what the next evaluations depend on, as plain data; :meth:`restore` takes it."""
-        return {**super().state(), "replay": self._replay.state()}
+        return {
+            **super().state(),
+            "replay": self._replay.state(),
+            "draws_at_a_time": self._draws_at_a_time,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` has returned."""
         super().restore(state)
         self._replay.restore(state["replay"])
+        self._draws_at_a_time = state["draws_at_a_time"]
 
     def try_out(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Tensor:
         """Return the log weights of fresh draws of the present guide, without recording them."""
@@ -144,13 +167,45 @@ class WeightObjective(Objective):
         with torch.no_grad(), pyro.validation_enabled(False), Violations():
             return self.leniency.insist(lambda: self._weigh(*self._temper(model, guide), args, kwargs)[0])
 
-    def _weigh(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, Trace, Trace]:
+    def _weigh(self, model: Any, guide: Any, args: Any, kwargs: Any) -> _Weighed:
         # Sites that the guide would enumerate are drawn: one value per particle.
         guide = poutine.infer_config(guide, lambda site: {"enumerate": None})
-        model_trace, guide_trace = next(iter(self._elbo._get_traces(model, guide, args, kwargs)))
-        check_full_plates("use Trace_ELBO.", model_trace, guide_trace)
-        weights = finite_or_no_weight(log_weights(model_trace, guide_trace))
-        return weights.expand(self._elbo.num_particles), model_trace, guide_trace
+        while True:
+            try:
+                if self._draws_at_a_time is None:
+                    pairs = self._elbo._get_traces(refuse_large(model), guide, args, kwargs)
+                    model_trace, guide_trace = next(iter(pairs))
+                    return self._read([(model_trace, guide_trace)], guide_trace)
+                vectorized = self._elbo._vectorized_num_particles(guide)
+                guide_trace = prune_subsample_sites(poutine.trace(vectorized).get_trace(*args, **kwargs))
+                guide_trace.compute_log_prob()
+                return self._read(
+                    run_in_rows(
+                        self._elbo, refuse_large(model), guide_trace, self._draws_at_a_time, args, kwargs
+                    ),
+                    guide_trace,
+                )
+            except TooLarge as error:
+                if self._draws_at_a_time is None:
+                    # With all of Pyro's checks of a model.
+                    next(iter(with_num_particles(self._elbo, 2)._get_traces(model, guide, args, kwargs)))
+                self._draws_at_a_time = error.num_draws
+
+    def _read(self, pairs: Iterable[tuple[Trace, Trace]], guide_trace: Trace) -> _Weighed:
+        """Read weights and log factors of all draws off the traces of some of them at a time."""
+        weights: list[Tensor] = []
+        factors: list[Tensor | None] = []
+        for model_trace, rows in pairs:
+            check_full_plates("use Trace_ELBO.", model_trace, rows)
+            weights.append(log_weights(model_trace, rows))
+            if torch.is_grad_enabled() and self._tempering is not None:  # a step, and no trial
+                factors.append(log_factors(self._tempering, model_trace, rows))
+        log_weight = finite_or_no_weight(torch.cat(weights)).expand(self._elbo.num_particles)
+        known = [part for part in factors if part is not None]
+        log_factor = torch.cat(known) if known else None
+        if self._tempering is None:
+            log_factor = torch.zeros_like(log_weight)  # at 1, which is not left
+        return log_weight, log_factor, model_trace, guide_trace
 
 
 def _minus_mean(weights: Tensor) -> tuple[float, int]:
