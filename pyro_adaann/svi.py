@@ -151,7 +151,7 @@ class AdaAnnSVI(Runs, SVI):
             num_variance_samples,
             lr_schedule,
         )
-        check_parts(guide, optim, loss, final_loss, settings)
+        check_parts(model, guide, optim, loss, final_loss, settings)
         is_step = isinstance(optim, Step)
         # `SVI` requires an optimizer and a loss; a natural step has neither.
         super().__init__(

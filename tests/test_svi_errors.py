@@ -17,6 +17,7 @@ from pyro.infer import (
     JitTraceEnum_ELBO,
     Trace_ELBO,
     Trace_MMD,
+    TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
 )
@@ -27,8 +28,11 @@ from pyro_adaann import (
     AdaAnnSVI,
     AutoPlanar,
     ConstantSchedule,
+    NaturalStep,
     SequenceSchedule,
     TemperedTrace_ELBO,
+    fit,
+    natural_svi,
 )
 from pyro_adaann.objectives.nonfinite import drop_broken, limit_gradients
 from pyro_adaann.objectives.traces import traces_seen
@@ -54,8 +58,25 @@ def empty_guide() -> None:
     [
         (
             lambda: make(optim=torch.optim.Adam([torch.zeros(1)])),
-            "a step such as NaturalStep; got Adam",
+            "a step such as NaturalStep; got Adam of torch.optim. Use for example pyro.optim.Adam",
         ),
+        (lambda: make(optim=pyro.optim.Adam), "got the function Adam. Use for example pyro.optim.Adam"),
+        (lambda: make(optim=torch.optim.Adam), "got the class Adam. Use for example pyro.optim.Adam"),
+        (lambda: make(optim=NaturalStep), "got the class NaturalStep. Use for example NaturalStep\\(\\)"),
+        (lambda: make(optim=Trace_ELBO(), loss=adam()), "got Trace_ELBO. Use for example pyro.optim.Adam"),
+        (
+            lambda: make(loss=Trace_ELBO()(PROBLEM.model, AutoNormal(PROBLEM.model))),
+            "got an ELBOModule, which is a Trace_ELBO .*Pass the ELBO alone",
+        ),
+        (lambda: make(loss=TraceEnum_ELBO), "got the class TraceEnum_ELBO. Use for example TraceEnum_ELBO"),
+        (lambda: make(loss="elbo"), "Expected `loss` to be an ELBO or a function; got 'elbo'"),
+        (lambda: make(final_loss=Trace_ELBO), "got the class Trace_ELBO"),
+        (lambda: make(guide=AutoPlanar), "`guide` to be .*; got the class AutoPlanar. Make one"),
+        (lambda: make(guide="AutoPlanar"), "`guide` to be .*; got 'AutoPlanar'. Pass the guide itself"),
+        (lambda: natural_svi(PROBLEM.model, AutoPlanar), "got the class AutoPlanar"),
+        (lambda: fit(PROBLEM.model()), "Expected `model` to be .*; got None. Pass the model itself"),
+        (lambda: fit(torch.nn.Linear), "Expected `model` to be .*; got the class Linear. Make one"),
+        (lambda: make(schedule=SequenceSchedule), "got the class SequenceSchedule"),
         (lambda: make(loss=JitTrace_ELBO()), "Use Trace_ELBO"),
         (lambda: make(loss=JitTraceEnum_ELBO()), "Use TraceEnum_ELBO"),
         (lambda: make(loss=JitTrace_ELBO().differentiable_loss), "got JitTrace_ELBO.*Use Trace_ELBO"),
@@ -85,6 +106,24 @@ def test_bad_arguments_are_named(run, message):
     with pytest.raises(ValueError, match=message):
         run()
     assert all(torch.equal(p, torch.tensor(1.0)) for p in pyro.get_param_store().values())
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        pyro.optim.ClippedAdam({"lr": 0.01}),
+        pyro.optim.AdagradRMSProp({"eta": 0.1}),
+        pyro.optim.DCTAdam({"lr": 0.01}),
+        pyro.optim.StepLR({"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.01}, "step_size": 1}),
+    ],
+    ids=lambda optim: type(optim).__name__,
+)
+def test_every_kind_of_optimizer_of_pyro_trains(optim):
+    svi = make(optim=optim, num_initial_steps=1, num_steps_per_stage=1)
+    svi.step()
+    before = [p.detach().clone() for p in pyro.get_param_store().values()]
+    svi.step()
+    assert any(not torch.equal(p, b) for p, b in zip(pyro.get_param_store().values(), before, strict=True))
 
 
 def test_tempered_elbo_checks_the_guide_at_its_first_step():

@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro import poutine
 
+from pyro_adaann.checks import check_callable
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
 from pyro_adaann.diagnostics.model_and_guide import latent_names, plate_nesting
 from pyro_adaann.objectives.traces import subsampled_plate
@@ -23,9 +24,10 @@ _NUM_DRAWS = 11
 def check_model(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Run a model once and return how many plates it nests.
 
-    :raises ValueError: if it subsamples a plate, has parameters to learn, discrete sites that it does not
-        enumerate, or no continuous latent site.
+    :raises ValueError: if it cannot be called, subsamples a plate, has parameters to learn, discrete sites
+        that it does not enumerate, or no continuous latent site.
     """
+    check_callable("model", model, "fit(Model(), ...)")
     with poutine.block(), torch.no_grad(), warnings.catch_warnings(), pyro.validation_enabled(False):
         warnings.simplefilter("ignore")
         trace = poutine.trace(model).get_trace(*args, **kwargs)

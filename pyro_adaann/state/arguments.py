@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from pyro.infer import ELBO
+from pyro.infer.elbo import ELBOModule
 from pyro.optim import PyroOptim
 
-from pyro_adaann.checks import check_count
+from pyro_adaann.checks import check_callable, check_count, kind_of
 from pyro_adaann.objectives.capabilities import capabilities_of, check_can_temper
 from pyro_adaann.objectives.traces import with_num_particles
 from pyro_adaann.state.settings import FitSettings
@@ -37,8 +39,12 @@ def make_step(
     return GradientStep(loss, *calls, final, max_gradient_ratio)
 
 
-def check_parts(guide: Any, optim: Any, loss: Any, final_loss: Any, settings: FitSettings) -> None:
+def check_parts(
+    model: Any, guide: Any, optim: Any, loss: Any, final_loss: Any, settings: FitSettings
+) -> None:
     """Raise a `ValueError` if these parts do not go together."""
+    check_callable("model", model, "model = Model()")
+    check_callable("guide", guide, "guide = AutoPlanar(model)")
     is_step = isinstance(optim, Step)
     if is_step and not (loss is None and final_loss is None):
         raise ValueError(
@@ -58,12 +64,26 @@ def check_parts(guide: Any, optim: Any, loss: Any, final_loss: Any, settings: Fi
 
 def _check_optimizer_and_loss(optim: Any, loss: Any) -> None:
     if not isinstance(optim, PyroOptim):
+        is_step = isinstance(optim, type) and issubclass(optim, Step)
+        example = f"{optim.__name__}()" if is_step else "pyro.optim.Adam({'lr': 0.001})"
+        of_torch = " of torch.optim" if isinstance(optim, torch.optim.Optimizer) else ""
         raise ValueError(
             f"Expected `optim` to be a pyro.optim.PyroOptim or a step such as NaturalStep; got "
-            f"{type(optim).__name__}. Use for example pyro.optim.Adam({{'lr': 0.001}})."
+            f"{kind_of(optim)}{of_torch}. Use for example {example}."
         )
     if loss is None:
         raise ValueError("Expected a loss with an optimizer; got None. Use for example Trace_ELBO().")
+    if isinstance(loss, ELBOModule):
+        raise ValueError(
+            f"Expected `loss` to be an ELBO; got an ELBOModule, which is a {type(loss.elbo).__name__} with a "
+            f"model and a guide. Pass the ELBO alone, since AdaAnnSVI has both."
+        )
+    if isinstance(loss, type) or not (isinstance(loss, ELBO) or callable(loss)):
+        is_elbo = isinstance(loss, type) and issubclass(loss, ELBO)
+        raise ValueError(
+            f"Expected `loss` to be an ELBO or a function; got {kind_of(loss)}. Use for example "
+            f"{loss.__name__ if is_elbo else 'Trace_ELBO'}()."
+        )
     if isinstance(loss, ELBO):
         check_count("loss.num_particles", loss.num_particles, 1)
     if capabilities_of(loss).is_tempered:
@@ -95,7 +115,7 @@ def _choose_final_loss(loss: Any, final_loss: Any, num_final_particles: int | No
         )
     if not isinstance(final_loss, ELBO) or capabilities_of(final_loss).is_tempered:
         raise ValueError(
-            f"Expected `final_loss` to be an ELBO of the untempered model; got {type(final_loss).__name__}. "
-            f"Use for example Trace_ELBO."
+            f"Expected `final_loss` to be an ELBO of the untempered model; got {kind_of(final_loss)}. "
+            f"Use for example Trace_ELBO()."
         )
     return final_loss

@@ -9,7 +9,7 @@ from pyro_adaann.annealing.ladder import Ladder
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.annealing.schedules import AnnealingSchedule
 from pyro_adaann.annealing.stage_rules import StageRule
-from pyro_adaann.checks import check_count
+from pyro_adaann.checks import check_count, kind_of
 from pyro_adaann.state.budget import StepPlan
 
 __all__ = ["FitSettings"]
@@ -88,6 +88,5 @@ def _check_kind(name: str, value: Any, kind: Any, example: str) -> None:
         expected = getattr(kind, "__name__", str(kind).split(" | ")[0].rsplit(".", 1)[-1])
         article = "an" if expected[0] in "AEIOU" else "a"
         raise ValueError(
-            f"Expected `{name}` to be {article} {expected}; got {type(value).__name__}. Use for example "
-            f"{example}."
+            f"Expected `{name}` to be {article} {expected}; got {kind_of(value)}. Use for example {example}."
         )
