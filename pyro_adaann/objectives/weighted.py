@@ -106,9 +106,9 @@ class WeightObjective(Objective):
             return self._weigh(*self._temper(_without_graph(model), guide), args, kwargs)
 
         is_first = self.sites is None
-        weights, factors, *traces = self.leniency.insist(run)
+        weights, factors, model_trace, guide_trace = self.leniency.insist(run)
         loss, num_finite = _minus_mean(weights)
-        drawn = WeighedDraws(weights, factors, *traces, loss)
+        drawn = WeighedDraws(weights, factors, model_trace, guide_trace, loss)
         if is_first:
             _warn_if_many(drawn.guide_trace, len(weights))
         self._look_at_sites(drawn.model_trace, drawn.guide_trace)

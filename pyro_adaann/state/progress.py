@@ -20,12 +20,12 @@ from pyro_adaann.annealing.schedules import AnnealingSchedule
 from pyro_adaann.processes.group import is_first
 from pyro_adaann.state.budget import StepPlan, projected_num_steps
 
-__all__ = ["ProgressBar", "ProgressLines", "show_progress"]
+__all__ = ["SECONDS_PER_LINE", "ProgressBar", "ProgressLines", "can_draw_bar", "show_progress", "time_left"]
 
 #: Steps between two updates of the text of a bar within a stage.
 _SHOW_EVERY = 50
 #: Seconds between two lines of a log.
-_SECONDS_PER_LINE = 30.0
+SECONDS_PER_LINE = 30.0
 
 
 class ProgressBar:
@@ -111,7 +111,7 @@ class ProgressLines:
     def update(self) -> None:
         """Count one step."""
         now = time.monotonic()
-        if now - self._latest >= _SECONDS_PER_LINE:
+        if now - self._latest >= SECONDS_PER_LINE:
             self._show(now)
 
     def _show(self, now: float) -> None:
@@ -121,8 +121,7 @@ class ProgressLines:
         total = projected_num_steps(self.history, self.schedule, self.plan)
         text = f"step {num_steps}" + ("" if total is None else f"/{total}")
         text += f", {_describe(self.history)}, {_duration(seconds)} so far, {rate:.3g} steps/s"
-        if total is not None and total > num_steps and rate:
-            text += f", about {_duration((total - num_steps) / rate)} left"
+        text += time_left(self.history, self.schedule, self.plan, rate)
         print(text, file=sys.stderr, flush=True)
 
 
@@ -134,9 +133,25 @@ def show_progress(
     Of several processes the first one shows it.
     """
     is_shown = is_shown and is_first()
-    if not is_shown or _is_widget() or sys.stderr.isatty():
+    if not is_shown or can_draw_bar():
         return ProgressBar(history, schedule, plan, is_shown)
     return ProgressLines(history, schedule, plan)
+
+
+def can_draw_bar() -> bool:
+    """Whether the output is a terminal or a notebook, and not a file."""
+    return _is_widget() or sys.stderr.isatty()
+
+
+def time_left(history: AnnealingHistory, schedule: AnnealingSchedule, plan: StepPlan, rate: float) -> str:
+    """Return how long the rest of a fit will take, as a clause; nothing where that cannot be told yet.
+
+    :param rate: steps a second.
+    """
+    total = projected_num_steps(history, schedule, plan)
+    if total is None or total <= history.num_steps or not rate:
+        return ""
+    return f", about {_duration((total - history.num_steps) / rate)} left"
 
 
 def _describe(history: AnnealingHistory) -> str:
