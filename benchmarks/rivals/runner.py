@@ -1,0 +1,110 @@
+"""Run one cell in the environment of its system, under a limit of processor time, and measure it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .measures import measure
+from .systems import SYSTEMS
+from .targets import TARGETS, Target, Truth
+
+__all__ = ["environment", "run_cell"]
+
+HERE = Path(__file__).resolve().parent
+#: Of wall time by the limit of processor time: the machine may be busy.
+PATIENCE = 8
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+    "TQDM_DISABLE": "1",
+}
+
+
+def environment(name: str | None, folder: Path) -> Path:
+    """Return the Python of an environment; make it from its pinned requirements if there is none."""
+    if name is None:
+        return Path(sys.executable)
+    place = folder / name
+    python = place / "bin" / "python"
+    if not (place / "complete").exists():
+        print(f"making the environment {place}", flush=True)
+        venv.create(place, with_pip=True)
+        pins = HERE / "requirements" / f"{name}.txt"
+        subprocess.run([python, "-m", "pip", "install", "-q", "-r", pins], check=True)
+        (place / "complete").touch()
+    return python
+
+
+def run_cell(
+    system: str, target: str, seed: int, limit: int, folder: Path, known: dict[str, tuple[Target, Truth]]
+) -> dict[str, Any]:
+    """Return the record of one cell.
+
+    :param limit: seconds of the processor, imports included.
+    :param folder: of the environments.
+    :param known: targets with their truths, filled here.
+    """
+    row: dict[str, Any] = {"target": target, "system": system, "seed": seed}
+    python = environment(SYSTEMS[system].environment, folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "draws.npz"
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        text, error = _run_child([str(python), "-m", "rivals.cell", system, target, str(seed), str(path)], limit)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        row["process_seconds"] = round(used, 2)
+        if error:
+            return {**row, "cannot": error}
+        row |= json.loads(text.splitlines()[-1])
+        if not path.exists():
+            return row
+        saved = np.load(path)
+        if target not in known:
+            made = TARGETS[target]()
+            known[target] = (made, made.truth())
+        row |= measure(*known[target], saved["draws"], saved["log_weights"])
+    if row["log_evidence"] is not None:
+        row["evidence"] = row["log_evidence"] - known[target][1].log_evidence
+    return row
+
+
+def _run_child(command: list[str], limit: int) -> tuple[str, str]:
+    """Return what a command prints, and in a few words why it failed, empty if it did not."""
+    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(paths)}
+
+    def limit_processor() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            done = subprocess.run(
+                command,
+                env=env,
+                cwd=scratch,
+                capture_output=True,
+                text=True,
+                preexec_fn=limit_processor,
+                timeout=PATIENCE * limit,
+            )
+        except subprocess.TimeoutExpired:
+            return "", f"not ended in {PATIENCE * limit} s of wall time"
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        return "", f"not ended in {limit} s"
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        return "", lines[-1][:200]
+    return done.stdout, ""
