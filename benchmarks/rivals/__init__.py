@@ -1,1 +1,1 @@
-"""The field's targets, and the systems one would use instead, measured alike: `python -m benchmarks.rivals`."""
+"""Targets of the field, and what one would use instead, measured alike: `python -m benchmarks.rivals`."""

@@ -3,8 +3,8 @@
     python -m benchmarks.rivals [--quick] [--targets NAME ...] [--systems NAME ...] [--seeds 5] [--limit 300]
     python -m benchmarks.rivals.report
 
-Every cell is a process of its own, in the environment of its system, which is made from its pinned requirements at
-first. A cell that the result file has already is not run again.
+Every cell is a process of its own, in the environment of its system, which is made from its pinned
+requirements at first. A cell that the result file has already is not run again.
 """
 
 from __future__ import annotations
@@ -15,19 +15,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .results import RESULTS, read
 from .runner import run_cell
 from .systems import SYSTEMS
 from .targets import QUICK, TARGETS
 
-__all__ = ["main", "read"]
+__all__ = ["main"]
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "rivals.jsonl"
 ENVIRONMENTS = Path.home() / ".cache" / "pyro_adaann_rivals"
-
-
-def read(path: Path = RESULTS) -> list[dict[str, Any]]:
-    """Return the cells of a result file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,10 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     seeds = range(args.first_seed, args.first_seed + (1 if args.quick else args.seeds))
     limit = min(args.limit, 60) if args.quick else args.limit
     cells = [
-        (target, system, seed)
-        for seed in seeds
-        for target in targets
-        for system in args.systems or SYSTEMS
+        (target, system, seed) for seed in seeds for target in targets for system in args.systems or SYSTEMS
     ]
     done = {(row["target"], row["system"], row["seed"]) for row in read(args.out)}
     cells = [cell for cell in cells if cell not in done]
@@ -61,7 +53,10 @@ def main(arguments: list[str] | None = None) -> None:
         with args.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         minutes = (time.monotonic() - start) / 60
-        print(f"{i + 1}/{len(cells)} {minutes:.1f} min: {target} | {system} | seed {seed}: {_brief(row)}", flush=True)
+        print(
+            f"{i + 1}/{len(cells)} {minutes:.1f} min: {target} | {system} | seed {seed}: {_brief(row)}",
+            flush=True,
+        )
 
 
 def _brief(row: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ def resample(draws: Array, log_weights: Array, num_draws: int, rng: np.random.Ge
 
 
 def sliced_wasserstein(x: Array, y: Array, seed: int = 0) -> float:
-    """Return the mean over random directions of the 1-D Wasserstein distance of two sets of equally many points."""
+    """Return the mean 1-D Wasserstein distance over random directions; both sets have equally many points."""
     directions = np.random.default_rng(seed).standard_normal((x.shape[1], NUM_DIRECTIONS))
     directions /= np.linalg.norm(directions, axis=0)
     return float(np.abs(np.sort(x @ directions, axis=0) - np.sort(y @ directions, axis=0)).mean())
@@ -47,7 +47,7 @@ def wasserstein_ratio(draws: Array, log_weights: Array, truth: Truth) -> float:
 
 
 def measure(target: Target, truth: Truth, draws: Array, log_weights: Array) -> dict[str, Any]:
-    """Return the largest errors of means (in sds), of sds (relative) and of shares, and the Wasserstein ratio."""
+    """Return the largest errors of means (in sds), sds (relative) and shares, and the Wasserstein ratio."""
     finite = np.isfinite(draws).all(1) & np.isfinite(log_weights)
     if not finite.any():
         return {"mean": None, "sd": None, "share": None, "wasserstein": None}

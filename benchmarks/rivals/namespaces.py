@@ -1,7 +1,7 @@
 """The few array functions that the targets' formulas use, from each library.
 
-A formula is written once, as a function of a namespace and a point, and serves a system of any library. Every function
-acts as NumPy's of the same name; `scan` is a loop whose result is the sequence of states.
+A formula is written once, as a function of a namespace and a point, and serves a system of any library. Every
+function acts as NumPy's of the same name; `scan` is a loop whose result is the sequence of states.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Namespace:
     :param logsumexp: over the last dimension.
     :param stack: a list of arrays along a new last dimension.
     :param where: a condition, and what to take where it holds and where it does not.
-    :param scan: ``scan(step, state, num_steps)`` applies ``step`` to a tuple of arrays that many times, and returns
-        every state, stacked along a new first dimension.
+    :param scan: ``scan(step, state, num_steps)`` applies ``step`` to a tuple of arrays that many times, and
+        returns every state, stacked along a new first dimension.
     """
 
     array: Function
@@ -134,7 +134,10 @@ def _pytensor() -> Namespace:
 
     def scan(step: Function, state: tuple[Any, ...], num_steps: int) -> Any:
         return pytensor.scan(
-            lambda *parts: list(step(parts)), outputs_info=list(state), n_steps=num_steps, return_updates=False
+            lambda *parts: list(step(parts)),
+            outputs_info=list(state),
+            n_steps=num_steps,
+            return_updates=False,
         )
 
     return Namespace(

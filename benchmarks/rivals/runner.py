@@ -62,7 +62,9 @@ def run_cell(
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "draws.npz"
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        text, error = _run_child([str(python), "-m", "rivals.cell", system, target, str(seed), str(path)], limit)
+        text, error = _run_child(
+            [str(python), "-m", "rivals.cell", system, target, str(seed), str(path)], limit
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         row["process_seconds"] = round(used, 2)
@@ -84,16 +86,17 @@ def run_cell(
 def _run_child(command: list[str], limit: int) -> tuple[str, str]:
     """Return what a command prints, and in a few words why it failed, empty if it did not."""
     paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(paths)}
 
     def limit_processor() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
 
     with tempfile.TemporaryDirectory() as scratch:
+        # PyTensor keeps what it has compiled; here every cell compiles for itself.
+        own = {"PYTHONPATH": os.pathsep.join(paths), "PYTENSOR_FLAGS": f"compiledir={scratch}"}
         try:
             done = subprocess.run(
                 command,
-                env=env,
+                env={**os.environ, **ONE_THREAD, **own},
                 cwd=scratch,
                 capture_output=True,
                 text=True,

@@ -11,7 +11,7 @@ __all__ = ["OURS", "SYSTEMS", "System"]
 class System:
     """A system with its settings.
 
-    :param function: ``module:function`` in this package; it takes a target and a seed, and returns an `Outcome`.
+    :param function: ``module:function`` in this package; it takes target and seed, and returns an `Outcome`.
     :param environment: the name of its file in ``requirements/``; None for the environment of this package.
     :param version_of: the distribution whose version is noted.
     """
@@ -41,6 +41,7 @@ SYSTEMS: dict[str, System] = {
     "flowMC": System("flowmc_flow:run", "flowmc", "flowMC"),
     "NumPyro NUTS, dense": System("numpyro_nuts:dense", "numpyro", "numpyro"),
     "AdaAnnSVI, published": _here("ours:adaann"),
+    "LINFA": System("linfa_flow:run", "linfa", "linfa-vi"),
 }
 #: Those of this package.
 OURS = tuple(name for name, system in SYSTEMS.items() if system.version_of == "pyro-adaann")

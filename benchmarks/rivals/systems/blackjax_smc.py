@@ -1,7 +1,8 @@
 """blackjax's adaptive tempered SMC with HMC moves, tuned to the particles at every stage.
 
-The kernel has no settings by default. The mass matrix is that of the manual's page on tuning inner kernels (the
-particles' variances), the ten moves a stage are the default, step size and number of leapfrog steps the usual ones.
+The kernel has no settings by default. The mass matrix is that of the manual's page on tuning inner kernels
+(the particles' variances), the ten moves a stage are the default, step size and number of leapfrog steps the
+usual ones.
 """
 
 from __future__ import annotations

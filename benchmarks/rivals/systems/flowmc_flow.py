@@ -1,6 +1,7 @@
 """flowMC: MALA chains and proposals from a spline flow trained on them.
 
-Its bundle has defaults for all but the numbers of chains, steps and loops, which are those of its quick start.
+Its bundle has defaults for all but the numbers of chains, steps, loops and epochs, which are those that its
+configuration guide calls default.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .base import Outcome
 
 __all__ = ["run"]
 
-NUM_CHAINS, NUM_LOCAL, NUM_GLOBAL, NUM_TRAINING, NUM_PRODUCTION, NUM_EPOCHS = 20, 100, 100, 20, 10, 10
+NUM_CHAINS, NUM_LOCAL, NUM_GLOBAL, NUM_TRAINING, NUM_PRODUCTION, NUM_EPOCHS = 20, 50, 50, 3, 3, 30
 
 
 def run(target: Target, seed: int) -> Outcome:

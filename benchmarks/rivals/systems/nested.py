@@ -38,7 +38,9 @@ def run_nautilus(target: Target, seed: int) -> Outcome:
     sampler.run(verbose=False)
     points, log_weights, _ = sampler.posterior()
     error = 1 / np.sqrt(sampler.n_eff)
-    return Outcome(points, log_weights, float(sampler.log_z), float(error), num_densities=log_likelihood.count)
+    return Outcome(
+        points, log_weights, float(sampler.log_z), float(error), num_densities=log_likelihood.count
+    )
 
 
 def run_dynesty(target: Target, seed: int) -> Outcome:

@@ -8,13 +8,22 @@ import pyro
 import torch
 from pyro.infer import Trace_ELBO
 
-from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AnnealedSMC, AutoPlanar, diagnose, fit, importance_draws, natural_svi
+from pyro_adaann import (
+    AdaAnnSchedule,
+    AdaAnnSVI,
+    AnnealedSMC,
+    AutoPlanar,
+    diagnose,
+    fit,
+    importance_draws,
+    natural_svi,
+)
 
 from ..targets import Target
 from .base import Outcome
 from .pyro_model import PyroModel
 
-__all__ = ["adaann", "one_call", "natural", "smc"]
+__all__ = ["adaann", "natural", "one_call", "smc"]
 
 #: Verdicts on which the weighted draws may be used.
 USABLE = ("GOOD", "USABLE WITH WEIGHTS")
@@ -63,7 +72,7 @@ def natural(target: Target, seed: int) -> Outcome:
 
 
 def adaann(target: Target, seed: int) -> Outcome:
-    """AdaAnn as published: minus the ELBO by Adam, planar layers, tolerance .01, five steps a stage, 100 draws."""
+    """AdaAnn as published: the ELBO by Adam, planar layers, tolerance .01, five steps a stage, 100 draws."""
     model = PyroModel(target)
     pyro.set_rng_seed(seed)
     guide = AutoPlanar(model, 50, base_loc="prior", base_scale="prior")
@@ -84,15 +93,18 @@ def adaann(target: Target, seed: int) -> Outcome:
 
 
 def smc(target: Target, seed: int) -> Outcome:
-    """`AnnealedSMC` from the prior, nothing set."""
+    """`AnnealedSMC` from the prior, nothing set; its alarms are the lines of caution that it prints."""
     model = PyroModel(target)
     result = AnnealedSMC(model, seed=seed).run(progress_bar=False)
+    alarms = ["the groups disagree"] if result.log_evidence_error > 0.5 else []
+    if result.num_unforgotten:
+        alarms.append(f"not forgotten at {result.num_unforgotten} of {len(result.stages)} temperatures")
     return Outcome(
         result.samples["z"].numpy(),
         result.log_weights.numpy(),
         result.log_evidence,
         result.log_evidence_error,
-        "",
+        ", ".join(alarms),
         **_counts(model),
     )
 

@@ -20,13 +20,15 @@ logging.getLogger("pymc").setLevel(logging.ERROR)
 def _model(target: Target) -> pm.Model:
     xp = NAMESPACES["pytensor"]()
     with pm.Model() as model:
+        # The median is a parameter so that PyMC knows the shape.
         z = pm.CustomDist(
             "z",
-            logp=lambda value: target.log_prior(xp, value),
-            random=lambda rng=None, size=None: target.from_normal(rng.standard_normal((1, target.dim)))[0],
-            ndim_supp=1,
-            ndims_params=[],
-            shape=(target.dim,),
+            target.from_normal(np.zeros((1, target.dim)))[0],
+            logp=lambda value, median: target.log_prior(xp, value),
+            random=lambda median, rng=None, size=None: target.from_normal(
+                rng.standard_normal((1, target.dim))
+            )[0],
+            signature="(n)->(n)",
         )
         pm.Potential("likelihood", target.log_likelihood(xp, z))
     return model
@@ -45,9 +47,9 @@ def smc(target: Target, seed: int) -> Outcome:
             random_seed=[seed, seed + 1],
             progressbar=False,
         )
-    stages = np.asarray(data.sample_stats["log_marginal_likelihood"].values)
-    evidences = np.array([[x for x in np.ravel(np.asarray(c, dtype=object)) if x is not None] for c in stages])
-    ends = np.array([np.ravel(np.asarray(list(c)[-1], dtype=float))[-1] for c in evidences])
+    # Of every chain one number a stage, the last of them the evidence; shorter chains are filled up by nan.
+    stages = np.asarray(data.sample_stats["log_marginal_likelihood"].values, dtype=object)
+    ends = np.array([[float(x) for x in chain if np.isfinite(float(x))][-1] for chain in map(_flat, stages)])
     r_hat = float(az.rhat(data)["z"].max())
     return Outcome(
         data.posterior["z"].values.reshape(-1, target.dim),
@@ -55,6 +57,13 @@ def smc(target: Target, seed: int) -> Outcome:
         log_evidence_error=float(ends.std(ddof=1) / np.sqrt(len(ends))),
         told="" if r_hat <= 1.01 else f"R-hat {r_hat:.2f}",
     )
+
+
+def _flat(stages: object) -> list[float]:
+    """Return the numbers of lists within lists."""
+    if isinstance(stages, list | tuple | np.ndarray):
+        return [x for part in stages for x in _flat(part)]
+    return [float(stages)]  # type: ignore[arg-type]
 
 
 def pathfinder(target: Target, seed: int) -> Outcome:
@@ -71,7 +80,6 @@ def pathfinder(target: Target, seed: int) -> Outcome:
         progressbar=False,
         display_summary=False,
     )
-    group = data["pathfinder"] if "pathfinder" in data.groups() else {}
-    k_hat = float(np.asarray(group["pareto_k"])) if "pareto_k" in group else float("nan")
-    told = f"k-hat {k_hat:.2f}" if k_hat > 0.7 else ""
+    k_hat = float(data.sample_stats["pareto_k"])
+    told = "" if k_hat <= 0.7 else f"k-hat {k_hat:.2f}"
     return Outcome(data.posterior["z"].values.reshape(-1, target.dim), told=told)

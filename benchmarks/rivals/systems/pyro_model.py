@@ -35,7 +35,9 @@ class _Prior(TorchDistribution):
     def sample(self, sample_shape: Any = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
         normal = torch.randn(shape).double().numpy().reshape(-1, self.target.dim)
-        return torch.as_tensor(self.target.from_normal(normal), dtype=torch.get_default_dtype()).reshape(shape)
+        return torch.as_tensor(self.target.from_normal(normal), dtype=torch.get_default_dtype()).reshape(
+            shape
+        )
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self.target.log_prior(XP, value).expand(value.shape[:-1])

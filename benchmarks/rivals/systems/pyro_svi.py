@@ -1,7 +1,7 @@
 """Pyro's own `SVI` with a flow guide: inverse autoregressive, and neural spline.
 
-`SVI` has no defaults for optimizer and steps: Adam at .005, 5,000 steps of 32 draws. Draws are weighted by Pyro's
-importance weights, whose k-hat above .7 counts as told.
+`SVI` has no defaults for optimizer and steps: Adam at .005, 5,000 steps of 32 draws. Draws are weighted by
+Pyro's importance weights, whose k-hat above .7 counts as told.
 """
 
 from __future__ import annotations

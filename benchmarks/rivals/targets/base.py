@@ -47,8 +47,8 @@ class Target:
     """A density on R^dim.
 
     :param dim: number of coordinates, all unconstrained.
-    :param log_prior: log density of the prior, normalized; for a density without one, of the region in which a user
-        would start.
+    :param log_prior: log density of the prior, normalized; for a density without one, of the region in which
+        a user would start.
     :param log_likelihood: the log density is the sum of both.
     :param from_normal: maps standard normal numbers ``(n, dim)`` to draws of the prior.
     :param truth: computes what is known.

@@ -19,7 +19,8 @@ ERRORS = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
 def _normal_given(precision: Array, linear: Array) -> tuple[Array, Array]:
     """Return means and Cholesky factors of precisions of normal distributions ~ exp(-x P x / 2 + b x)."""
-    return np.linalg.solve(precision, linear[..., None])[..., 0], np.linalg.cholesky(precision)
+    mean = np.linalg.solve(precision, linear[..., None])[..., 0]
+    return np.asarray(mean), np.asarray(np.linalg.cholesky(precision))
 
 
 def _conditional_truth(
@@ -107,7 +108,8 @@ SEEN = np.r_[0:10, 20:30]
 
 
 def brownian_gap() -> Target:
-    """A Brownian motion at 30 times, the middle third not observed: log scales of steps and noise, and the path."""
+    """A Brownian motion at 30 times, 10 in the middle not observed: log scales of steps and noise, the
+    path."""
 
     def log_prior(xp: Namespace, z: Any) -> Any:
         scales, path = z[..., :2], z[..., 2:]
@@ -126,7 +128,7 @@ def brownian_gap() -> Target:
         return np.concatenate([scales, np.exp(scales[:, :1]) * u[:, 2:].cumsum(1)], axis=1)
 
     def truth() -> Truth:
-        axes = np.linspace(-7.0, 1.5, 120), np.linspace(-5.0, 1.5, 120)
+        axes = np.linspace(-7.0, 1.5, 90), np.linspace(-5.0, 1.5, 90)
         points = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
         steps, noise = np.exp(points[:, 0]), np.exp(points[:, 1])
         difference = np.eye(30) - np.eye(30, k=-1)

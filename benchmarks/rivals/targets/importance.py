@@ -1,7 +1,8 @@
 """Truth by importance sampling from a mixture of Student t distributions that was fitted beforehand.
 
-`python -m benchmarks.rivals.targets.reference NAME` fits the mixture and stores it in ``reference/NAME.json``; here it
-is only weighed. The number of draws and the effective sample size are part of what is told.
+`python -m benchmarks.rivals.targets.reference NAME` fits the mixture and stores it in
+``reference/NAME.json``; here it is only weighed. The number of draws and the effective sample size are part
+of what is told.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def _column(xp: Namespace, data: Array, like: Any) -> Any:
 
 
 def hiv() -> Target:
-    """Two mirrored curved modes of weight 1/2: production and death rate of cells, infected cells at the start."""
+    """Two mirrored curved modes of weight 1/2: production and death of cells, infected cells at the start."""
     data = np.array(json.loads(DATA.read_text())["hiv"])
 
     def log_density(xp: Namespace, z: Any) -> Any:
@@ -82,7 +82,7 @@ def hiv() -> Target:
 
 
 def lorenz() -> Target:
-    """A narrow mode nine sds of the start away: the three parameters of the Lorenz system, noise variance .2."""
+    """A narrow mode nine sds of the start away: three parameters of the Lorenz system, noise variance .2."""
     data = np.array(json.loads(DATA.read_text())["lorenz"])
 
     def log_density(xp: Namespace, z: Any) -> Any:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.rivals.targets.reference [NAME ...]
 
-From draws of a start the log density of the mixture is adapted by population Monte Carlo: draw, weigh, move every
-component to the weighted moments of what it is responsible for. Source: Cappe et al., *Adaptive importance sampling in
-general mixture classes*, Statistics and Computing 18 (2008).
+From draws of a start the log density of the mixture is adapted by population Monte Carlo: draw, weigh, move
+every component to the weighted moments of what it is responsible for. Source: Cappe et al., *Adaptive
+importance sampling in general mixture classes*, Statistics and Computing 18 (2008).
 """
 
 from __future__ import annotations
@@ -94,8 +94,7 @@ def _around(target: Target, start: Array) -> StudentMixture:
 
 
 def _slcp_start(target: Target) -> StudentMixture:
-    """Sixteen components over draws of a fold of the posterior, by tempering the prior's draws."""
-    log_density = _log_density(target)
+    """Return forty components around draws of the prior, weighted by the likelihood to the power .3."""
     z = target.prior_draws(0, 400_000)
     log_likelihood = np.asarray(target.log_likelihood(NAMESPACES["numpy"](), z))
     log_likelihood = np.where(np.isfinite(log_likelihood), log_likelihood, -1e300)

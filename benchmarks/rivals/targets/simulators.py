@@ -76,9 +76,7 @@ def two_moons() -> Target:
         means = (mean - mean[::-1]) / 2
         sds = np.sqrt((square + square[::-1]) / 2 - means**2)
         half = np.array([0.5])
-        return Truth(
-            draw, math.log(0.5), means, sds, "closed form", half, lambda z: (z.sum(1) > 0)[:, None]
-        )
+        return Truth(draw, math.log(0.5), means, sds, "closed form", half, lambda z: (z.sum(1) > 0)[:, None])
 
     return Target(2, log_prior, log_likelihood, from_normal, truth, f"{SOURCE}: two moons")
 

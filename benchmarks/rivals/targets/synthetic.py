@@ -1,7 +1,7 @@
 """Densities in closed form: a funnel, wells, modes, an ill-conditioned normal, heavy tails.
 
-None has a prior of its own. Each gets a normal one, the region in which a user would look for it, and the quotient as
-likelihood, so that the product is the published density.
+None has a prior of its own. Each gets a normal one, the region in which a user would look for it, and the
+quotient as likelihood, so that the product is the published density.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _target(
 def funnel() -> Target:
     """Neal's funnel: z_0 ~ N(0, 3^2), nine others N(0, exp(z_0)).
 
-    The regions are thirds of z_0. Only z_0 is judged by moments: those of the others hang on its largest values.
+    The regions are thirds of z_0. Only z_0 is judged by moments: those of others hang on its largest values.
     """
 
     def log_density(xp: Namespace, z: Any) -> Any:
@@ -126,9 +126,10 @@ def _mixture(
     def regions(z: Array) -> np.ndarray:
         return np.asarray(log_components(xp, z)).argmax(-1)[:, None] == np.arange(num_modes)
 
-    # A region is where its component has the largest density; its share by a million draws, to .0005 or better.
+    # A region is where its component has the largest density; its share by a million draws, to .0005 or
+    # better.
     rng = np.random.default_rng(0)
-    shares = np.mean([regions(draw(rng, 20_000)).mean(0) for _ in range(50)], axis=0)
+    shares = np.mean([regions(draw(rng, 20_000)).mean(0) for _ in range(15)], axis=0)
     mean = weights @ locs
     variance = sd**2 * (1.0 if dof is None else dof / (dof - 2) if dof > 2 else math.nan)
     sds = np.sqrt(weights @ (locs - mean) ** 2 + variance)

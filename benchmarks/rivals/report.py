@@ -1,0 +1,205 @@
+"""Make the tables and the picture of the page from the result file.
+
+    python -m benchmarks.rivals.report
+
+A cell is *right* if every error that can be judged is within the limits of `measures.LIMITS`. Of several
+seeds a table has the median, and the worst in brackets.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .measures import score
+from .picture import draw
+from .results import RESULTS, read
+from .systems import OURS, SYSTEMS
+from .targets import TARGETS
+
+__all__ = ["Cells", "beaten", "cells_of", "main", "outcome", "tables"]
+
+HERE = Path(__file__).resolve().parent
+FIGURES = HERE.parents[1] / "docs" / "figures" / "rivals"
+#: Why ours is not the best of a target, in words, by target; written by hand.
+REASONS = HERE / "reasons.json"
+Row = dict[str, Any]
+#: The rows of every target and system, one a seed.
+Cells = dict[tuple[str, str], list[Row]]
+
+HEADER = (
+    "| system | log Z off (stated) | shares off | means, sds off | sds off, % | Wasserstein / floor "
+    "| evaluations / 1000 | CPU s | told | |\n|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def cells_of(rows: list[Row]) -> Cells:
+    """Return the rows by target and system."""
+    cells: Cells = {}
+    for row in rows:
+        cells.setdefault((row["target"], row["system"]), []).append(row)
+    return cells
+
+
+def worst_score(rows: list[Row]) -> float | None:
+    """Return the largest score over seeds, None if a seed has no draws."""
+    scores = [score(row) for row in rows]
+    known = [value for value in scores if value is not None]
+    return max(known) if len(known) == len(scores) else None
+
+
+def outcome(rows: list[Row]) -> str:
+    """Return what became of a cell: right, wrong and told, wrong and not told, or nothing."""
+    value = worst_score(rows)
+    if value is None:
+        return "none"
+    if value <= 1:
+        return "right"
+    wrong = [row for row in rows if (score(row) or 0.0) > 1]
+    return "told" if all(row["told"] for row in wrong) else "quiet"
+
+
+def seconds(rows: list[Row]) -> float:
+    """Return the median of the processor's seconds."""
+    return statistics.median(row["seconds"] for row in rows)
+
+
+def beaten(target: str, cells: Cells) -> tuple[list[str], list[str]]:
+    """Return the rivals that are more accurate than ours, and those that are right in less time.
+
+    Ours is the fastest of this package's systems that are right, or the most accurate one if none is.
+    Accuracy is the worst error as a multiple of its limit.
+    """
+    here = {system: rows for (name, system), rows in cells.items() if name == target}
+    scores = {system: value for system, rows in here.items() if (value := worst_score(rows)) is not None}
+    ours = {system: value for system, value in scores.items() if system in OURS}
+    rivals = {system: value for system, value in scores.items() if system not in OURS}
+    if not ours:
+        return list(rivals), []
+    right = [system for system, value in ours.items() if value <= 1]
+    if right:
+        best = min(right, key=lambda system: seconds(here[system]))
+    else:
+        best = min(ours, key=lambda system: ours[system])
+    more_accurate = [system for system, value in rivals.items() if value < ours[best]]
+    faster = [s for s, value in rivals.items() if value <= 1 and seconds(here[s]) < seconds(here[best])]
+    return more_accurate, faster
+
+
+def _figures(rows: list[Row], name: str, form: str, change: Callable[[float], float] = abs) -> str:
+    values = [change(row[name]) for row in rows if row.get(name) is not None]
+    if not values:
+        return ""
+    middle = format(statistics.median(values), form)
+    return middle if len(values) == 1 else f"{middle} ({format(max(values), form)})"
+
+
+def _evaluations(rows: list[Row]) -> str:
+    known = [
+        (row["num_densities"] or 0) + (row["num_gradients"] or 0)
+        for row in rows
+        if row["num_densities"] is not None or row["num_gradients"] is not None
+    ]
+    return f"{statistics.median(known) / 1000:,.0f}" if known else ""
+
+
+def _line(system: str, rows: list[Row]) -> str:
+    done = [row for row in rows if "cannot" not in row]
+    name = f"**{system}**" if system in OURS else system
+    if not done:
+        return f"| {name} | {rows[0]['cannot'].replace('|', '/')} | | | | | | | | |"
+    stated = statistics.median([row["log_evidence_error"] or 0.0 for row in done])
+    evidence = _figures(done, "evidence", ".3f")
+    told = "; ".join(sorted({row["told"] for row in done} - {""}))
+    marks = {
+        "right": "right",
+        "told": "wrong, says so",
+        "quiet": "**wrong, does not say so**",
+        "none": f"{len(done)} of {len(rows)} ended",
+    }
+    parts = [
+        name,
+        f"{evidence} ({stated:.3f})" if evidence and stated else evidence,
+        _figures(done, "share", ".3f"),
+        _figures(done, "mean", ".3f"),
+        _figures(done, "sd", ".1f", lambda x: 100 * x),
+        _figures(done, "wasserstein", ".1f"),
+        _evaluations(done),
+        f"{seconds(done):.0f}" if seconds(done) >= 10 else f"{seconds(done):.1f}",
+        told,
+        marks[outcome(rows)],
+    ]
+    return "| " + " | ".join(parts) + " |"
+
+
+def _standing(target: str, cells: Cells, reasons: dict[str, str]) -> str:
+    accurate, faster = beaten(target, cells)
+    if not accurate and not faster:
+        return "Ours is the best here, in accuracy and in time."
+    told = []
+    if accurate:
+        told.append(f"more accurate: {', '.join(accurate)}")
+    if faster:
+        told.append(f"right in less time: {', '.join(faster)}")
+    return f"▼ Ours is not the best here ({'; '.join(told)}). {reasons[target]}"
+
+
+def tables(cells: Cells, reasons: dict[str, str], intros: dict[str, str]) -> str:
+    """Return a section for every target, in Markdown; the rows are sorted by outcome and by time.
+
+    :param reasons: why ours is not the best, by target.
+    :param intros: what stands above the table, by target.
+    """
+    order = {"right": 0, "told": 1, "quiet": 2, "none": 3}
+    parts = []
+    for target in TARGETS:
+        here = {system: rows for (name, system), rows in cells.items() if name == target}
+        if not here:
+            continue
+
+        def rank(item: tuple[str, list[Row]]) -> tuple[int, float]:
+            done = [row for row in item[1] if "cannot" not in row]
+            return order[outcome(item[1])], seconds(done) if done else 0.0
+
+        lines = [_line(system, rows) for system, rows in sorted(here.items(), key=rank)]
+        missing = [system for system in SYSTEMS if system not in here]
+        parts += [
+            f"### {target}",
+            intros[target],
+            f"{HEADER}\n" + "\n".join(lines),
+            _standing(target, cells, reasons),
+        ]
+        if missing:
+            parts.append(f"Not run here: {', '.join(missing)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def introduction(target: str) -> str:
+    """Return where a target is published, and how its truth is known."""
+    made = TARGETS[target]()
+    return f"{made.source}. Truth: {made.truth().how}."
+
+
+def main() -> None:
+    """Write tables and picture."""
+    cells = cells_of(read(RESULTS))
+    reasons = json.loads(REASONS.read_text())
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    intros = {target: introduction(target) for target in {target for target, _ in cells}}
+    (FIGURES / "tables.md").write_text(tables(cells, reasons, intros))
+    draw(
+        {cell: (outcome(rows), _cell_text(rows)) for cell, rows in cells.items()},
+        FIGURES / "overview.png",
+    )
+
+
+def _cell_text(rows: list[Row]) -> str:
+    done = [row for row in rows if "cannot" not in row]
+    return f"{seconds(done):.0f} s" if done else ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""The targets of ``benchmarks/rivals`` against mathematics, its measures, its runner and its report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rivals import __main__ as rivals_main
+from rivals import report
+from rivals.measures import measure, score
+from rivals.namespaces import NAMESPACES
+from rivals.results import read
+from rivals.runner import run_cell
+from rivals.systems import OURS, SYSTEMS
+from rivals.targets import QUICK, TARGETS
+from rivals.targets.bayesian import BROWNIAN, EFFECTS, ERRORS, SEEN
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal, norm
+
+ROOT = Path(__file__).resolve().parents[1]
+XP = NAMESPACES["numpy"]()
+
+
+@pytest.fixture(scope="module")
+def known():
+    """Targets with their truths, made once."""
+    made = {name: make() for name, make in TARGETS.items()}
+    return {name: (target, target.truth()) for name, target in made.items()}
+
+
+def log_density(target, z):
+    with np.errstate(all="ignore"):
+        return np.asarray(target.log_density(XP, np.asarray(z, dtype=float)))
+
+
+@pytest.mark.parametrize("library", ["torch", "jax", "pytensor"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_formula_is_the_same_in_every_library(known, name, library):
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    target, truth = known[name]
+    z = truth.draw(np.random.default_rng(0), 50)
+    xp = NAMESPACES[library]()
+    if library == "torch":
+        torch.set_default_dtype(torch.float64)
+        try:
+            values = target.log_density(xp, torch.tensor(z)).numpy()
+            one = float(target.log_density(xp, torch.tensor(z[0])))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        tolerance = 1e-9
+    elif library == "jax":
+        import jax
+
+        values = np.asarray(jax.vmap(lambda point: target.log_density(xp, point))(z))
+        one, tolerance = float(target.log_density(xp, jax.numpy.asarray(z[0]))), 2e-3  # single precision
+    else:
+        import pytensor.tensor as pt
+
+        values = target.log_density(xp, pt.constant(z)).eval()
+        one, tolerance = float(target.log_density(xp, pt.constant(z[0])).eval()), 1e-9
+    np.testing.assert_allclose(values, log_density(target, z), rtol=tolerance, atol=10 * tolerance)
+    np.testing.assert_allclose(one, values[0], rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_prior_has_the_density_of_its_draws(known, name):
+    """Change of variables: log p(f(u)) + log |det f'(u)| = log N(u), with f' by central differences."""
+    target, _ = known[name]
+    h = 1e-5
+    for u in np.random.default_rng(1).standard_normal((3, target.dim)):
+        steps = h * np.eye(target.dim)
+        jacobian = (target.from_normal(u + steps) - target.from_normal(u - steps)) / (2 * h)
+        _, log_det = np.linalg.slogdet(jacobian)
+        z = target.from_normal(u[None])
+        found = float(np.asarray(target.log_prior(XP, z))[0]) + log_det
+        assert found == pytest.approx(norm.logpdf(u).sum(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_moments_and_shares_are_those_of_exact_draws(known, name):
+    """Within five standard errors, with a fixed seed; of 600 numbers none would be off in 3,000 such seeds."""
+    _, truth = known[name]
+    n = 20_000
+    z = truth.draw(np.random.default_rng(2), n)
+    judged = ~np.isnan(truth.mean)
+    off = np.abs(z.mean(0) - truth.mean)[judged] / truth.sd[judged] * math.sqrt(n)
+    assert (off < 5).all()
+    kurtosis = (((z - truth.mean) / truth.sd) ** 4).mean(0)[judged]
+    spread = np.abs(z.std(0) / truth.sd - 1)[judged] * 2 * math.sqrt(n) / np.sqrt(kurtosis - 1)
+    assert (spread < 5).all()
+    if truth.shares is not None:
+        error = np.abs(truth.regions(z).mean(0) - truth.shares)
+        assert (error < 5 * np.sqrt(truth.shares * (1 - truth.shares) / n)).all()
+
+
+def on_grid(target, *axes):
+    """Return the log integral over a grid, by the midpoint rule."""
+    points = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
+    cell = sum(math.log(axis[1] - axis[0]) for axis in axes)
+    return float(logsumexp(log_density(target, points))) + cell
+
+
+@pytest.mark.parametrize(
+    ("name", "bound", "size", "tolerance"),
+    [("forty modes, 2-D", 50, 200, 1e-3), ("two moons", 1.8, 1200, 5e-3)],
+)
+def test_evidence_in_two_dimensions_is_that_of_a_grid(known, name, bound, size, tolerance):
+    target, truth = known[name]
+    axis = np.linspace(-bound, bound, size)
+    assert on_grid(target, axis, axis) == pytest.approx(truth.log_evidence, abs=tolerance)
+
+
+def test_evidence_of_eight_schools_is_that_of_effects_integrated_out(known):
+    mu, log_tau = np.linspace(-40, 40, 401)[:, None, None], np.linspace(-12, 7, 800)[None, :, None]
+    tau = np.exp(log_tau)
+    log_p = norm.logpdf(EFFECTS, mu, np.sqrt(tau**2 + ERRORS**2)).sum(-1) + norm.logpdf(mu[..., 0], 0, 5)
+    log_p = log_p + (np.log(2 / (5 * np.pi * (1 + (tau / 5) ** 2))) + log_tau)[..., 0]
+    cell = math.log(80 / 400) + math.log(19 / 799)
+    assert known["eight schools, centered"][1].log_evidence == pytest.approx(logsumexp(log_p) + cell, abs=1e-4)
+
+
+def test_evidence_of_the_brownian_motion_is_that_of_its_marginal(known):
+    """The observations are normal with covariance s^2 min(t, t') + r^2."""
+    times = SEEN + 1.0
+    paths = np.minimum(times[:, None], times)
+    low, high = np.linspace(-7, 1.5, 40), np.linspace(-5, 1.5, 40)
+    values = [
+        multivariate_normal.logpdf(BROWNIAN, cov=math.exp(2 * a) * paths + math.exp(2 * b) * np.eye(20))
+        + norm.logpdf([a, b], 0, 2).sum()
+        for a in low
+        for b in high
+    ]
+    cell = math.log(low[1] - low[0]) + math.log(high[1] - high[0])
+    assert known["Brownian gap, 32-D"][1].log_evidence == pytest.approx(logsumexp(values) + cell, abs=5e-3)
+
+
+def test_evidence_of_the_paper_s_models_is_that_of_the_examples(known):
+    """Two importance samplings, of this formula and of the examples' programs; errors of .0025 and .0006."""
+    reference = ROOT / "benchmarks" / "reference"
+    modes = json.loads((reference / "hiv.json").read_text())["posteriors"].values()
+    hiv = logsumexp([mode["log_evidence"] for mode in modes])
+    assert known["HIV"][1].log_evidence == pytest.approx(hiv, abs=0.01)
+    lorenz = json.loads((reference / "lorenz.json").read_text())["posteriors"]["0.2"]
+    truth = known["Lorenz"][1]
+    assert truth.log_evidence == pytest.approx(lorenz["log_evidence"], abs=0.01)
+    np.testing.assert_allclose(truth.mean, lorenz["mean"], atol=0.03 * max(lorenz["sd"]))
+
+
+def test_truth_of_the_lynx_is_that_of_long_chains(known):
+    chains = json.loads((ROOT / "benchmarks" / "reference" / "lynx_hare_nuts.json").read_text())
+    z = known["lynx and hare"][1].draw(np.random.default_rng(0), 20_000)
+    for i, name in enumerate(("alpha", "beta", "gamma", "delta")):
+        assert np.exp(z[:, i]).mean() == pytest.approx(chains[name]["mean"], abs=0.05 * chains[name]["sd"])
+
+
+def test_measures_of_exact_shifted_and_weighted_draws(known):
+    """The means of 20,000 exact draws are off by more than .05 sd once in 10^11."""
+    target, truth = known["two modes, 50-D"]
+    exact = truth.draw(np.random.default_rng(3), 20_000)
+    equal = np.zeros(len(exact))
+    right = measure(target, truth, exact, equal)
+    assert right["mean"] < 0.05
+    assert right["share"] < 0.02
+    assert right["wasserstein"] < 1.5
+    assert score(right) < 1
+    shifted = measure(target, truth, exact + 0.5 * truth.sd, equal)
+    assert shifted["mean"] == pytest.approx(0.5, abs=0.05)
+    assert shifted["wasserstein"] > 3
+    one_mode = exact[truth.regions(exact)[:, 0]]
+    lost = measure(target, truth, one_mode, np.zeros(len(one_mode)))
+    assert lost["share"] == pytest.approx(0.3, abs=1e-3)
+    assert score({**lost, "evidence": 0.01}) > 5
+    # One mode has half of the draws it should have, and weights that mend it.
+    kept = truth.regions(exact)[:, 1] | (np.arange(len(exact)) % 2 == 0)
+    log_weights = np.where(truth.regions(exact)[:, 1], 0.0, math.log(2))[kept]
+    assert measure(target, truth, exact[kept], log_weights)["share"] < 0.02
+    assert score(measure(target, truth, np.full((5, 50), np.nan), np.zeros(5))) is None
+
+
+def row(system, mean, seconds, told=""):
+    numbers = {"evidence": None, "mean": mean, "sd": 0.0, "share": None, "wasserstein": 1.0}
+    return {"target": "HIV", "system": system, "seed": 1, "seconds": seconds, "told": told, **numbers}
+
+
+def test_who_is_best_and_what_became_of_a_cell():
+    cells = report.cells_of([row("fit", 0.05, 9.0), row("natural_svi", 0.02, 20.0), row("dynesty", 0.04, 30.0)])
+    assert report.beaten("HIV", cells) == (["dynesty"], [])  # `fit` is right and ours at its fastest
+    cells = report.cells_of([row("fit", 0.05, 9.0), row("dynesty", 0.06, 5.0), row("pocoMC", 0.3, 1.0)])
+    assert report.beaten("HIV", cells) == ([], ["dynesty"])
+    assert report.beaten("HIV", report.cells_of([row("fit", 0.05, 9.0), row("pocoMC", 0.3, 1.0)])) == ([], [])
+    assert report.outcome([row("fit", 0.05, 9.0)]) == "right"
+    assert report.outcome([row("fit", 0.05, 9.0), row("fit", 0.5, 9.0, "k-hat")]) == "told"
+    assert report.outcome([row("fit", 0.5, 9.0), row("fit", 0.6, 9.0, "k-hat")]) == "quiet"
+    assert report.outcome([{"target": "HIV", "system": "fit", "cannot": "not ended"}]) == "none"
+
+
+def test_the_report_of_the_stored_cells():
+    cells = report.cells_of(read())
+    assert cells
+    reasons = json.loads(report.REASONS.read_text())
+    text = report.tables(cells, reasons, dict.fromkeys(TARGETS, ""))  # a missing reason is a KeyError
+    for target, system in cells:
+        assert f"### {target}" in text
+        assert re.search(rf"^\| \**{re.escape(system)}\** \|", text, re.MULTILINE)
+    page = (report.FIGURES / "tables.md").read_text()
+    for line in text.splitlines():
+        assert line in page, "python -m benchmarks.rivals.report"
+
+
+def test_every_system_is_pinned_and_every_stored_cell_known():
+    for system in SYSTEMS.values():
+        module = system.function.partition(":")[0]
+        assert (ROOT / "benchmarks" / "rivals" / "systems" / f"{module}.py").exists()
+        if system.environment:
+            pins = ROOT / "benchmarks" / "rivals" / "requirements" / f"{system.environment}.txt"
+            assert all(re.fullmatch(r"[\w.\-]+==[\w.+]+", line) for line in pins.read_text().splitlines())
+    assert set(QUICK) <= set(TARGETS)
+    assert set(OURS) <= set(SYSTEMS)
+    rows = read()
+    assert len({(r["target"], r["system"], r["seed"]) for r in rows}) == len(rows)
+    assert all(r["target"] in TARGETS and r["system"] in SYSTEMS for r in rows)
+
+
+def test_a_cell_that_the_file_has_is_not_run_again(tmp_path, monkeypatch):
+    asked = []
+
+    def fake(system, target, seed, limit, folder, known):
+        asked.append((system, seed))
+        return {"target": target, "system": system, "seed": seed, "cannot": "a test"}
+
+    monkeypatch.setattr(rivals_main, "run_cell", fake)
+    out = tmp_path / "cells.jsonl"
+    arguments = ["--targets", "HIV", "--systems", "fit", "dynesty", "--out", str(out), "--seeds"]
+    rivals_main.main([*arguments, "1"])
+    rivals_main.main([*arguments, "2"])
+    assert asked == [("fit", 0), ("dynesty", 0), ("fit", 1), ("dynesty", 1)]
+    assert len(read(out)) == 4
+
+
+def test_a_system_out_of_time_and_one_that_is_not_there_are_told(tmp_path, known, monkeypatch):
+    out_of_time = run_cell("fit", "two moons", 0, 1, tmp_path, known)  # importing takes longer
+    assert out_of_time["cannot"] == "not ended in 1 s"
+    monkeypatch.setattr("rivals.runner.environment", lambda name, folder: Path("/usr/bin/env"))
+    missing = run_cell("dynesty", "two moons", 0, 1, tmp_path, known)
+    assert missing["cannot"]
+    assert "wasserstein" not in missing
