@@ -85,7 +85,7 @@ def test_the_prior_has_the_density_of_its_draws(known, name):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_moments_and_shares_are_those_of_exact_draws(known, name):
-    """Within five standard errors, with a fixed seed; of 600 numbers none would be off in 3,000 such seeds."""
+    """Within five standard errors, with a fixed seed; among 600 numbers one is off in 3,000 seeds."""
     _, truth = known[name]
     n = 20_000
     z = truth.draw(np.random.default_rng(2), n)
@@ -123,7 +123,9 @@ def test_evidence_of_eight_schools_is_that_of_effects_integrated_out(known):
     log_p = norm.logpdf(EFFECTS, mu, np.sqrt(tau**2 + ERRORS**2)).sum(-1) + norm.logpdf(mu[..., 0], 0, 5)
     log_p = log_p + (np.log(2 / (5 * np.pi * (1 + (tau / 5) ** 2))) + log_tau)[..., 0]
     cell = math.log(80 / 400) + math.log(19 / 799)
-    assert known["eight schools, centered"][1].log_evidence == pytest.approx(logsumexp(log_p) + cell, abs=1e-4)
+    assert known["eight schools, centered"][1].log_evidence == pytest.approx(
+        logsumexp(log_p) + cell, abs=1e-4
+    )
 
 
 def test_evidence_of_the_brownian_motion_is_that_of_its_marginal(known):
@@ -190,7 +192,9 @@ def row(system, mean, seconds, told=""):
 
 
 def test_who_is_best_and_what_became_of_a_cell():
-    cells = report.cells_of([row("fit", 0.05, 9.0), row("natural_svi", 0.02, 20.0), row("dynesty", 0.04, 30.0)])
+    cells = report.cells_of(
+        [row("fit", 0.05, 9.0), row("natural_svi", 0.02, 20.0), row("dynesty", 0.04, 30.0)]
+    )
     assert report.beaten("HIV", cells) == (["dynesty"], [])  # `fit` is right and ours at its fastest
     cells = report.cells_of([row("fit", 0.05, 9.0), row("dynesty", 0.06, 5.0), row("pocoMC", 0.3, 1.0)])
     assert report.beaten("HIV", cells) == ([], ["dynesty"])

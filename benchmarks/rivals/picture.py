@@ -32,7 +32,7 @@ def draw(cells: dict[tuple[str, str], tuple[str, str]], path: Path) -> None:
     systems = [name for name in SYSTEMS if any(system == name for _, system in cells)]
     systems.sort(key=lambda name: name not in OURS)
     figure, axes = plt.subplots(
-        figsize=(1.6 + 0.62 * len(systems), 1.6 + 0.32 * len(targets)), layout="constrained"
+        figsize=(max(6.0, 1.6 + 0.62 * len(systems)), 1.6 + 0.32 * len(targets)), layout="constrained"
     )
     for (target, system), (kind, text) in cells.items():
         x, y = systems.index(system), targets.index(target)

@@ -137,9 +137,12 @@ def _line(system: str, rows: list[Row]) -> str:
 
 def _standing(target: str, cells: Cells, reasons: dict[str, str]) -> str:
     accurate, faster = beaten(target, cells)
-    if not accurate and not faster:
+    is_right = any(
+        outcome(rows) == "right" for (name, s), rows in cells.items() if name == target and s in OURS
+    )
+    if is_right and not accurate and not faster:
         return "Ours is the best here, in accuracy and in time."
-    told = []
+    told = [] if is_right else ["none of ours is right"]
     if accurate:
         told.append(f"more accurate: {', '.join(accurate)}")
     if faster:
@@ -173,7 +176,7 @@ def tables(cells: Cells, reasons: dict[str, str], intros: dict[str, str]) -> str
             _standing(target, cells, reasons),
         ]
         if missing:
-            parts.append(f"Not run here: {', '.join(missing)}.")
+            parts.append(f"Not run here: {'; '.join(missing)}.")
     return "\n\n".join(parts) + "\n"
 
 
