@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pyro
 import pyro.distributions as dist
@@ -22,7 +23,10 @@ from pyro_adaann import (
     importance_draws,
     natural_svi,
 )
+from pyro_adaann.fitting.models import check_model
 from pyro_adaann.objectives.lenient import Leniency, Violations
+from pyro_adaann.processes.rows import Rows, SplitDistribution
+from pyro_adaann.sampling.density import UnconstrainedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Encountered")
 
@@ -108,6 +112,44 @@ def test_a_finite_density_of_a_parameter_out_of_range_counts_as_none():
         density = trace.nodes["g"]["fn"].log_prob(torch.ones(2))
     assert math.isclose(float(density[0]), -1.0)
     assert math.isnan(float(density[1]))
+
+
+@pytest.mark.parametrize(
+    ("model", "cause"),
+    [
+        (
+            covariance,
+            r".*covariance_matrix is not PositiveDefinite.* at site 'y'",
+        ),
+        (cut_points, r"cutpoints is not OrderedVector\(\) in the OrderedLogistic at site 'y'"),
+        (gaussian_process, r"linalg.cholesky: .*not positive-definite.*at site 'y'"),
+    ],
+)
+def test_a_verdict_says_what_has_broken_draws(model, cause):
+    pyro.set_rng_seed(0)
+    diagnosis = diagnose((model, AutoPlanar(model, 2, base_scale=3.0).initialize()), num_samples=300)
+    assert diagnosis.num_broken > 0
+    assert re.search(cause, diagnosis.broken_cause)
+    assert re.search(rf"broken draws +{diagnosis.num_broken} \(.*\): {cause}", str(diagnosis))
+    assert diagnosis.has_many_broken == bool(re.search(cause, diagnosis.verdict))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_runs_that_find_the_sites_take_any_draw(seed):
+    pyro.set_rng_seed(seed)  # one of three prior draws has no factorization
+    assert check_model(covariance, (), {}) == 0
+    pyro.set_rng_seed(seed)
+    assert UnconstrainedModel(covariance, (), {}).dim == 1
+
+
+def test_rows_of_one_process_are_watched_too():
+    own = dist.Gamma(torch.tensor([2.0, -1.0]), 1.0, validate_args=False)
+    shared = SplitDistribution(own, Rows(total=4, start=0, stop=2, dim=-1))
+    watch = Violations()
+    watch._pyro_post_sample({"name": "y", "fn": shared})
+    density = shared.base_dist.log_prob(torch.tensor(1.0))
+    assert torch.isfinite(density).tolist() == [True, False]
+    assert watch.violated == {"y": "concentration is not GreaterThan(lower_bound=0.0) in the Gamma"}
 
 
 def test_a_model_that_takes_no_draw_says_at_which_site_and_why():

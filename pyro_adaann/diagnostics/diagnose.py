@@ -100,6 +100,7 @@ def assess(
     num_samples = len(log_weights)
     return Diagnosis(
         **statistics(log_weights),
+        broken_cause=draws.leniency.cause,
         inverse_temperature=get_inverse_temperature(svi),
         is_done=svi.is_done if isinstance(svi, AdaAnnSVI) else None,
         reach=measure_reach(model, guide, args, kwargs, num_samples, batch_size, vectorize),

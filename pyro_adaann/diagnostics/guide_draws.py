@@ -93,7 +93,8 @@ class GuideDraws:
         # Sites that the guide would enumerate are drawn: one value per particle.
         self.guide = poutine.infer_config(guide, lambda site: {"enumerate": None})
         self._args, self._kwargs, self._vectorize = args, kwargs, vectorize
-        self._leniency = Leniency()
+        #: What has broken draws so far.
+        self.leniency = Leniency()
         self.guide_prototype, self.prototype = self._run(lambda: self._run_once(self.guide))
         names = latent_names(self.prototype)
         #: Latent sites of the model that are summed out, since the guide does not draw them.
@@ -123,7 +124,7 @@ class GuideDraws:
         """
         with torch.no_grad(), warnings.catch_warnings(), expects_tempered():
             warnings.filterwarnings("ignore", message="Encountered")
-            return self._leniency.insist(run)
+            return self.leniency.insist(run)
 
     def _run_batch(self, run: Callable[[], Any]) -> Any:
         """Run; an error of a batch, after a single draw has worked, says that the model may not vectorize."""

@@ -46,6 +46,7 @@ class Measurements:
     :param num_stalled: stages in which no step was accepted.
     :param num_stages: stages below 1.
     :param is_scaled: whether the model scales its log density.
+    :param broken_cause: which parameter or factorization has broken draws, empty if none is known.
     """
 
     num_samples: int
@@ -65,6 +66,7 @@ class Measurements:
     num_stalled: int = 0
     num_stages: int = 0
     is_scaled: bool = False
+    broken_cause: str = ""
 
     @property
     def broken_share(self) -> float:

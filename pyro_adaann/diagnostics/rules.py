@@ -123,11 +123,12 @@ def _unknown_reach(m: Measurements) -> Finding | None:
 def _broken(m: Measurements) -> Finding | None:
     if not m.has_many_broken:
         return None
+    cause = f" ({m.broken_cause})" if m.broken_cause else ""
     return Finding(
         Level.UNRELIABLE,
-        f"The model has no finite log density at {percent(m.broken_share)} of the draws. Look for the cause "
-        f"there first: overflow, a parameter outside of its constraint (a negative scale), or a guide wider "
-        f"than the support.",
+        f"The model has no finite log density at {percent(m.broken_share)} of the draws{cause}. Look for the "
+        f"cause there first: overflow, a parameter outside of its constraint (a negative scale), or a guide "
+        f"wider than the support.",
     )
 
 

@@ -39,6 +39,7 @@ class Diagnosis(Measurements):
     :param num_stalled: stages of the present pass below 1 in which no step was accepted.
     :param num_stages: stages of the present pass below 1.
     :param is_scaled: whether the model scales its log density, so that the verdict is about these arguments.
+    :param broken_cause: which parameter or factorization has broken draws, empty if none is known.
 
     Source: Yao et al., *Yes, but did it work? Evaluating variational inference*, ICML 2018; Vehtari et
     al., *Pareto smoothed importance sampling*, JMLR 25 (2024).
@@ -100,7 +101,7 @@ def _rows(d: Diagnosis) -> list[tuple[str, str]]:
         ("inverse temperature", rounded(d.inverse_temperature)),
         ("Pareto k-hat", _shape(d)),
         ("effective sample size", f"{d.ess:.0f} ({percent(d.ess / d.num_samples)} of {d.num_samples} draws)"),
-        ("broken draws", f"{d.num_broken} ({percent(d.broken_share)})"),
+        ("broken draws", _broken(d)),
         ("log evidence", f"{nats(d.log_evidence)} +- {nats(d.log_evidence_se)}"),
         ("ELBO", f"{nats(d.elbo)} +- {nats(d.elbo_se)}, {nats(d.gap)} nats below"),
     ]
@@ -115,6 +116,11 @@ def _rows(d: Diagnosis) -> list[tuple[str, str]]:
     if d.thermodynamic is not None:
         rows.append(("log evidence, 2nd way", _second_way(d, d.thermodynamic)))
     return rows
+
+
+def _broken(d: Diagnosis) -> str:
+    cause = f": {d.broken_cause}" if d.num_broken and d.broken_cause else ""
+    return f"{d.num_broken} ({percent(d.broken_share)}){cause}"
 
 
 def _shape(d: Diagnosis) -> str:

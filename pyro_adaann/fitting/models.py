@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro_adaann.checks import check_callable
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
 from pyro_adaann.diagnostics.model_and_guide import latent_names, plate_nesting
+from pyro_adaann.objectives.lenient import run_leniently
 from pyro_adaann.objectives.traces import subsampled_plate
 
 __all__ = ["check_model", "check_vectorizes"]
@@ -30,7 +31,7 @@ def check_model(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     check_callable("model", model, "fit(Model(), ...)")
     with poutine.block(), torch.no_grad(), warnings.catch_warnings(), pyro.validation_enabled(False):
         warnings.simplefilter("ignore")
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
+        trace = run_leniently(poutine.trace(model).get_trace, *args, **kwargs)
     frame = subsampled_plate(trace)
     if frame is not None:
         raise ValueError(

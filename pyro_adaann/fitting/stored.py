@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 
 from pyro_adaann.diagnostics.importance import WeightedDraws
+from pyro_adaann.objectives.lenient import run_leniently
 
 __all__ = ["StoredDraws"]
 
@@ -38,7 +39,7 @@ class StoredDraws:
         self._draws = draws
         with poutine.block(), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._sites = poutine.trace(model).get_trace(*args, **kwargs).nodes
+            self._sites = run_leniently(poutine.trace(model).get_trace, *args, **kwargs).nodes
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         log_q = self._draws.log_q

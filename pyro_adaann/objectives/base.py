@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.annealing.tempering import Tempering
 from pyro_adaann.guide_status import expects_tempered, is_expected
-from pyro_adaann.objectives.lenient import Leniency
+from pyro_adaann.objectives.lenient import Leniency, PartlyValid
 from pyro_adaann.objectives.memory import LogFactorMemory
 from pyro_adaann.objectives.sites import check_scales, num_latents
 from pyro_adaann.objectives.traces import (
@@ -216,8 +216,8 @@ def sites_in(model_trace: Trace) -> list[str]:
 
 
 def _kind(fn: Any) -> str:
-    wrappers = dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution | SplitDistribution
-    while isinstance(fn, wrappers):
+    of_torch = dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution
+    while isinstance(fn, of_torch | SplitDistribution | PartlyValid):
         fn = fn.base_dist
     return type(fn).__name__
 

@@ -17,8 +17,9 @@ from torch.distributions.utils import lazy_property
 from torch.overrides import TorchFunctionMode
 
 from pyro_adaann.processes.errors import true_of_all_errors
+from pyro_adaann.processes.rows import SplitDistribution
 
-__all__ = ["BROKEN_DRAW_ERRORS", "Leniency", "Violations"]
+__all__ = ["BROKEN_DRAW_ERRORS", "Leniency", "PartlyValid", "Violations", "run_leniently"]
 
 #: The kinds of errors by which torch refuses a whole batch for one draw.
 BROKEN_DRAW_ERRORS = (ValueError, torch.linalg.LinAlgError)
@@ -41,6 +42,8 @@ class Leniency:
         self.watches_factorizations = False
         #: The latest error that was forgiven, which tells why no draw is left if none is.
         self.error: BaseException | None = None
+        #: What was wrong with a parameter, by site.
+        self.violated: dict[str, str] = {}
 
     def forgive(self, error: BaseException) -> bool:
         """Whether the error may be that of one draw of a batch, and the next run will not raise it.
@@ -66,6 +69,14 @@ class Leniency:
                 if not self.forgive(error):
                     raise
 
+    @property
+    def cause(self) -> str:
+        """What has broken draws, as a clause; empty where nothing was forgiven."""
+        causes = [f"{what} at site {name!r}" for name, what in self.violated.items()]
+        if isinstance(self.error, torch.linalg.LinAlgError):
+            causes.insert(0, str(self.error).splitlines()[0].rstrip("."))
+        return "; ".join(causes)
+
     def state(self) -> list[bool]:
         """Return what the next runs depend on, as plain data; :meth:`restore` takes it."""
         return [self.validates, self.watches_factorizations]
@@ -80,12 +91,17 @@ class Leniency:
         if self.validates:
             yield
             return
-        with pyro.validation_enabled(False), Violations():
+        with pyro.validation_enabled(False), Violations(self.violated):
             if not self.watches_factorizations:
                 yield
                 return
             with _NaNFactors():
                 yield
+
+
+def run_leniently(run: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+    """Run something once, for its sites and shapes, whatever its draw does to the model."""
+    return Leniency(validates=False).insist(lambda: run(*args, **kwargs))
 
 
 def _is_of_parameter(error: BaseException) -> bool:
@@ -99,16 +115,31 @@ class Violations(Messenger):
 
     Without torch's validation it may be finite there and mean nothing, as that of a gamma distribution with
     a negative shape.
+
+    :param violated: gets what is wrong with a parameter, by site.
     """
 
+    def __init__(self, violated: dict[str, str] | None = None) -> None:
+        super().__init__()
+        self.violated = {} if violated is None else violated
+
     def _pyro_post_sample(self, msg: Any) -> None:
-        fn = msg["fn"]
+        name, fn = msg["name"], msg["fn"]
+        if isinstance(fn, SplitDistribution):  # of which this process knows its own rows
+            fn.base_dist = self._checked(name, fn.base_dist)
+        else:
+            msg["fn"] = self._checked(name, fn)
+
+    def _checked(self, name: str, fn: Any) -> Any:
         is_valid = _is_valid(fn)
-        if is_valid is not None and not bool(is_valid.all()):
-            msg["fn"] = _PartlyValid(fn, is_valid)
+        if is_valid is None or bool(is_valid.all()):
+            return fn
+        if name not in self.violated:
+            self.violated[name] = _violation(fn)
+        return PartlyValid(fn, is_valid)
 
 
-class _PartlyValid(TorchDistribution):
+class PartlyValid(TorchDistribution):
     """A distribution whose log density is NaN where its parameters are not valid."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -147,22 +178,33 @@ def _is_valid(fn: Any) -> Tensor | None:
     if isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution):
         inner = _is_valid(fn.base_dist)
         return inner if inner is None else inner.expand(fn.batch_shape)
-    constraints = getattr(fn, "arg_constraints", None)
-    if not isinstance(constraints, dict):
-        return None
     result = None
-    for name, constraint in constraints.items():
-        is_derived = name not in vars(fn) and isinstance(getattr(type(fn), name, None), lazy_property)
-        if is_dependent(constraint) or is_derived:
-            continue  # as torch's own validation leaves them
-        value = getattr(fn, name)
-        if not isinstance(value, Tensor):
-            continue  # a number is the same for all draws
+    for _, constraint, value in _given_parameters(fn):
         is_valid = constraint.check(value)
         while is_valid.dim() > len(fn.batch_shape):
             is_valid = is_valid.all(-1)
         result = is_valid if result is None else result & is_valid
     return None if result is None else result.expand(fn.batch_shape)
+
+
+def _given_parameters(fn: Any) -> Iterator[tuple[str, Any, Tensor]]:
+    """Yield name, constraint and value of the parameters that torch's own validation looks at."""
+    constraints = getattr(fn, "arg_constraints", None)
+    for name, constraint in constraints.items() if isinstance(constraints, dict) else ():
+        is_derived = name not in vars(fn) and isinstance(getattr(type(fn), name, None), lazy_property)
+        if is_dependent(constraint) or is_derived:
+            continue
+        value = getattr(fn, name)
+        if isinstance(value, Tensor):  # a number is the same for all draws
+            yield name, constraint, value
+
+
+def _violation(fn: Any) -> str:
+    """Return which parameter violates which constraint, as a clause."""
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    bad = [f"{name} is not {c}" for name, c, value in _given_parameters(fn) if not bool(c.check(value).all())]
+    return f"{' and '.join(bad)} in the {type(fn).__name__}"
 
 
 class _NaNFactors(TorchFunctionMode):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_adaann.annealing.tempering import is_delta
 from pyro_adaann.objectives.fixed_density import site_log_density
-from pyro_adaann.objectives.lenient import Leniency
+from pyro_adaann.objectives.lenient import run_leniently
 from pyro_adaann.objectives.sites import common_scale, has_density
 from pyro_adaann.objectives.traces import PARTICLE_PLATE, as_numbers, per_particle, sites_of
 from pyro_adaann.weights import median_and_reach
@@ -164,7 +164,7 @@ def _mask(site: Any, broken: Tensor) -> None:
 
 def nonfinite_sites(model: Any, guide: Any, args: Any, kwargs: Any) -> list[str]:
     """Return the names of the sites whose log density is not finite in one fresh draw."""
-    return Leniency(validates=False).insist(lambda: _nonfinite_sites(model, guide, args, kwargs))
+    return run_leniently(_nonfinite_sites, model, guide, args, kwargs)
 
 
 @torch.no_grad()

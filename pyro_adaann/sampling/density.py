@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_adaann.diagnostics.model_and_guide import check_subsampling, plate_nesting
-from pyro_adaann.objectives.lenient import Leniency, Violations
+from pyro_adaann.objectives.lenient import Leniency, Violations, run_leniently
 from pyro_adaann.objectives.traces import marginal_log_density, per_particle, sites_of
 from pyro_adaann.processes.split import split
 
@@ -75,11 +75,11 @@ class UnconstrainedModel:
         self.model, self._args, self._kwargs, self._vectorize = model, args, kwargs, vectorize
         # Values of these runs are not used, so neither shall be their random numbers.
         with torch.no_grad(), without_validation(), torch.random.fork_rng():
-            trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+            trace = run_leniently(poutine.block(poutine.trace(model).get_trace), *args, **kwargs)
             check_subsampling(trace)
             enumerated = {s["name"] for s in sites_of(trace) if s["infer"].get("enumerate") == "parallel"}
             self._points = _Points(poutine.block(model, hide=sorted(enumerated)))
-            self._points._setup_prototype(*args, **kwargs)
+            run_leniently(self._points._setup_prototype, *args, **kwargs)
         self._kind: type[ELBO] = TraceEnum_ELBO if enumerated else Trace_ELBO
         self.sites: dict[str, Any] = dict(self._points.prototype_trace.iter_stochastic_nodes())
         self._transforms = {name: biject_to(site["fn"].support) for name, site in self.sites.items()}

@@ -14,6 +14,7 @@ from pyro.optim import PyroLRScheduler
 
 from pyro_adaann.annealing.history import AnnealingStage, Recovery
 from pyro_adaann.objectives.base import sites_in
+from pyro_adaann.objectives.lenient import run_leniently
 from pyro_adaann.objectives.traces import captured_parameters
 from pyro_adaann.state.budget import StepPlan
 from pyro_adaann.state.checkpoint import read_checkpoint
@@ -66,7 +67,7 @@ def restore_fit(
         with poutine.trace(param_only=True) as capture, pyro.validation_enabled(False), torch.no_grad():
             guide_trace = poutine.trace(parameters.guide).get_trace(*args, **kwargs)
             model = poutine.replay(parameters.model, trace=guide_trace)
-            sites = sites_in(poutine.trace(model).get_trace(*args, **kwargs))
+            sites = sites_in(run_leniently(poutine.trace(model).get_trace, *args, **kwargs))
         found = captured_parameters(capture.trace)
         _check_sites(sites, state["objective"]["sites"])
         parameters.check(state["parameters"], found)
