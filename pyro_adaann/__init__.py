@@ -28,6 +28,7 @@ from pyro_adaann.guides.spline import AutoSpline
 from pyro_adaann.guides.zuko import AutoZuko
 from pyro_adaann.natural import natural_svi
 from pyro_adaann.objectives.mixed_kl import TraceMixedKL_ELBO
+from pyro_adaann.objectives.one_by_one import one_by_one
 from pyro_adaann.objectives.tempered_elbo import TemperedTrace_ELBO
 from pyro_adaann.sampling.calibration import Calibration, simulation_based_calibration
 from pyro_adaann.sampling.opinion import SecondOpinion, second_opinion
@@ -89,6 +90,7 @@ __all__ = [
     "importance_draws",
     "mixture_draws",
     "natural_svi",
+    "one_by_one",
     "pareto_smooth",
     "plots",
     "polish",

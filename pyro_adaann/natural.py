@@ -37,7 +37,8 @@ def natural_svi(
     for :func:`diagnose`. A fit takes about a hundred steps. It is meant for flow guides whose base covers
     the modes.
 
-    :param model: a Pyro model that vectorizes, has no parameters of its own and does not subsample.
+    :param model: a Pyro model that vectorizes (or :func:`one_by_one` of one that does not), has no parameters
+        of its own and does not subsample.
     :param guide: a guide of this package, by default an :class:`~pyro_adaann.AutoSpline` whose base comes
         from draws of the prior, ``svi.guide``. For a guide of another package pass ``path="joint"``.
     :param num_particles: draws of a step. A step evaluates the model on two or more such batches.

@@ -383,16 +383,19 @@ def test_one_can_go_on():
 class StubSVI:
     """A driver whose guide has one site."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_steps: int) -> None:
         self.guide = SimpleNamespace(_unconstrained_shapes={"z": torch.Size([])})
+        self.history = SimpleNamespace(num_steps=num_steps)
 
 
-def made(log_evidence=0.0, *, ess=9000.0, k_hat=0.3, width=None, share=0.0, reach_ess=9000.0) -> Attempt:
+def made(
+    log_evidence=0.0, *, ess=9000.0, k_hat=0.3, width=None, share=0.0, reach_ess=9000.0, num_steps=80
+) -> Attempt:
     """An attempt whose diagnosis has these numbers."""
     reach = Reach(share, 0.1 * share, ("z",) if share else (), 1.6, log_evidence, 0.001, reach_ess, 0.3)
     diagnosis = Diagnosis(10_000, 0, k_hat, ess, log_evidence, 0.001, log_evidence - 0.01, 0.001, reach=reach)
     widths = {} if width is None else {"z": width}
-    return Attempt(Plan(0, widths, 500), StubSVI(), diagnosis, End.DONE, 1.0)
+    return Attempt(Plan(0, widths, 500), StubSVI(num_steps), diagnosis, End.DONE, 1.0)
 
 
 def test_a_good_fit_is_the_last_one_unless_more_are_asked_for():
@@ -418,6 +421,10 @@ def test_a_second_seed_follows_where_the_first_is_not_good():
     # A third one where the second finds more, until two agree, six in all.
     assert next_plan([made(-0.7), made(0.0)], 0, None) == Plan(2, {}, 500)
     assert next_plan([made(-0.1 * i) for i in range(6)], 0, None) is None
+    # None after 600 steps in all, unless it is asked for.
+    slow = [made(-0.7, num_steps=301), made(0.0, num_steps=300)]
+    assert next_plan(slow, 0, None) is None
+    assert next_plan(slow, 0, 3) == Plan(2, {}, 500)
 
 
 def test_fits_that_do_not_agree_are_an_alarm_until_two_hold_everything():
@@ -499,10 +506,10 @@ def without_latents():
     pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
 
 
-def for_one_draw():
-    beta = pyro.sample("beta", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    with pyro.plate("data", 4):
-        pyro.sample("y", dist.Normal(torch.ones(4, 3) @ beta, 1.0), obs=torch.zeros(4))
+def with_sites_that_depend_on_the_draw():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    if z > 0:
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
 
 
 @pytest.mark.parametrize(
@@ -512,7 +519,10 @@ def for_one_draw():
         (subsampled, r"every plate in full; got 2 of 5 in plate 'data'.*AdaAnnSVI"),
         (discrete, r"discrete ones that are summed out; got 'k'.*AdaAnnSVI"),
         (without_latents, r"with continuous latent variables; got none"),
-        (for_one_draw, r"many draws at once, under an outermost plate; got .*AdaAnnSVI"),
+        (
+            with_sites_that_depend_on_the_draw,
+            r"many draws at once, under an outermost plate; got .*AdaAnnSVI",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pyro_adaann.diagnostics.diagnose import diagnose
 from pyro_adaann.diagnostics.verdict import Diagnosis
-from pyro_adaann.fitting.models import check_vectorizes
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.continuous import continuous_part
@@ -24,7 +23,7 @@ from pyro_adaann.processes.group import anywhere, number_from_first
 from pyro_adaann.state.interrupt import InterruptGuard
 from pyro_adaann.svi import AdaAnnSVI
 
-__all__ = ["Attempt", "Clock", "End", "Plan", "attempt"]
+__all__ = ["Attempt", "Clock", "End", "Plan", "attempt", "make_guide"]
 
 
 class End(Enum):
@@ -110,8 +109,7 @@ def attempt(
         pyro.set_rng_seed(plan.seed)
     with pyro.get_param_store().scope():
         progress.phase(f"{name}: base")
-        guide = _make_guide(model, plan.widths, args, kwargs)
-        check_vectorizes(model, guide, args, kwargs)
+        guide = make_guide(model, plan.widths, args, kwargs)
         svi = natural_svi(model, guide, num_particles=plan.num_particles, max_plate_nesting=nesting)
         progress.phase(f"{name}: annealing")
         end = End.DONE
@@ -127,7 +125,7 @@ def attempt(
     return Attempt(plan, svi, diagnosis, end, time.monotonic() - start)
 
 
-def _make_guide(
+def make_guide(
     model: Callable[..., Any], widths: dict[str, float], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> AutoFlow:
     """Return a guide whose base is that of the prior, wider where it says so."""

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import pyro
+
 from pyro_adaann.checks import check_count
 from pyro_adaann.diagnostics.rules import Level
-from pyro_adaann.fitting.attempts import Attempt, Clock, End, Plan, attempt
+from pyro_adaann.fitting.attempts import Attempt, Clock, End, Plan, attempt, make_guide
 from pyro_adaann.fitting.combine import choose, finds_more, is_settled, judge, summary_findings
 from pyro_adaann.fitting.compare import Agreement, compare_fits
 from pyro_adaann.fitting.mixture import weigh_guides
-from pyro_adaann.fitting.models import check_model
+from pyro_adaann.fitting.models import check_model, for_many_draws
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.fitting.result import FitResult, FitSummary
 from pyro_adaann.state.interrupt import InterruptGuard
@@ -31,6 +33,9 @@ _WIDENING = 2.0
 _MIN_ESS_SHARE = 0.01
 #: Fits in all.
 _MAX_FITS = 6
+#: No fit is begun after so many steps of `_NUM_PARTICLES` draws in all: more of a guide that follows slowly
+#: would change little, and take minutes.
+_MAX_STEPS = 600
 #: Draws of every fit behind draws, verdict and evidence, and how many are weighed at a time.
 _NUM_SAMPLES, _BATCH_SIZE = 10_000, 1000
 
@@ -50,10 +55,11 @@ def fit(
     annealed by natural steps (:func:`~pyro_adaann.natural_svi`) and diagnosed
     (:func:`~pyro_adaann.diagnose`). Where posterior is or may be out of reach of its base, the base is
     widened, up to three times. Where the first fit is not GOOD, more are made from other seeds until two
-    usable ones agree on the evidence, six fits at most. The draws are those of all fits that count, weighted
-    against the mixture of their guides. What remains is said in the verdict.
+    usable ones agree on the evidence, six fits at most, and none after 600 steps in all. The draws are those
+    of all fits that count, weighted against the mixture of their guides. What remains is said in the verdict.
 
-    :param model: a Pyro model that runs for many draws at once, under an outermost plate.
+    :param model: a Pyro model. One that does not run for many draws at once, under an outermost plate, is run
+        for one after the other (:func:`one_by_one`), with a warning, since it takes many times as long.
     :param args: its arguments, with ``kwargs``.
     :param seed: of all random generators; they are as before afterwards. Without one they go on.
     :param budget: seconds for the steps. At the end of them the fit stops where it is and is diagnosed, which
@@ -62,8 +68,8 @@ def fit(
     :param progress_bar: whether to show the phase, the step and the inverse temperature.
     :return: a :class:`FitResult`; print it.
     :raises ValueError: if an argument is out of range, if the model has parameters to learn, subsamples a
-        plate, has discrete sites that it does not enumerate or no continuous ones, or does not run for many
-        draws at once. :class:`~pyro_adaann.AdaAnnSVI` takes such models.
+        plate, has discrete sites that it does not enumerate or no continuous ones, or runs neither for many
+        draws at once nor for one after the other. :class:`~pyro_adaann.AdaAnnSVI` takes such models.
 
     The parameter store is left as it is. Ctrl-C ends the fit after the present step, and returns what there
     is.
@@ -90,6 +96,9 @@ def fit(
         nesting = check_model(model, args, kwargs)
         with FitProgress(progress_bar) as progress, InterruptGuard() as interrupt:
             clock = Clock(budget)
+            progress.phase("model")
+            with pyro.get_param_store().scope():
+                model = for_many_draws(model, make_guide(model, {}, args, kwargs), args, kwargs)
             fitter = _Fitter(model, args, kwargs, nesting, (progress, clock, interrupt))
             attempts = fitter.run(seed, num_fits)
             progress.phase("draws")
@@ -159,11 +168,18 @@ def next_plan(attempts: list[Attempt], seed: int | None, num_fits: int | None) -
         is_enough = bases.count(last.plan.widths) >= num_fits
     else:
         is_good = last.diagnosis.level == Level.GOOD and len(attempts) == 1
-        is_enough = is_good or is_settled(attempts) or len(attempts) >= _MAX_FITS
+        is_enough = (
+            is_good or is_settled(attempts) or len(attempts) >= _MAX_FITS or _work(attempts) > _MAX_STEPS
+        )
     if is_enough:
         return None
     is_usable = last.diagnosis.level <= Level.USABLE_WITH_WEIGHTS
     return Plan(next_seed, last.plan.widths, _NUM_PARTICLES if is_usable else _MORE_PARTICLES)
+
+
+def _work(attempts: list[Attempt]) -> float:
+    """Return the steps of all attempts, in steps of the usual number of draws."""
+    return sum(a.svi.history.num_steps * a.plan.num_particles / _NUM_PARTICLES for a in attempts)
 
 
 def _widths(attempts: list[Attempt]) -> dict[str, float] | None:

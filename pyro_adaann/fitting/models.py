@@ -14,9 +14,11 @@ from pyro_adaann.checks import check_callable
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
 from pyro_adaann.diagnostics.model_and_guide import latent_names, plate_nesting
 from pyro_adaann.objectives.lenient import run_leniently
+from pyro_adaann.objectives.one_by_one import one_by_one
 from pyro_adaann.objectives.traces import subsampled_plate
+from pyro_adaann.processes.group import process_count
 
-__all__ = ["check_model", "check_vectorizes"]
+__all__ = ["check_model", "for_many_draws"]
 
 #: An odd number of draws, which no dimension of a model is likely to have.
 _NUM_DRAWS = 11
@@ -67,24 +69,46 @@ def check_model(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     return plate_nesting(trace)
 
 
-def check_vectorizes(
+def for_many_draws(
     model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Run a model for a few draws at once, and one of them alone.
+) -> Callable[..., Any]:
+    """Return the model if it runs for a few draws at once as for one of them alone, else one that does.
 
-    :raises ValueError: if it does not run, or gives another density.
+    A warning says so: a model that runs for one draw after the other takes far longer.
+
+    :raises ValueError: if it runs neither way.
     """
-    draws = GuideDraws((model, guide), args, kwargs, vectorize=True)
     try:
-        next(draws.batches(_NUM_DRAWS, _NUM_DRAWS))
+        _run_at_once(model, guide, args, kwargs)
+        return model
     except ValueError as error:
         got = str(error).partition("; got ")[2].partition(". Pass ")[0]
-        raise ValueError(
-            f"Expected a model that runs for many draws at once, under an outermost plate; got "
-            f"{got.splitlines()[0].rstrip('.') if got else error}. Let it index and sum its dimensions from "
-            f"the right: (x * beta).sum(-1) in place of x @ beta, z[..., 0] in place of z[0]. Where that "
-            f"cannot be, use AdaAnnSVI with a loss that is not vectorized."
-        ) from error
+        got = got.splitlines()[0].rstrip(".") if got else str(error)
+        advice = (
+            "Let it index and sum its dimensions from the right: (x * beta).sum(-1) in place of x @ beta, "
+            "z[..., 0] in place of z[0]"
+        )
+        try:
+            if process_count() > 1:
+                raise
+            _run_at_once(one_by_one(model), guide, args, kwargs)
+        except ValueError:
+            raise ValueError(
+                f"Expected a model that runs for many draws at once, under an outermost plate; got {got}. "
+                f"{advice}. Where that cannot be, use AdaAnnSVI with a loss that is not vectorized."
+            ) from error
+        warnings.warn(
+            f"The model does not run for many draws at once ({got}), and is run for one after the other, "
+            f"which takes many times as long. {advice}, and it is fast.",
+            stacklevel=3,
+        )
+        return one_by_one(model)
+
+
+def _run_at_once(
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    next(GuideDraws((model, guide), args, kwargs, vectorize=True).batches(_NUM_DRAWS, _NUM_DRAWS))
 
 
 def _is_discrete(fn: Any) -> bool:

@@ -21,6 +21,7 @@ from pyro_adaann.diagnostics.numbers import nats, percent, rounded
 from pyro_adaann.diagnostics.rules import Finding, Level, findings
 from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.fitting.chains import export_by_fit
+from pyro_adaann.fitting.models import for_many_draws
 from pyro_adaann.fitting.storage import read_result, write_result
 from pyro_adaann.fitting.stored import StoredDraws
 from pyro_adaann.fitting.summary import FitSummary, site_rows
@@ -212,6 +213,8 @@ class FitResult:
         :raises ValueError: if the file is damaged, another kind of file, or of another model.
         """
         parts, guides = read_result(path, model, args, kwargs)
+        if model is not None:
+            model = for_many_draws(model, guides[0], args, kwargs)
         call = None if model is None else (model, args, kwargs)
         return cls(**parts, guides=tuple(guides), svi=None, call=call)
 

@@ -1,0 +1,170 @@
+"""A model that runs for one draw after the other is the model that runs for many at once."""
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Predictive, Trace_ELBO
+from pyro.nn import PyroModule, PyroSample
+
+from pyro_adaann import AutoSpline, diagnose, fit, natural_svi, one_by_one, to_arviz
+from pyro_adaann.fitting.models import for_many_draws
+
+X = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0], [1.0, 4.0]])
+Y = torch.tensor([0.1, 0.8, 2.3, 3.9])
+MASK = torch.tensor([True, True, False, True])
+
+
+def at_once(y=Y):
+    """A regression that vectorizes, with plates, a mask, a scale and a deterministic site."""
+    with pyro.plate("coefficients", 2):
+        beta = pyro.sample("beta", dist.Normal(0.0, 2.0))
+    sigma = pyro.sample("sigma", dist.LogNormal(-1.0, 0.5))
+    mean = pyro.deterministic("mean", (X * beta.unsqueeze(-2)).sum(-1))
+    with pyro.plate("data", 4), poutine.scale(scale=2.0), poutine.mask(mask=MASK):
+        pyro.sample("y", dist.Normal(mean, sigma), obs=y)
+
+
+def alone(y=Y):
+    """The same, with a product of matrices that knows no further dimensions."""
+    with pyro.plate("coefficients", 2):
+        beta = pyro.sample("beta", dist.Normal(0.0, 2.0))
+    sigma = pyro.sample("sigma", dist.LogNormal(-1.0, 0.5))
+    mean = pyro.deterministic("mean", X @ beta.reshape(2))
+    with pyro.plate("data", 4), poutine.scale(scale=2.0), poutine.mask(mask=MASK):
+        pyro.sample("y", dist.Normal(mean, sigma), obs=y)
+
+
+def traces(model):
+    guide = AutoSpline(model, base_scale=2.0).initialize()
+    pyro.set_rng_seed(3)
+    elbo = Trace_ELBO(num_particles=6, vectorize_particles=True, max_plate_nesting=1)
+    run = one_by_one(model) if model is alone else model
+    return next(iter(elbo._get_traces(run, guide, (), {})))
+
+
+def test_sites_are_those_of_the_model_that_vectorizes():
+    pyro.set_rng_seed(0)
+    expected, _ = traces(at_once)
+    pyro.set_rng_seed(0)
+    got, _ = traces(alone)
+    for name in ("beta", "sigma", "y"):
+        torch.testing.assert_close(got.nodes[name]["log_prob"], expected.nodes[name]["log_prob"])
+        value = got.nodes[name]["value"]
+        torch.testing.assert_close(value, expected.nodes[name]["value"].expand(value.shape))
+    mean = got.nodes["mean"]["value"]
+    torch.testing.assert_close(mean.reshape(6, 4), expected.nodes["mean"]["value"])
+
+
+def test_gradients_are_those_of_the_model_that_vectorizes():
+    found = []
+    for model in (at_once, alone):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = AutoSpline(model, base_scale=2.0).initialize()
+        pyro.set_rng_seed(1)
+        elbo = Trace_ELBO(num_particles=5, vectorize_particles=True, max_plate_nesting=1)
+        loss = elbo.differentiable_loss(one_by_one(model) if model is alone else model, guide)
+        found.append(torch.autograd.grad(loss, list(guide.parameters()), allow_unused=True))
+    for expected, got in zip(*found, strict=True):
+        assert (expected is None) == (got is None)
+        if got is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_natural_steps_are_the_same():
+    losses = []
+    for model in (at_once, alone):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = AutoSpline(model, base_scale=2.0).initialize()
+        pyro.set_rng_seed(1)
+        svi = natural_svi(one_by_one(model) if model is alone else model, guide, num_particles=30)
+        losses.append([svi.step() for _ in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_predictions_and_priors_have_all_draws():
+    pyro.set_rng_seed(0)
+    posterior = {"beta": torch.tensor([[0.0, 1.0], [5.0, -1.0]]), "sigma": torch.full((2,), 1e-3)}
+    model = poutine.uncondition(one_by_one(alone))
+    for parallel in (True, False):
+        got = Predictive(model, posterior, parallel=parallel, return_sites=("y", "mean"))()
+        expected = posterior["beta"] @ X.T
+        torch.testing.assert_close(got["mean"].reshape(2, 4), expected)
+        torch.testing.assert_close(got["y"], expected, rtol=0, atol=0.01)
+    prior = Predictive(one_by_one(alone), num_samples=400, parallel=True)()
+    assert prior["beta"].shape == (400, 2)
+    # Standard errors of .1 and .025: beyond five of them with probability 2e-6.
+    assert (prior["beta"].mean(0).abs() < 0.5).all()
+    assert abs(float(prior["sigma"].log().mean()) + 1) < 0.125
+    torch.testing.assert_close(prior["mean"].reshape(400, 4), prior["beta"] @ X.T)
+
+
+def test_diagnosis_and_export_take_it():
+    pyro.set_rng_seed(0)
+    guide = AutoSpline(alone, base_loc="prior", base_scale="prior").initialize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        diagnosis = diagnose((one_by_one(alone), guide), num_samples=100)
+        data = to_arviz((one_by_one(alone), guide), num_samples=50)
+    assert diagnosis.num_samples == 100
+    assert data["log_likelihood"]["y"].shape[-1] == 4
+
+
+class Regression(PyroModule):
+    """The regression of Pyro's tutorial: a torch module with weights from a prior."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = PyroModule[torch.nn.Linear](2, 1, bias=False)
+        self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
+
+    def forward(self, x, y=None):
+        mean = self.linear(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
+
+
+def test_fit_runs_what_does_not_vectorize_one_by_one():
+    model = Regression()
+    guide = AutoSpline(model).initialize(X, Y)
+    with pytest.warns(UserWarning, match="one after the other"):
+        runs = for_many_draws(model, guide, (X, Y), {})
+    assert runs is not model
+    vectorizing_guide = AutoSpline(at_once).initialize()
+    assert for_many_draws(at_once, vectorizing_guide, (), {}) is at_once
+
+
+@pytest.mark.slow
+def test_fit_of_a_module_is_the_conjugate_posterior():
+    with pytest.warns(UserWarning, match="one after the other"):
+        result = fit(Regression(), X, Y, seed=0, progress_bar=False)
+    precision = torch.eye(2) + X.T @ X / 0.25
+    mean = torch.linalg.solve(precision, X.T @ Y / 0.25)
+    sd = precision.inverse().diagonal().sqrt()
+    assert ((result.mean("linear.weight").reshape(2) - mean).abs() < 0.1 * sd).all()
+    assert result.predictive(num_samples=10)["y"].shape == (10, 4)
+    assert result.diagnosis.level.headline in ("GOOD", "USABLE WITH WEIGHTS")
+
+
+def test_what_cannot_be_put_together_is_refused():
+    def branches():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if z > 0:
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+        else:
+            pyro.sample("w", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+
+    pyro.set_rng_seed(0)
+    with pytest.raises(ValueError, match="in the run of every draw"), pyro.plate("draws", 20, dim=-1):
+        one_by_one(branches)()
+    with (
+        pytest.raises(ValueError, match="one plate of draws"),
+        pyro.plate("a", 2, dim=-1),
+        pyro.plate("b", 2, dim=-2),
+    ):
+        one_by_one(alone)()
