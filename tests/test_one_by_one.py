@@ -160,8 +160,18 @@ def test_what_cannot_be_put_together_is_refused():
             pyro.sample("w", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
 
     pyro.set_rng_seed(0)
-    with pytest.raises(ValueError, match="in the run of every draw"), pyro.plate("draws", 20, dim=-1):
+    with (
+        pytest.raises(ValueError, match="same sites in the run of every draw"),
+        pyro.plate("draws", 20, dim=-1),
+    ):
         one_by_one(branches)()
+
+    def grows():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(torch.zeros(1 + int(z > 0)), 1.0).to_event(1), obs=torch.tensor(0.0))
+
+    with pytest.raises(ValueError, match="site 'x' with shape"), pyro.plate("draws", 20, dim=-1):
+        one_by_one(grows)()
     with (
         pytest.raises(ValueError, match="one plate of draws"),
         pyro.plate("a", 2, dim=-1),

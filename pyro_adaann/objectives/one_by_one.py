@@ -87,6 +87,8 @@ class _Rows:
                 latents[name] = _OfRows(site, self._num_rows, self._dim, self._draw(name, values))
                 values[name] = self._sample(site, latents[name])
         traces = [self._run_row(row) for row in self._rows_of(values)]
+        for trace in traces:
+            _check_names(trace, self._prototype)
         for name, site in self._sites():
             rows = [_checked(trace, name, site) for trace in traces]
             if name in latents:
@@ -232,13 +234,22 @@ class _OfRows(TorchDistribution):
         return torch.stack([row.expand(self._fn.batch_shape) for row in rows]).reshape(self.batch_shape)
 
 
+def _check_names(trace: Trace, prototype: Trace) -> None:
+    """Refuse a run with other sites than the first."""
+    names, expected = ({n for n, s in t.nodes.items() if s["type"] == "sample"} for t in (trace, prototype))
+    if names != expected:
+        raise ValueError(
+            f"Expected the same sites in the run of every draw; got {sorted(names ^ expected)} in some "
+            f"alone. Sites that depend on the draw cannot be fitted by a flow."
+        )
+
+
 def _checked(trace: Trace, name: str, site: Any) -> Any:
-    """Return the site of a row, which has to be like that of the first run."""
-    row = trace.nodes.get(name)
-    if row is None or row["fn"].shape() != site["fn"].shape() or row["scale"] != site["scale"]:
-        got = "none" if row is None else f"shape {tuple(row['fn'].shape())} and scale {row['scale']}"
+    """Return the site of a run, which has to be like that of the first."""
+    row = trace.nodes[name]
+    if row["fn"].shape() != site["fn"].shape() or row["scale"] != site["scale"]:
         raise ValueError(
             f"Expected site {name!r} with shape {tuple(site['fn'].shape())} and scale {site['scale']} in the "
-            f"run of every draw; got {got}. Sites that depend on the draw cannot be fitted by a flow."
+            f"run of every draw; got shape {tuple(row['fn'].shape())} and scale {row['scale']}."
         )
     return row
