@@ -1,11 +1,13 @@
 """How much faster is a step with several processes, for a model that costs 50 ms for the draws of a step?
 
-    python benchmarks/processes.py [--count 2]
+    python benchmarks/processes.py [--counts 2 4]
 
-The model sleeps in proportion to the draws that it is given. The script runs itself once alone and once by
-torchrun, and prints the time of a step, and the sum of its sleep and its processor time: on a machine with
-other work, on which processes wait for a core whenever they wait for each other, that is what a step takes
-where every process has a core, up to the time of messages.
+The model sleeps in proportion to the draws that it is given. The script runs itself alone and by torchrun,
+and prints for every kind of guide and step the time that passes in a step; the sum of its sleep and its
+processor time; and its processor time alone, which is what the guide and the messages cost every process. The
+first ratio is what a user sees, on a machine with a core for every process and no other work. Where processes
+wait for a core whenever they wait for each other, the second one is what it would be, up to the time of
+messages.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[], tuple[Any, ...]]]] = {
 
 
 def time_steps() -> dict[str, list[float]]:
-    """Return the median time of a step and that of its sleep and processor time, in ms."""
+    """Return the median times of a step in ms: passed, sleep and processor, processor."""
     found = {}
     for kind, (make_guide, make_step) in KINDS.items():
         pyro.clear_param_store()
@@ -70,9 +72,10 @@ def time_steps() -> dict[str, list[float]]:
         svi = AdaAnnSVI(model, make_guide(), *make_step(), schedule=ConstantSchedule(0.5))
         times = []
         for _ in range(NUM_STEPS):
-            start, busy = time.perf_counter(), time.process_time() + _slept
+            start, busy, slept = time.perf_counter(), time.process_time(), _slept
             svi.step()
-            times.append((time.perf_counter() - start, time.process_time() + _slept - busy))
+            passed, busy, slept = time.perf_counter() - start, time.process_time() - busy, _slept - slept
+            times.append((passed, busy + slept, busy))
         late = times[NUM_STEPS // 4 :]
         found[kind] = [1000 * statistics.median(column) for column in zip(*late, strict=True)]
     return found
@@ -91,28 +94,34 @@ def measure() -> None:
         distributed.destroy_process_group()
 
 
-def start(*command: str) -> dict[str, list[float]]:
-    run = subprocess.run([sys.executable, *command, "--measure"], check=True, capture_output=True, text=True)
+def start(count: int) -> dict[str, list[float]]:
+    """Return what the first of so many processes measures."""
+    group = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [sys.executable, *(group if count > 1 else []), __file__, "--measure"]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, list[float]] = json.loads(run.stdout.splitlines()[-1])
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=2, help="number of processes")
+    parser.add_argument("--counts", type=int, nargs="+", default=[2, 4], help="numbers of processes")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.measure:
         measure()
         return 0
-    alone = start(__file__)
-    together = start(
-        "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.count}", __file__
-    )
-    print(f"{'a step, ms':20} {'':>24} {'alone':>8} {f'{args.count} processes':>12} {'ratio':>6}")
-    for kind, times in alone.items():
-        for what, one, all_ in zip(("passed", "sleep and processor"), times, together[kind], strict=True):
-            print(f"{kind:20} {what:>24} {one:8.1f} {all_:12.1f} {one / all_:6.2f}")
+    load = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    print(f"{load}; milliseconds a step; in brackets one process by several")
+    alone = start(1)
+    print(f"{'':20} {'processes':>9} {'passed':>15} {'sleep+processor':>16} {'processor':>10}")
+    for count in (1, *args.counts):
+        found = alone if count == 1 else start(count)
+        for kind, times in found.items():
+            passed, busy, processor = (
+                f"{time:.1f} ({one / time:.2f})" for one, time in zip(alone[kind], times, strict=True)
+            )
+            print(f"{kind:20} {count:9} {passed:>15} {busy:>16} {processor:>10}", flush=True)
     return 0
 
 

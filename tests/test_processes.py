@@ -81,6 +81,11 @@ def test_fits_show_what_is_to_be_divided(alone):
     assert alone["broken"]["broken"].sum() > 10
 
 
+def test_scores_are_divided(together):
+    """Those of natural steps: 41 draws, and replayed ones, in 50 steps of two fits or more."""
+    assert all(found["divided"] > 2 * 50 * fits_in_processes.NUM_PARTICLES for found in together)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

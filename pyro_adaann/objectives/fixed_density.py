@@ -26,6 +26,7 @@ __all__ = [
     "fixed_log_density",
     "flow_of",
     "log_density_at_fixed_draws",
+    "score_of_base",
     "score_of_flow",
     "site_log_density",
 ]
@@ -85,7 +86,12 @@ def flow_of(fn: Any) -> Any:
 
 def score_of_flow(fn: Any, transform: Any, x: Tensor) -> Tensor:
     """Return the score of log q at the images of ``x``."""
+    return transform.score(x, score_of_base(fn, x))
+
+
+def score_of_base(fn: Any, x: Tensor) -> Tensor:
+    """Return the score of the base of a flow at ``x``."""
     x = x.clone().requires_grad_()
     with torch.enable_grad():
-        (base_score,) = torch.autograd.grad(fn.base_dist.log_prob(x).sum(), x)
-    return transform.score(x, base_score)
+        (score,) = torch.autograd.grad(fn.base_dist.log_prob(x).sum(), x)
+    return score

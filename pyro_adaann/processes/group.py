@@ -18,6 +18,7 @@ __all__ = [
     "all_objects",
     "anywhere",
     "equalize",
+    "gather_equal",
     "is_first",
     "number_from_first",
     "numbers_of_all",
@@ -109,15 +110,26 @@ def all_objects(value: Any) -> list[Any]:
     return found
 
 
-def equalize(tensors: Sequence[Tensor]) -> None:
-    """Overwrite tensors by those of the first process, where they differ.
+def gather_equal(values: Tensor) -> list[Tensor]:
+    """Return the tensors that the processes give, all of one shape, in their order."""
+    found = [torch.empty_like(values) for _ in range(process_count())]
+    with _answered():
+        distributed.all_gather(found, values)
+    return found
+
+
+def equalize(tensors: Sequence[Tensor], *numbers: int) -> list[int]:
+    """Overwrite tensors by those of the first process, where they differ, and return its numbers.
 
     Processors of different kinds round differently, and some kernels of graphics cards add in any order.
+
+    :param numbers: small ones, which go in the same message.
     """
     if process_count() == 1:
-        return
+        return list(numbers)
+    extra = torch.tensor(numbers, dtype=torch.float32, device=_device())
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
+    for tensor in [*tensors, extra]:
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
     for group in groups.values():
         own = torch.cat([tensor.reshape(-1) for tensor in group])
@@ -129,6 +141,7 @@ def equalize(tensors: Sequence[Tensor]) -> None:
             continue
         for tensor, values in zip(group, theirs.split([tensor.numel() for tensor in group]), strict=True):
             tensor.copy_(values.reshape(tensor.shape))
+    return [int(number) for number in extra.tolist()]
 
 
 def _device() -> torch.device:

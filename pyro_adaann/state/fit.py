@@ -13,7 +13,7 @@ from pyro_adaann.annealing.history import AnnealingHistory, Outcome
 from pyro_adaann.guide_status import status_of
 from pyro_adaann.objectives.base import Objective
 from pyro_adaann.objectives.nonfinite import nonfinite_sites
-from pyro_adaann.processes.group import equalize, number_from_first, on_first, process_count
+from pyro_adaann.processes.group import equalize, on_first, process_count
 from pyro_adaann.state.advice import advise_weights
 from pyro_adaann.state.callable_loss import check_loss_is_tempered
 from pyro_adaann.state.learned_model import warn_of_learning
@@ -68,14 +68,14 @@ class Fit:
         """
         self._begin_together(call)
         self.stages.advance(call)
-        moved = self._take(call)
+        moved, is_finite = self._take(call)
         self.parameters.step_state = moved.state
         stage = self.stages.present
         stage.count(moved.result)
         stage.num_broken, stage.num_particles = self.objective.num_broken, self.objective.num_particles
         stage.is_subsampled = self.objective.is_subsampled
         has_diverged = moved.result.outcome is Outcome.DIVERGED
-        if not has_diverged and number_from_first(self.parameters.is_finite()):
+        if is_finite and not has_diverged:
             self.net.accept(self.history.num_steps)
         else:
             self._recover(has_diverged, call, evaluate_loss)
@@ -87,17 +87,17 @@ class Fit:
             self.fit_id = on_first(lambda: self.fit_id)
             self.is_together = True
 
-    def _take(self, call: Call) -> Moved:
-        """Take the step; parameters and outcome are then those of the first process."""
+    def _take(self, call: Call) -> tuple[Moved, bool]:
+        """Take the step, and return whether the parameters are finite; all is as in the first process."""
         moved = self.step.take(
             self.objective, call, self.parameters.step_state, lambda found: self._get_ready(found, call)
         )
+        is_finite = self.parameters.is_finite()
         if process_count() == 1:
-            return moved
-        equalize(list(self.parameters.tensors.values()))
-        outcomes = list(Outcome)
-        outcome = outcomes[int(number_from_first(outcomes.index(moved.result.outcome)))]
-        return replace(moved, result=replace(moved.result, outcome=outcome))
+            return moved, is_finite
+        outcomes, tensors = list(Outcome), list(self.parameters.tensors.values())
+        index, of_first = equalize(tensors, outcomes.index(moved.result.outcome), int(is_finite))
+        return replace(moved, result=replace(moved.result, outcome=outcomes[index])), bool(of_first)
 
     def _get_ready(self, found: dict[str, Tensor], call: Call) -> None:
         """Register the parameters before they change; before the first step, also keep the fit's state."""

@@ -16,12 +16,15 @@ the mean squares so that its row and column sums are theirs, as in Adafactor [1]
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from pyro_adaann.processes.group import process_count, sum_over_processes
+from pyro_adaann.processes.shares import are_worth_sending, own_share
 from pyro_adaann.steps.mask_groups import mask_groups
 from pyro_adaann.transforms.outer import OuterProducts
 
@@ -207,22 +210,27 @@ class OuterPart(ScorePart):
 def gram_matrix(parts: Sequence[ScorePart], like: Tensor) -> Tensor:
     """Return the products of the scaled scores of all pairs of draws, centered, shape ``(n, n)``.
 
+    Each process computes some of the blocks.
+
     :param like: a number for each draw, of the scores' type and device.
     """
     num_draws = len(like)
-    gram = like.new_empty(num_draws, num_draws)
+    gram = like.new_zeros(num_draws, num_draws)
     size = _BLOCK if like.device.type == "cpu" else _BLOCK_ELSEWHERE
-    starts = range(0, num_draws, size)
-    for i in starts:
-        rows = slice(i, min(i + size, num_draws))
-        for j in starts[: i // size + 1]:
-            columns = slice(j, min(j + size, num_draws))
-            block = like.new_zeros(rows.stop - i, columns.stop - j)
-            for part in parts:
-                part.add_products(block, rows, columns)
-            gram[rows, columns] = block
-            if i != j:
-                gram[columns, rows] = block.T
+    is_divided = are_worth_sending(num_draws * sum(part.num_parameters for part in parts))
+    if is_divided:
+        size = min(size, math.ceil(num_draws / process_count()))
+    slices = [slice(i, min(i + size, num_draws)) for i in range(0, num_draws, size)]
+    blocks = [(rows, columns) for i, rows in enumerate(slices) for columns in slices[: i + 1]]
+    for rows, columns in own_share(blocks) if is_divided else blocks:
+        block = like.new_zeros(rows.stop - rows.start, columns.stop - columns.start)
+        for part in parts:
+            part.add_products(block, rows, columns)
+        gram[rows, columns] = block
+        if rows != columns:
+            gram[columns, rows] = block.T
+    if is_divided:
+        gram = sum_over_processes(gram)
     mean = gram.mean(0)
     # Equal to the products of centered scores: with H = I - 11'/n that is H K H.
     return gram.sub_(mean).sub_(mean.unsqueeze(1)).add_(mean.mean())

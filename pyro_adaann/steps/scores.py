@@ -12,10 +12,11 @@ from torch import Tensor
 from pyro_adaann.objectives.fixed_density import (
     flow_of,
     log_density_at_fixed_draws,
-    score_of_flow,
+    score_of_base,
 )
 from pyro_adaann.objectives.sites import has_density
 from pyro_adaann.objectives.traces import PARTICLE_PLATE, per_particle, sites_of
+from pyro_adaann.processes.shares import are_worth_sending, in_shares
 from pyro_adaann.steps.transformed import base_point, fixed_density_at, is_transformed_vector
 from pyro_adaann.transforms.linear_maps import calls_of_linear_maps, gradients_of_calls, gradients_row_by_row
 from pyro_adaann.transforms.outer import OuterProducts
@@ -179,11 +180,43 @@ class _Sums:
 def _add_flow(sums: _Sums, site: Any, fn: Any, transform: Any, mask: Tensor | None) -> None:
     """Add the scores of a flow of this package."""
     x = _point(transform, site["value"])
-    gradients = transform.point_gradients(x, -score_of_flow(fn, transform, x), -1.0)
+    gradients = _point_gradients(transform, x, score_of_base(fn, x))
     order = sums.order(site, x.shape[:-1])
     is_counted = None if mask is None else mask.expand(x.shape[:-1]).reshape(-1)
     for parameter, gradient in gradients.items():
         sums.add(id(parameter), _selected(gradient, is_counted, 0.0), order)
+
+
+def _point_gradients(transform: Any, x: Tensor, base_score: Tensor) -> dict[Tensor, Tensor | OuterProducts]:
+    """Return the gradients of log q at fixed images of points; each process computes those of its share."""
+
+    def run(x: Tensor, base_score: Tensor) -> dict[Tensor, Tensor | OuterProducts]:
+        found: dict[Tensor, Tensor | OuterProducts] = transform.point_gradients(
+            x, -transform.score(x, base_score), -1.0
+        )
+        return found
+
+    x, base_score = (rows.reshape(-1, rows.shape[-1]) for rows in (x, base_score))
+    if not are_worth_sending(len(x) * sum(parameter.numel() for parameter in transform.parameters())):
+        return run(x, base_score)
+    own: dict[Tensor, Tensor | OuterProducts] = {}
+
+    def run_as_tensors(x: Tensor, base_score: Tensor) -> list[Tensor]:
+        own.update(run(x, base_score))
+        return [part for g in own.values() for part in _factors(g)]
+
+    all_rows = iter(in_shares(run_as_tensors, x, base_score))
+    found: dict[Tensor, Tensor | OuterProducts] = {}
+    for parameter, gradient in own.items():
+        if isinstance(gradient, OuterProducts):
+            found[parameter] = OuterProducts(next(all_rows), next(all_rows), gradient.mask)
+        else:
+            found[parameter] = next(all_rows)
+    return found
+
+
+def _factors(gradient: Tensor | OuterProducts) -> list[Tensor]:
+    return [gradient.left, gradient.right] if isinstance(gradient, OuterProducts) else [gradient]
 
 
 def _add_transformed(sums: _Sums, site: Any, fn: Any, mask: Tensor | None) -> None:
