@@ -318,9 +318,10 @@ def test_guides_of_pyros_in_the_precision_of_the_model():
 
 
 #: Waits of a step: is a draw broken, is the gradient finite, are the parameters. Of a natural step with one
-#: trial: the loss, is a score infinite, is the system solved, three times the validity of what guide and
-#: model draw from in the trial, is it accepted, are the parameters finite.
-MAX_WAITS = {"natural": 8, "adam": 3, "mixed": 3}
+#: trial: the loss, the evidence, which replayed draws lack density, is a score infinite, is the system
+#: solved, three times the validity of what guide and model draw from in the trial, is it accepted, are the
+#: parameters finite.
+MAX_WAITS = {"natural": 10, "adam": 3, "mixed": 3}
 
 
 @pytest.mark.parametrize("guide", ["planar", "realnvp", "spline"])
@@ -344,8 +345,8 @@ MAX_LAUNCHES: dict[tuple[str, str], int] = {
     ("RealNVP 12 x 100", "adam"): 610,
     ("spline", "adam"): 680,
     ("planar 64", "natural"): 895,
-    ("RealNVP 12 x 100", "natural"): 3_735,
-    ("spline", "natural"): 5_435,
+    ("RealNVP 12 x 100", "natural"): 4_055,
+    ("spline", "natural"): 5_960,
 }
 LARGE_GUIDES: dict[str, Callable[[Any], Any]] = {
     "planar 250": lambda model: AutoPlanar(model, 250),

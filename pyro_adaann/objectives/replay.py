@@ -129,8 +129,8 @@ class Replay:
 
         with torch.no_grad():
             log_weights = log_p[order] - _log_density(trace_at(order))
-        lacks = log_weights > log_mean + math.log(_MIN_LACK)
-        if not lacks.any():
+        lacks = (log_weights > log_mean + math.log(_MIN_LACK)).nonzero().squeeze(1)  # a card is asked once
+        if not len(lacks):
             return None
         return Replayed(trace_at(order[lacks]), log_weights[lacks])
 
