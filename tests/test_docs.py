@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -38,9 +39,10 @@ def load(name: str) -> ModuleType:
 
 pages = load("pages")
 PROGRAMS = [page for page in pages.PAGES if any(b.language == "python" for b in pages.blocks(page))]
-SLOW = [page for page in PROGRAMS if any(b.reason for b in pages.blocks(page))]
+SLOW = [page for page in PROGRAMS if any(b.reason or b.quick for b in pages.blocks(page))]
 DIFFS = [(page, block) for page in pages.PAGES for block in pages.blocks(page) if block.language == "diff"]
 QUICK_DIFFS = [(page, block) for page, block in DIFFS if not block.reason]
+SLOW_DIFFS = [(page, block) for page, block in DIFFS if block.reason or block.quick]
 
 
 def name_of(value: Any) -> str:
@@ -57,27 +59,27 @@ overflows = pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
 @overflows
 @pytest.mark.parametrize("page", PROGRAMS, ids=name_of)
 def test_programs_of_a_page_run_one_after_the_other(page):
-    pages.run_page(page)
+    pages.run_page(page, quick=True)
     plt.close("all")
 
 
 @overflows
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SLOW, ids=name_of)
-def test_slow_programs_of_a_page_run_too(page):
+def test_slow_programs_of_a_page_run_in_full(page):
     pages.run_page(page, slow=True)
     plt.close("all")
 
 
 @pytest.mark.parametrize(("page", "block"), QUICK_DIFFS, ids=name_of)
 def test_both_sides_of_a_diff_run(page, block):
-    pages.run_diff(page, block)
+    pages.run_diff(page, block, quick=True)
 
 
 @overflows
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "block"), [d for d in DIFFS if d not in QUICK_DIFFS], ids=name_of)
-def test_both_sides_of_a_slow_diff_run(page, block):
+@pytest.mark.parametrize(("page", "block"), SLOW_DIFFS, ids=name_of)
+def test_both_sides_of_a_slow_diff_run_in_full(page, block):
     pages.run_diff(page, block)
 
 
@@ -87,6 +89,17 @@ def test_a_program_that_fails_is_seen(tmp_path):
     with pytest.raises(AssertionError) as failure:
         pages.run_page(page)
     assert failure.traceback[-1].lineno == 7  # of the page, counted from 0
+
+
+def test_a_program_is_shortened_where_it_says_so_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python name=x quick: 10 -> 2; b = 3 -> b = 4\na = 10\nb = 3\nprint(a, b)\n```\n")
+    (block,) = pages.blocks(page)
+    assert block.name == "x"
+    assert block.shortened() == "a = 2\nb = 4\nprint(a, b)\n"
+    page.write_text("```python quick: 10 -> 2\na = 11\n```\n")
+    with pytest.raises(ValueError, match="Expected '10' once in the block at line 1; got 0"):
+        pages.run_page(page, quick=True)
 
 
 def test_every_block_is_python_diff_or_shell():
@@ -214,6 +227,7 @@ def test_every_public_name_is_in_the_reference():
 # --- error messages ------------------------------------------------------------------------------------
 
 
+@functools.cache
 def messages() -> list[str]:
     """Return all strings of the package, with ``{}`` for what is put into them."""
     found = []
