@@ -1,6 +1,6 @@
 """Run the examples and keep their figures and what they printed, for the gallery of the documentation.
 
-    python docs/make_gallery.py                 # all, about ten minutes on one quiet core
+    python docs/make_gallery.py                 # all, about a quarter of an hour on one core
     python docs/make_gallery.py lorenz hiv      # these alone
 
 Nothing is pasted by hand: what an example writes to its ``--out`` folder comes to

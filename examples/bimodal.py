@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Fit both ways, print both results, draw the picture."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="Takes about 20 seconds on one core.",
+        epilog="Takes about 40 seconds on one core.",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the fits")
     parser.add_argument("--out", type=Path, default=Path("bimodal_results"), help="folder of the files")

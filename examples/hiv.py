@@ -180,7 +180,7 @@ def plot_data(data: Tensor, draws: dict[str, Tensor], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="HIV dynamics (AdaAnn paper, example 5).",
-        epilog="Takes about 15 seconds on one core, with --settings paper five minutes.",
+        epilog="Takes about 30 seconds on one core, with --settings paper five minutes.",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the fit")
     parser.add_argument("--data-seed", type=int, default=DATA_SEED, help="seed of the data")

@@ -150,7 +150,7 @@ def plot_data(data: Tensor, draws: dict[str, Tensor], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Lorenz system (AdaAnn paper, example 4).",
-        epilog="Takes about 90 seconds on one core, with --settings natural 20 seconds.",
+        epilog="Takes about two and a half minutes on one core, with --settings natural 20 seconds.",
     )
     parser.add_argument("--noise-variance", type=float, choices=list(PAPER), default=0.2)
     parser.add_argument("--seed", type=int, default=0, help="seed of the fit")

@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Fit without and with annealing, print both results, save draws and figures."""
     parser = argparse.ArgumentParser(
         description="Two modes on a line (AdaAnn paper, example 2).",
-        epilog="Takes about 40 seconds on one core.",
+        epilog="Takes about 70 seconds on one core.",
     )
     parser.add_argument(
         "--case", choices=list(SEPARATIONS), default="asymmetric", help="where the base is centered"

@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Fit without and with annealing, print both results, save draws and figures."""
     parser = argparse.ArgumentParser(
         description="Two modes in the plane (AdaAnn paper, example 3).",
-        epilog="Takes about a minute on one core.",
+        epilog="Takes about 75 seconds on one core.",
     )
     parser.add_argument("--mu", type=float, default=0.5, help="how far the modes are from mu = 0")
     args = parse_arguments(parser, arguments, "mixture_2d_results")

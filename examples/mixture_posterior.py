@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Fit without annealing and on every path for every seed, print the tables, draw the picture."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="Takes about half a minute on one core for each seed.",
+        epilog="Takes about three minutes on one core for each seed.",
     )
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--num-seeds", type=int, default=1, help="number of seeds")

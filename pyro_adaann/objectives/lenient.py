@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
@@ -74,7 +75,8 @@ class Leniency:
         """What has broken draws, as a clause; empty where nothing was forgiven."""
         causes = [f"{what} at site {name!r}" for name, what in self.violated.items()]
         if isinstance(self.error, torch.linalg.LinAlgError):
-            causes.insert(0, str(self.error).splitlines()[0].rstrip("."))
+            # Without the place of a matrix in the batch.
+            causes.insert(0, re.sub(r" ?\([^)]*\):?", "", str(self.error).splitlines()[0]).rstrip("."))
         return "; ".join(causes)
 
     def state(self) -> list[bool]:
