@@ -104,6 +104,13 @@ def test_predictions_and_priors_have_all_draws():
     torch.testing.assert_close(prior["mean"].reshape(400, 4), prior["beta"] @ X.T)
 
 
+def test_predictions_of_sites_with_dimensions_of_their_own():
+    posterior = {"linear.weight": torch.tensor([[[0.0, 1.0]], [[5.0, -1.0]], [[1.0, 1.0]]])}
+    got = Predictive(one_by_one(Regression()), posterior, parallel=True, return_sites=("_RETURN", "y"))(X)
+    # Noise of sd .5: beyond five of them with probability 7e-6.
+    assert ((got["y"].reshape(3, 4) - posterior["linear.weight"][:, 0] @ X.T).abs() < 2.5).all()
+
+
 def test_diagnosis_and_export_take_it():
     pyro.set_rng_seed(0)
     guide = AutoSpline(alone, base_loc="prior", base_scale="prior").initialize()

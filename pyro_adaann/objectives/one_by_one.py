@@ -128,13 +128,11 @@ class _Rows:
         """Return the values of every draw."""
         columns = {}
         for name, value in values.items():
-            site = self._prototype.nodes[name]
-            dim = self._dim - site["fn"].event_dim
-            if value.dim() >= -dim and value.shape[dim] == self._num_rows:
-                rows = value.movedim(dim, 0)
-            else:  # the same for all
-                rows = value.expand((self._num_rows, *value.shape))
-            columns[name] = rows.reshape(self._num_rows, *site["value"].shape).unbind(0)
+            shape = self._prototype.nodes[name]["value"].shape
+            # The draws are leftmost; how many ones are between them and the shape depends on who gives them.
+            is_shared = value.numel() == shape.numel()
+            rows = value.reshape(1, *shape).expand((self._num_rows, *shape)) if is_shared else value
+            columns[name] = rows.reshape(self._num_rows, *shape).unbind(0)
         return [{name: column[i] for name, column in columns.items()} for i in range(self._num_rows)]
 
     def _draw(self, name: str, values: dict[str, Tensor]) -> Callable[[], list[Tensor]]:
