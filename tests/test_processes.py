@@ -82,8 +82,8 @@ def test_fits_show_what_is_to_be_divided(alone):
 
 
 def test_scores_are_divided(together):
-    """Those of natural steps: 41 draws, and replayed ones, in 50 steps of two fits or more."""
-    assert all(found["divided"] > 2 * 50 * fits_in_processes.NUM_PARTICLES for found in together)
+    """Those of natural steps: 41 draws, and some replayed ones, in 50 steps of two fits or more."""
+    assert all(found["divided"] >= 2 * 50 * fits_in_processes.NUM_PARTICLES for found in together)
 
 
 @pytest.mark.parametrize(
