@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from rivals import __main__ as rivals_main
@@ -18,6 +19,7 @@ from rivals.namespaces import NAMESPACES
 from rivals.results import read
 from rivals.runner import run_cell
 from rivals.systems import OURS, SYSTEMS
+from rivals.systems.pyro_model import PyroModel
 from rivals.targets import QUICK, TARGETS
 from rivals.targets.bayesian import BROWNIAN, EFFECTS, ERRORS, SEEN
 from scipy.special import logsumexp
@@ -67,6 +69,31 @@ def test_a_formula_is_the_same_in_every_library(known, name, library):
         one, tolerance = float(target.log_density(xp, pt.constant(z[0])).eval()), 1e-9
     np.testing.assert_allclose(values, log_density(target, z), rtol=tolerance, atol=10 * tolerance)
     np.testing.assert_allclose(one, values[0], rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("name", ["funnel, 10-D", "eight schools, centered", "HIV"])
+def test_the_pyro_model_has_the_density_and_counts(known, name):
+    target, truth = known[name]
+    model = PyroModel(target)
+    z = torch.tensor(truth.draw(np.random.default_rng(0), 6), dtype=torch.float32)
+
+    def many():
+        with pyro.plate("particles", 6):
+            model()
+
+    trace = pyro.poutine.trace(pyro.poutine.condition(many, {"z": z})).get_trace()
+    found = sum(site["log_prob"] for site in _scored(trace))
+    np.testing.assert_allclose(found.numpy(), log_density(target, z.numpy()), rtol=1e-3, atol=1e-3)
+    pyro.poutine.trace(pyro.poutine.condition(model, {"z": z[0].requires_grad_()})).get_trace()
+    assert (model.num_densities, model.num_gradients) == (6, 1)
+    free = pyro.poutine.trace(many).get_trace().nodes["z"]["value"]
+    assert free.shape == z.shape
+    assert free.std() > 0
+
+
+def _scored(trace):
+    trace.compute_log_prob()
+    return [site for site in trace.nodes.values() if "log_prob" in site]
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -203,6 +230,10 @@ def test_who_is_best_and_what_became_of_a_cell():
     assert report.outcome([row("fit", 0.05, 9.0), row("fit", 0.5, 9.0, "k-hat")]) == "told"
     assert report.outcome([row("fit", 0.5, 9.0), row("fit", 0.6, 9.0, "k-hat")]) == "quiet"
     assert report.outcome([{"target": "HIV", "system": "fit", "cannot": "not ended"}]) == "none"
+    off = {**row("fit", 0.05, 9.0), "evidence": 0.15}
+    assert report.outcome([{**off, "log_evidence_error": 0.08}]) == "told"
+    assert report.outcome([{**off, "log_evidence_error": 0.07}]) == "quiet"
+    assert report.outcome([{**off, "log_evidence_error": 0.08, "mean": 0.2}]) == "quiet"
 
 
 def test_the_report_of_the_stored_cells():
@@ -213,6 +244,7 @@ def test_the_report_of_the_stored_cells():
     for target, system in cells:
         assert f"### {target}" in text
         assert re.search(rf"^\| \**{re.escape(system)}\** \|", text, re.MULTILINE)
+    assert (report.FIGURES / "summary.md").read_text() == report.summary(cells)
     page = (report.FIGURES / "tables.md").read_text()
     for line in text.splitlines():
         assert line in page, "python -m benchmarks.rivals.report"

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from .systems import SYSTEMS
-from .systems.base import CannotRun
 from .targets import TARGETS
 
 __all__ = ["main", "run"]
@@ -33,10 +32,7 @@ def run(system: str, target: str, seed: int, path: str) -> dict[str, Any]:
     made = TARGETS[target]()
     version = importlib.metadata.version(entry.version_of)
     start = _seconds()
-    try:
-        outcome = run_system(made, seed)
-    except CannotRun as reason:
-        return {"cannot": str(reason), "version": version}
+    outcome = run_system(made, seed)
     seconds = _seconds() - start
     draws = np.asarray(outcome.draws, dtype=np.float64)
     log_weights = np.zeros(len(draws)) if outcome.log_weights is None else outcome.log_weights

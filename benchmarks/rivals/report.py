@@ -20,7 +20,7 @@ from .results import RESULTS, read
 from .systems import OURS, SYSTEMS
 from .targets import TARGETS
 
-__all__ = ["Cells", "beaten", "cells_of", "main", "outcome", "tables"]
+__all__ = ["Cells", "beaten", "cells_of", "main", "outcome", "summary", "tables"]
 
 HERE = Path(__file__).resolve().parent
 FIGURES = HERE.parents[1] / "docs" / "figures" / "rivals"
@@ -59,7 +59,15 @@ def outcome(rows: list[Row]) -> str:
     if value <= 1:
         return "right"
     wrong = [row for row in rows if (score(row) or 0.0) > 1]
-    return "told" if all(row["told"] for row in wrong) else "quiet"
+    return "told" if all(row["told"] or is_covered(row) for row in wrong) else "quiet"
+
+
+def is_covered(row: Row) -> bool:
+    """Return whether the evidence alone is wrong, by at most twice the error that the system states."""
+    stated = row.get("log_evidence_error")
+    if stated is None or (score(row) or 0.0) <= 1 or (score({**row, "evidence": None}) or 0.0) > 1:
+        return False
+    return bool(abs(row["evidence"]) <= 2 * stated)
 
 
 def seconds(rows: list[Row]) -> float:
@@ -113,9 +121,10 @@ def _line(system: str, rows: list[Row]) -> str:
         return f"| {name} | {rows[0]['cannot'].replace('|', '/')} | | | | | | | | |"
     stated = statistics.median([row["log_evidence_error"] or 0.0 for row in done])
     evidence = _figures(done, "evidence", ".3f")
-    told = "; ".join(sorted({row["told"] for row in done} - {""}))
+    said = {row["told"] or ("its error covers it" if is_covered(row) else "") for row in done}
+    told = "; ".join(sorted(said - {""}))
     marks = {
-        "right": "right",
+        "right": "right, but warns" if told else "right",
         "told": "wrong, says so",
         "quiet": "**wrong, does not say so**",
         "none": f"{len(done)} of {len(rows)} ended",
@@ -136,6 +145,8 @@ def _line(system: str, rows: list[Row]) -> str:
 
 
 def _standing(target: str, cells: Cells, reasons: dict[str, str]) -> str:
+    if not any(name == target and system not in OURS for name, system in cells):
+        return "No other system was run here yet."
     accurate, faster = beaten(target, cells)
     is_right = any(
         outcome(rows) == "right" for (name, s), rows in cells.items() if name == target and s in OURS
@@ -180,6 +191,21 @@ def tables(cells: Cells, reasons: dict[str, str], intros: dict[str, str]) -> str
     return "\n\n".join(parts) + "\n"
 
 
+def summary(cells: Cells) -> str:
+    """Return how many targets every system has run, and with what outcome, as a table."""
+    lines = [
+        "| system | targets | right | wrong, says so | wrong, does not say so | not ended, or cannot |",
+        "|---|---|---|---|---|---|",
+    ]
+    for system in sorted(SYSTEMS, key=lambda name: name not in OURS):
+        outcomes = [outcome(rows) for (_, name), rows in cells.items() if name == system]
+        if outcomes:
+            name = f"**{system}**" if system in OURS else system
+            counts = [outcomes.count(kind) for kind in ("right", "told", "quiet", "none")]
+            lines.append(f"| {name} | {len(outcomes)} | " + " | ".join(map(str, counts)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def introduction(target: str) -> str:
     """Return where a target is published, and how its truth is known."""
     made = TARGETS[target]()
@@ -192,6 +218,7 @@ def main() -> None:
     reasons = json.loads(REASONS.read_text())
     FIGURES.mkdir(parents=True, exist_ok=True)
     intros = {target: introduction(target) for target in {target for target, _ in cells}}
+    (FIGURES / "summary.md").write_text(summary(cells))
     (FIGURES / "tables.md").write_text(tables(cells, reasons, intros))
     draw(
         {cell: (outcome(rows), _cell_text(rows)) for cell, rows in cells.items()},

@@ -71,8 +71,6 @@ def run_cell(
         if error:
             return {**row, "cannot": error}
         row |= json.loads(text.splitlines()[-1])
-        if not path.exists():
-            return row
         saved = np.load(path)
         if target not in known:
             made = TARGETS[target]()

@@ -8,11 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CannotRun", "Counter", "Outcome"]
-
-
-class CannotRun(Exception):
-    """A system that cannot take a target; the message is its cell."""
+__all__ = ["Counter", "Outcome"]
 
 
 @dataclass(frozen=True)

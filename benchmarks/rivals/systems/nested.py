@@ -20,7 +20,7 @@ def _from_cube(target: Target, cube: NDArray[np.float64]) -> NDArray[np.float64]
 
 def _log_likelihood(target: Target) -> Counter:
     xp = NAMESPACES["numpy"]()
-    return Counter(lambda z: np.nan_to_num(np.asarray(target.log_likelihood(xp, z)), nan=-np.inf))
+    return Counter(lambda z: np.asarray(target.log_likelihood(xp, z)))
 
 
 def run_nautilus(target: Target, seed: int) -> Outcome:

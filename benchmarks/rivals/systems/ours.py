@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pyro
-import torch
 from pyro.infer import Trace_ELBO
 
 from pyro_adaann import (
@@ -107,6 +106,3 @@ def smc(target: Target, seed: int) -> Outcome:
         ", ".join(alarms),
         **_counts(model),
     )
-
-
-torch.set_num_threads(1)

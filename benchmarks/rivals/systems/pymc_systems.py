@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import arviz as az
 import numpy as np
@@ -47,9 +48,9 @@ def smc(target: Target, seed: int) -> Outcome:
             random_seed=[seed, seed + 1],
             progressbar=False,
         )
-    # Of every chain one number a stage, the last of them the evidence; shorter chains are filled up by nan.
-    stages = np.asarray(data.sample_stats["log_marginal_likelihood"].values, dtype=object)
-    ends = np.array([[float(x) for x in chain if np.isfinite(float(x))][-1] for chain in map(_flat, stages)])
+    # Lists of stages, by chain, in one of two shapes; all but the last stage of a chain are nan.
+    stages = np.array(_flat(data.sample_stats["log_marginal_likelihood"].values.tolist()))
+    ends = stages[np.isfinite(stages)]
     r_hat = float(az.rhat(data)["z"].max())
     return Outcome(
         data.posterior["z"].values.reshape(-1, target.dim),
@@ -59,11 +60,11 @@ def smc(target: Target, seed: int) -> Outcome:
     )
 
 
-def _flat(stages: object) -> list[float]:
+def _flat(stages: Any) -> list[float]:
     """Return the numbers of lists within lists."""
     if isinstance(stages, list | tuple | np.ndarray):
         return [x for part in stages for x in _flat(part)]
-    return [float(stages)]  # type: ignore[arg-type]
+    return [float(stages)]
 
 
 def pathfinder(target: Target, seed: int) -> Outcome:

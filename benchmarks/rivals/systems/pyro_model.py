@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -22,15 +24,14 @@ XP = NAMESPACES["torch"]()
 class _Prior(TorchDistribution):
     """The prior of a target."""
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012  (torch's own class attribute)
     support = constraints.real_vector
 
-    def __init__(self, target: Target, batch_shape: torch.Size = torch.Size()) -> None:  # noqa: B008
+    def __init__(self, target: Target, batch_shape: Sequence[int] = ()) -> None:
         self.target = target
-        super().__init__(batch_shape, torch.Size([target.dim]), validate_args=False)
+        super().__init__(torch.Size(batch_shape), torch.Size([target.dim]), validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> _Prior:
-        return _Prior(self.target, torch.Size(batch_shape))
+        return _Prior(self.target, batch_shape)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
@@ -58,4 +59,6 @@ class PyroModel:
             self.num_gradients += num_points
         else:
             self.num_densities += num_points
-        pyro.factor("likelihood", self.target.log_likelihood(XP, z))
+        # As `pyro.factor`, but a draw whose trajectory overflows is no error of the whole batch.
+        factor = dist.Unit(self.target.log_likelihood(XP, z), validate_args=False)
+        pyro.sample("likelihood", factor, obs=factor.sample(), infer={"is_auxiliary": True})

@@ -27,7 +27,6 @@ NUM_STEPS, NUM_PARTICLES, LEARNING_RATE, NUM_DRAWS = 5000, 32, 0.005, 10_000
 
 
 def _run(target: Target, seed: int, guide_of: Any) -> Outcome:
-    torch.set_num_threads(1)
     pyro.set_rng_seed(seed)
     model = PyroModel(target)
     guide = guide_of(model)
