@@ -31,6 +31,7 @@ from pyro_adaann import (
     AnnealingHistory,
     AnnealingSchedule,
     AutoPlanar,
+    LinearSchedule,
     natural_svi,
     to_arviz,
 )
@@ -146,7 +147,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.settings == "natural":
         svi = natural_svi(model, make_guide(), num_final_steps=2 if args.fast else 40)
     else:
-        svi = make_svi(num_final_steps=20 if args.fast else 8000 if args.paper else 4000)
+        num_final_steps = 20 if args.fast else 8000 if args.paper else 4000
+        schedule = LinearSchedule(10, initial_inverse_temperature=0.01) if args.fast else None
+        svi = make_svi(num_final_steps, schedule)
     history = svi.run()
 
     print(f"SVI        {describe(without)}")

@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(history.stages)} stages (paper: 4645)")
     print(f"effective sample size: {weighted.ess:.0f} of {len(weighted.log_p)} draws")
 
-    diagnosis = diagnose(svi, data)
+    diagnosis = diagnose(svi, data, num_samples=500 if args.fast else 10_000)
     print(diagnosis)
 
     # What is kept and drawn are posterior draws, resampled by their weights.

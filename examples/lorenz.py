@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(history.stages)} stages (paper: {140 if args.noise_variance == 0.2 else 778})")
     print(f"effective sample size: {weighted.ess:.0f} of {len(weighted.log_p)} draws")
 
-    diagnosis = diagnose(svi, data, args.noise_variance)
+    diagnosis = diagnose(svi, data, args.noise_variance, num_samples=500 if args.fast else 10_000)
     print(diagnosis)
 
     # What is kept and drawn are posterior draws, resampled by their weights.

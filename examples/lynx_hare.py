@@ -206,8 +206,16 @@ def main(arguments: list[str] | None = None) -> None:
     # The counts are one event: one log likelihood for all of them, so none per observation.
     coords = {"species": ["hare", "lynx"], "year": YEARS.tolist()}
     dims = {"initial": ["species"], "sigma": ["species"], "pelts": ["year", "species"]}
-    diagnosis = diagnose(svi, PELTS)
-    data = to_arviz(svi, PELTS, diagnosis=diagnosis, coords=coords, dims=dims, log_likelihood=False)
+    diagnosis = diagnose(svi, PELTS, num_samples=500 if args.fast else 10_000)
+    data = to_arviz(
+        svi,
+        PELTS,
+        num_samples=500 if args.fast else 4000,
+        diagnosis=diagnosis,
+        coords=coords,
+        dims=dims,
+        log_likelihood=False,
+    )
     print(az.summary(data, kind="stats", round_to=3))
     print(diagnosis)
 

@@ -107,7 +107,7 @@ def parameters(svi: AdaAnnSVI) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", list(FITS))
 def test_a_killed_and_resumed_fit_is_the_one_never_killed(name, tmp_path):
-    assert_resumes(name, 4, tmp_path)
+    assert_resumes(name, 2, tmp_path)
 
 
 @pytest.mark.slow

@@ -584,8 +584,8 @@ def test_thermodynamic_integration_alarms_where_a_mode_is_gone_alone(path):
             elbo,
             path=path,
             schedule=AdaAnnSchedule(0.3),
-            num_initial_steps=300,
-            num_final_steps=400,
+            num_initial_steps=150,
+            num_final_steps=200,
         )
         svi.run(progress_bar=False)
         d = diagnose(svi)

@@ -39,6 +39,9 @@ from pyro_adaann.fitting.combine import choose, judge
 from pyro_adaann.fitting.compare import compare_fits
 from pyro_adaann.fitting.fit import next_plan
 
+#: One process has all of them, so that the fits that several share are made once.
+pytestmark = pytest.mark.xdist_group("fit")
+
 # --- right, or says no ---------------------------------------------------------------------------------
 
 #: Cheap ones; all of them are run by benchmarks/fit_models.py.
@@ -371,7 +374,7 @@ def test_files_of_another_kind_or_model_are_refused(tmp_path):
 
 
 def test_one_can_go_on():
-    result = fit(model, DATA, seed=3, progress_bar=False)
+    result = fit(model, DATA, seed=3, budget=1e-3, progress_bar=False)
     num_steps = result.svi.history.num_steps
     result.svi.step(DATA)
     assert result.svi.history.num_steps == num_steps + 1

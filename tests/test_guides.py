@@ -122,8 +122,8 @@ def test_affine_layer_takes_correlation_and_scale():
 
     guide = AutoPlanar(model, 2, base_loc=0.0, base_scale=torch.tensor([100.0, 3.0])).initialize()
     elbo = Trace_ELBO(num_particles=50, vectorize_particles=True)
-    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.995}), elbo)
-    for _ in range(1000):
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.985}), elbo)
+    for _ in range(350):
         svi.step()
     covariance = guide.sample_posterior(20_000)["z"].T.cov()
     correlation = covariance[0, 1] / covariance.diagonal().prod().sqrt()
@@ -358,19 +358,34 @@ def test_same_losses_as_the_plain_formulation(make_guide, monkeypatch):
     assert fast == pytest.approx(losses(), rel=1e-5)
 
 
-def test_neutra(make_guide):
-    if make_guide is GUIDES["zuko"]:
-        pytest.skip("Hamiltonian steps through zuko's passes take minutes")
+def test_neutra_density_and_gradient(make_guide):
+    """In the guide's coordinates the density is that of the model at the image, times the Jacobian's."""
     problem = conjugate_normal()
     guide = make_guide(problem.model)
+    train(problem.model, guide, num_particles=10, vectorize_particles=True)
+    model = poutine.reparam(problem.model, config=lambda _: NeuTraReparam(guide))
+    for _ in range(3):
+        x = (2 * torch.randn(2)).requires_grad_()
+        actual = poutine.trace(poutine.condition(model, {"z_shared_latent": x})).get_trace().log_prob_sum()
+        same = x.detach().clone().requires_grad_()
+        z, log_det = guide.transform.forward_and_log_det(same)
+        expected = problem.log_prior(z) + problem.log_likelihood(z) + log_det
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        gradients = (torch.autograd.grad(actual, x), torch.autograd.grad(expected, same))
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
+def test_neutra_chain():
+    problem = conjugate_normal()
+    guide = GUIDES["realnvp"](problem.model)
     train(problem.model, guide, num_steps=50, num_particles=10, vectorize_particles=True)
     neutra = NeuTraReparam(guide)
     model = poutine.reparam(problem.model, config=lambda _: neutra)
-    mcmc = MCMC(NUTS(model), num_samples=200, warmup_steps=100, disable_progbar=True)
+    mcmc = MCMC(NUTS(model), num_samples=100, warmup_steps=50, disable_progbar=True)
     mcmc.run()
     z = neutra.transform_sample(mcmc.get_samples()["z_shared_latent"])["z"].detach()
     mean, sd = problem.tempered("joint", 1.0, base=(0.0, 1.0))
-    # 200 draws: a mean is uncertain by about 0.1 sd, an sd by 7 %.
+    # 100 draws: a mean is uncertain by about 0.14 sd, an sd by 10 %; four of those, once in 4,000 seeds.
     assert z.mean(0).tolist() == pytest.approx(mean.tolist(), abs=0.6 * sd)
     assert z.std(0).tolist() == pytest.approx([sd] * 2, rel=0.4)
 
@@ -432,13 +447,13 @@ def test_jit_loss_follows_the_parameters(make_guide, vectorize):
     model = conjugate_normal().model
     guide = make_guide(model)
     options = {
-        "num_particles": 4000 if vectorize else 10,
+        "num_particles": 4000 if vectorize else 2,
         "vectorize_particles": vectorize,
         "max_plate_nesting": 1,
     }
     jit = JitTrace_ELBO(**options, ignore_jit_warnings=True)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), jit)
-    for seed in range(6):
+    for seed in range(4):
         svi.step()
         pyro.set_rng_seed(seed)
         compiled = jit.differentiable_loss(model, guide).item()

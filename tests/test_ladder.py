@@ -214,9 +214,9 @@ def test_no_false_alarm_for_a_guide_that_has_it_all(make):
         guide,
         pyro.optim.Adam({"lr": 0.02}),
         Trace_ELBO(num_particles=50, vectorize_particles=True),
-        schedule=AdaAnnSchedule(0.2, initial_inverse_temperature=0.1),
-        num_initial_steps=200,
-        num_final_steps=200,
+        schedule=AdaAnnSchedule(0.4, initial_inverse_temperature=0.1),
+        num_initial_steps=100,
+        num_final_steps=100,
         ladder=Ladder(),
     )
     svi.run(progress_bar=False)

@@ -34,9 +34,9 @@ def test_chains_from_a_wrong_guide_have_the_posterior():
     the chains' memory."""
     chains = polish(
         (PROBLEM.model, wrong_guide()),
-        num_chains=16,
-        num_samples=250,
-        num_warmup=100,
+        num_chains=64,
+        num_samples=60,
+        num_warmup=30,
         seed=0,
         progress_bar=False,
     )
@@ -44,11 +44,11 @@ def test_chains_from_a_wrong_guide_have_the_posterior():
     u = (chains.samples["z"][:, ::4] - mean) / sd
     for number in u.reshape(-1, 2).unbind(-1):
         assert kstest(number.numpy(), "norm").pvalue > 1e-4
-    assert chains.max_r_hat < 1.01
+    assert chains.max_r_hat < 1.04  # of independent draws 1.00; of halves of 30 with a memory of two 1.02
     assert chains.min_ess > 500
     assert 0.5 < float(chains.acceptance.mean()) < 0.97
     assert 0.2 < float(chains.guide_acceptance.mean()) < 0.95
-    assert "agree" in repr(chains)
+    assert "R-hat at most 1.0" in repr(chains)
 
 
 @pytest.mark.parametrize("make", [AutoMultivariateNormal, lambda model: AutoRealNVP(model, 2, [8])])
@@ -56,14 +56,14 @@ def test_other_guides_with_a_transform_can_be_polished(make):
     data = torch.linspace(-1.0, 1.0, 4)
     guide = make(plated)
     guide(data)
-    chains = polish((plated, guide), data, num_samples=50, num_warmup=20, seed=0, progress_bar=False)
-    assert chains.samples["weights"].shape == (4, 50, 3)
+    chains = polish((plated, guide), data, num_samples=20, num_warmup=10, seed=0, progress_bar=False)
+    assert chains.samples["weights"].shape == (4, 20, 3)
     assert (chains.samples["scale"] > 0).all()
     assert torch.isfinite(chains.log_p).all()
 
 
 def test_modes_exchange_mass_by_the_guide():
-    """Shares .7 and .3 by a guide with shares near a half; 5,000 draws, false failures below 1e-4."""
+    """Shares .7 and .3 by a guide with shares near a half; 6,000 draws, false failures below 1e-4."""
     half = 3.0
 
     def model():
@@ -76,7 +76,15 @@ def test_modes_exchange_mass_by_the_guide():
         guide.transform.w.copy_(torch.tensor([[8.0], [0.0]]))
         guide.transform.u.copy_(torch.tensor([[2.5], [0.0]]))
         guide.transform.b.zero_()
-    chains = polish((model, guide), num_chains=50, num_samples=100, num_warmup=50, seed=1, progress_bar=False)
+    chains = polish(
+        (model, guide),
+        num_chains=200,
+        num_walkers=200,
+        num_samples=30,
+        num_warmup=20,
+        seed=1,
+        progress_bar=False,
+    )
     assert abs(float((chains.samples["z"] < 0).float().mean()) - 0.7) < 0.06
     assert float(chains.guide_acceptance.mean()) > 0.2
     crossings = (chains.samples["z"].sign().diff(dim=1) != 0).float().mean()
@@ -117,18 +125,18 @@ def test_chains_go_to_arviz():
 
 
 def test_the_kernel_of_mcmc_has_the_same_posterior():
-    """300 draws of one chain, effectively about 150: false failures below 1e-4."""
+    """150 draws of one chain, effectively about 75, bounds of four standard errors: false failures 3e-4."""
     mcmc = MCMC(
-        GuideKernel((PROBLEM.model, wrong_guide()), num_tuning_steps=100),
-        300,
+        GuideKernel((PROBLEM.model, wrong_guide()), num_tuning_steps=50),
+        150,
         warmup_steps=10,
         disable_progbar=True,
     )
     mcmc.run()
     mean, sd = PROBLEM.tempered("joint", 1.0, (0.0, 1.0))
     z = mcmc.get_samples()["z"]
-    assert ((z.mean(0) - mean).abs() < 0.4 * sd).all()
-    assert ((z.std(0) / sd - 1).abs() < 0.3).all()
+    assert ((z.mean(0) - mean).abs() < 0.46 * sd).all()
+    assert ((z.std(0) / sd - 1).abs() < 0.33).all()
     assert mcmc.diagnostics()["guide acceptance rate"]["chain 0"] > 0.1
 
 

@@ -77,7 +77,7 @@ def make(optim: pyro.optim.PyroOptim | None = None, **kwargs: object) -> AdaAnnS
 @pytest.mark.parametrize("where", ["parameter", "exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("at", [{1}, {12, 31}])
 def test_a_parameter_or_memory_that_is_not_finite_costs_no_run(where, fault, at):
-    svi = make(faulty(where, fault, at), schedule=AdaAnnSchedule(3.0, initial_inverse_temperature=0.1))
+    svi = make(faulty(where, fault, at), schedule=LinearSchedule(4, initial_inverse_temperature=0.1))
     history = svi.run(progress_bar=False)
     assert svi.is_done
     assert len(history.recoveries) == len(at)
@@ -215,7 +215,7 @@ def test_a_second_ctrl_c_ends_a_step_that_hangs(tmp_path):
     assert svi.is_done
 
 
-@pytest.mark.parametrize("num_steps", [60, 150, 500])
+@pytest.mark.parametrize("num_steps", [60, 150, 400])
 @pytest.mark.parametrize("tolerance", [1e-4, 0.1, 10.0])
 def test_a_budget_is_kept_whatever_the_tolerance(num_steps, tolerance):
     schedule = AdaAnnSchedule(tolerance, initial_inverse_temperature=0.01)

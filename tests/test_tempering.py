@@ -268,7 +268,7 @@ def test_tempered_elbo_with_svi_finds_the_tempered_posterior():
     guide = AutoNormal(problem.model)
     elbo = TemperedTrace_ELBO(t, num_particles=20, vectorize_particles=True)
     svi = SVI(problem.model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
-    for _ in range(1500):
+    for _ in range(800):
         svi.step()
     mean, sd = problem.tempered("joint", t, base=(0.0, 1.0))
     store = pyro.get_param_store()

@@ -154,7 +154,8 @@ def polish(
         >>> def model():
         ...     z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
         ...     pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
-        >>> chains = polish((model, AutoPlanar(model, 2)), num_samples=500, seed=0, progress_bar=False)
+        >>> chains = polish((model, AutoPlanar(model, 2)), num_samples=100, num_warmup=20,
+        ...                 seed=0, progress_bar=False)
         >>> abs(float(chains.samples["z"][..., 0].mean()) - 1 / 3) < 0.15
         True
     """

@@ -53,9 +53,9 @@ class LossLaws:
         svi = self.make_fit(
             make_loss(),
             schedule=LinearSchedule(10, initial_inverse_temperature=0.1),
-            num_initial_steps=50,
-            num_steps_per_stage=10,
-            num_final_steps=300,
+            num_initial_steps=30,
+            num_steps_per_stage=5,
+            num_final_steps=200,
         )
         svi.run(progress_bar=False)
         mean, sd = posterior()
