@@ -12,6 +12,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from rivals import __main__ as rivals_main
 from rivals import report
 from rivals.measures import measure, score
@@ -24,6 +25,8 @@ from rivals.targets import QUICK, TARGETS
 from rivals.targets.bayesian import BROWNIAN, EFFECTS, ERRORS, SEEN
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal, norm
+
+from pyro_adaann import AdaAnnSVI, AutoPlanar, natural_svi
 
 ROOT = Path(__file__).resolve().parents[1]
 XP = NAMESPACES["numpy"]()
@@ -89,6 +92,18 @@ def test_the_pyro_model_has_the_density_and_counts(known, name):
     free = pyro.poutine.trace(many).get_trace().nodes["z"]["value"]
     assert free.shape == z.shape
     assert free.std() > 0
+
+
+def test_the_drivers_of_this_package_take_the_pyro_model(known):
+    model = PyroModel(known["two moons"][0])
+    guide = AutoPlanar(model, 2, base_loc="prior", base_scale="prior")
+    loss = Trace_ELBO(num_particles=8, vectorize_particles=True)
+    svi = AdaAnnSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss, num_final_steps=1)
+    svi.step()
+    assert model.num_gradients >= 8
+    svi = natural_svi(model, num_particles=20)
+    svi.step()
+    assert len(svi.history.stages) == 1
 
 
 def _scored(trace):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyro
@@ -24,6 +24,7 @@ XP = NAMESPACES["torch"]()
 class _Prior(TorchDistribution):
     """The prior of a target."""
 
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
 
     def __init__(self, target: Target, batch_shape: Sequence[int] = ()) -> None:
