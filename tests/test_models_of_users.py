@@ -194,3 +194,33 @@ def test_natural_steps_for_hundreds_of_latents_say_so_at_the_start(num_latents, 
         svi.step()
     found = [w for w in recwarn if "600" in str(w.message) and "AutoLowRank" in str(w.message)]
     assert len(found) == num_warnings
+
+
+class Triangular(dist.TorchDistribution):
+    """A density of the user's own, without constraints of its parameters."""
+
+    support = dist.constraints.real
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__(loc.shape, validate_args=False)
+
+    def log_prob(self, value):
+        return -(value - self.loc).abs()
+
+    def sample(self, sample_shape=()):
+        return self.loc.expand(self.shape(sample_shape))
+
+    def expand(self, batch_shape, _instance=None):
+        return Triangular(self.loc.expand(batch_shape))
+
+
+def test_a_distribution_that_names_no_constraints_is_taken():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", Triangular(z), obs=torch.tensor(1.0))
+
+    pyro.set_rng_seed(0)
+    svi = natural_svi(model, AutoPlanar(model, 2), num_particles=20)
+    assert math.isfinite(svi.step())
+    assert math.isfinite(diagnose(svi, num_samples=100).log_evidence)

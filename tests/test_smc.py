@@ -185,7 +185,7 @@ def test_moves_are_correlated_with_momentum_and_still_invariant_on_a_bounded_sup
     target = TemperedTarget(UnconstrainedModel(model, (), {}), LIKELIHOOD)
     p = dist.Beta(9.0, 6.0).sample((20_000, 1))
     points = target.evaluate(p.logit())
-    metric = Metric(torch.ones(1) * 0.5)
+    metric = Metric(torch.ones(1, 1) * 0.5)
     points, accepted = HMC()(target, 1.0, points, metric, 0.9, torch.Generator().manual_seed(0))
     assert 0.2 < float(accepted.mean()) < 0.999
     assert kstest(points.x.squeeze(-1).sigmoid().numpy(), "beta", args=(9, 6)).pvalue > 1e-5
@@ -200,7 +200,7 @@ def test_a_gradient_that_is_not_finite_refuses():
     target = TemperedTarget(UnconstrainedModel(model, (), {}), JOINT)
     x = torch.zeros(100, 1)  # the gradient of the square root at 0 is not finite
     points, accepted = HMC()(
-        target, 1.0, target.evaluate(x + 1.0), Metric(torch.ones(1)), 0.5, torch.Generator()
+        target, 1.0, target.evaluate(x + 1.0), Metric(torch.ones(1, 1)), 0.5, torch.Generator()
     )
     assert torch.isfinite(points.x).all()
     assert torch.isfinite(accepted).all()
@@ -481,3 +481,39 @@ def test_errors_of_the_evidence_are_those_stated(schedule):
         result = smc.run(progress_bar=False)
         hits += abs(result.log_evidence - exact) < 2 * result.log_evidence_error
     assert hits >= 31
+
+
+def test_the_metric_of_a_group_does_not_see_its_own_points():
+    torch.manual_seed(0)
+    x = torch.randn(12, 2)
+    weights = torch.rand(12)
+
+    def factors(x):
+        return Metric.of_others(Points(x, x.new_zeros(12, 0), None), weights, 3, dense=True).factor
+
+    before = factors(x)
+    changed = x.clone()
+    changed[4:8] *= 3.0  # the second group
+    after = factors(changed)
+    assert before.shape == (3, 2, 2)
+    torch.testing.assert_close(after[1], before[1])
+    assert not torch.allclose(after[0], before[0])
+    u = torch.randn(12, 2)
+    colored = Metric(before).color(u)
+    torch.testing.assert_close(colored[5], before[1] @ u[5])
+    torch.testing.assert_close(Metric(before).color_transposed(u)[5], before[1].T @ u[5])
+
+
+def test_the_evidence_is_not_biased_in_many_dimensions():
+    """Four runs with standard errors of .15: their mean is off by more than .4 with probability 1e-7.
+
+    A metric of the particles themselves makes it 2.5 too large.
+    """
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(50), 5.0).to_event(1))
+        density = dist.Normal(0.0, 1.0).log_prob(z) - dist.Normal(0.0, 5.0).log_prob(z)
+        pyro.factor("density", density.sum(-1))
+
+    found = [AnnealedSMC(model, num_particles=1024, seed=seed).run(progress_bar=False) for seed in range(4)]
+    assert abs(sum(result.log_evidence for result in found) / 4) < 0.4

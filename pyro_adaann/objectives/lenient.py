@@ -191,7 +191,10 @@ def _is_valid(fn: Any) -> Tensor | None:
 
 def _given_parameters(fn: Any) -> Iterator[tuple[str, Any, Tensor]]:
     """Yield name, constraint and value of the parameters that torch's own validation looks at."""
-    constraints = getattr(fn, "arg_constraints", None)
+    try:
+        constraints = fn.arg_constraints
+    except (AttributeError, NotImplementedError):  # torch's base class raises
+        return
     for name, constraint in constraints.items() if isinstance(constraints, dict) else ():
         is_derived = name not in vars(fn) and isinstance(getattr(type(fn), name, None), lazy_property)
         if is_dependent(constraint) or is_derived:

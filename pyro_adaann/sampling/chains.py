@@ -70,7 +70,7 @@ class GuidedChains:
         self.generator: Generator = torch.Generator("cpu").manual_seed(seed)
         self.step_size = kernel.initial_step_size(self.model.dim)
         self._num_steps = 0
-        self.metric = Metric(torch.ones_like(self.model.example))
+        self.metric = Metric(torch.ones_like(self.model.example).unsqueeze(0))
 
     def start(self, num_walkers: int) -> Points:
         """Return draws of the guide, resampled by their importance weights.

@@ -14,20 +14,24 @@ __all__ = ["Metric"]
 
 @dataclass(frozen=True)
 class Metric:
-    """The factor L of the whitened coordinates u, x = L u.
+    """The factors L of the whitened coordinates u, x = L u, one for each of equally many points in a row.
 
-    :param factor: L, shape ``(dim,)`` if diagonal, else lower triangular, ``(dim, dim)``.
+    :param factor: L of every group of points, shape ``(groups, dim)`` if diagonal, else lower triangular,
+        ``(groups, dim, dim)``.
     """
 
     factor: Tensor
 
     def color(self, u: Tensor) -> Tensor:
         """Return L u of vectors, shape ``(n, dim)``."""
-        return u * self.factor if self.factor.dim() == 1 else u @ self.factor.T
+        grouped = u.reshape(len(self.factor), -1, u.shape[-1])
+        is_diagonal = self.factor.dim() == 2
+        colored = grouped * self.factor.unsqueeze(1) if is_diagonal else grouped @ self.factor.mT
+        return colored.reshape(u.shape)
 
     def color_transposed(self, gradient: Tensor) -> Tensor:
         """Return L^T g of gradients, likewise."""
-        return gradient * self.factor if self.factor.dim() == 1 else gradient @ self.factor
+        return Metric(self.factor if self.factor.dim() == 2 else self.factor.mT).color(gradient)
 
     @staticmethod
     def of(points: Points, weights: Tensor, *, dense: bool) -> Metric:
@@ -57,7 +61,26 @@ class Metric:
             precision.diagonal().add_(1e-3)
             factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(precision)))
         factor = sd.unsqueeze(-1) * factor
-        return Metric((factor if dense else factor.diagonal()).to(points.x))
+        return Metric((factor if dense else factor.diagonal()).to(points.x).unsqueeze(0))
+
+    @staticmethod
+    def of_others(points: Points, weights: Tensor, num_groups: int, *, dense: bool) -> Metric:
+        """Return for every group of points the metric of the points of all other groups.
+
+        A move whose metric depends on the point that it moves does not leave the density as it is: with 1,024
+        points in 50 dimensions a dense metric of their own raised the log evidence by 2.5.
+        """
+        if num_groups == 1:
+            return Metric.of(points, weights, dense=dense)
+        per_group = weights.reshape(num_groups, -1)
+        factors = []
+        for group in range(num_groups):
+            others = per_group.clone()
+            others[group] = 0.0
+            is_usable = bool(others.any())  # else all weight is in this group
+            used = others.reshape(-1) if is_usable else weights
+            factors.append(Metric.of(points, used, dense=dense).factor)
+        return Metric(torch.cat(factors))
 
 
 def _shrunk(matrix: Tensor, keep: float) -> Tensor:

@@ -156,7 +156,11 @@ class Sampler:
         points = particles.points.without_gradient()
         if settings.kernel.uses_gradient:
             points = target.evaluate_with_gradient(points.x, t)
-        metric = tuned.metric if tuned else Metric.of(points, weights, dense=settings.dense_mass)
+        metric = (
+            tuned.metric
+            if tuned
+            else Metric.of_others(points, weights, settings.num_groups, dense=settings.dense_mass)
+        )
         limit = settings.max_moves if settings.num_moves is None else settings.num_moves
         limit = tuned.num_moves if tuned else limit
         start = self._features(points)
