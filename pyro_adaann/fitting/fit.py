@@ -33,8 +33,8 @@ _WIDENING = 2.0
 _MIN_ESS_SHARE = 0.01
 #: Fits in all.
 _MAX_FITS = 6
-#: No fit is begun after so many steps of `_NUM_PARTICLES` draws in all: more of a guide that follows slowly
-#: would change little, and take minutes.
+#: After so many steps of `_NUM_PARTICLES` draws in all no fit follows one that is not usable: more of a guide
+#: that follows slowly would change little, and take minutes.
 _MAX_STEPS = 600
 #: Draws of every fit behind draws, verdict and evidence, and how many are weighed at a time.
 _NUM_SAMPLES, _BATCH_SIZE = 10_000, 1000
@@ -55,8 +55,9 @@ def fit(
     annealed by natural steps (:func:`~pyro_adaann.natural_svi`) and diagnosed
     (:func:`~pyro_adaann.diagnose`). Where posterior is or may be out of reach of its base, the base is
     widened, up to three times. Where the first fit is not GOOD, more are made from other seeds until two
-    usable ones agree on the evidence, six fits at most, and none after 600 steps in all. The draws are those
-    of all fits that count, weighted against the mixture of their guides. What remains is said in the verdict.
+    usable ones agree on the evidence, six fits at most, and none after 600 steps in all where the last one
+    is not usable. The draws are those of all fits that count, weighted against the mixture of their guides.
+    What remains is said in the verdict.
 
     :param model: a Pyro model. One that does not run for many draws at once, under an outermost plate, is run
         for one after the other (:func:`one_by_one`), with a warning, since it takes many times as long.
@@ -158,6 +159,7 @@ class _Fitter:
 def next_plan(attempts: list[Attempt], seed: int | None, num_fits: int | None) -> Plan | None:
     """Return how to go on: from a wider base, from another seed, or, where none is needed, not at all."""
     last = attempts[-1]
+    is_usable = last.diagnosis.level <= Level.USABLE_WITH_WEIGHTS
     next_seed = None if seed is None else seed + len(attempts)
     bases = [attempt.plan.widths for attempt in attempts]
     num_widenings = sum(a != b for a, b in pairwise(bases))
@@ -168,12 +170,10 @@ def next_plan(attempts: list[Attempt], seed: int | None, num_fits: int | None) -
         is_enough = bases.count(last.plan.widths) >= num_fits
     else:
         is_good = last.diagnosis.level == Level.GOOD and len(attempts) == 1
-        is_enough = (
-            is_good or is_settled(attempts) or len(attempts) >= _MAX_FITS or _work(attempts) > _MAX_STEPS
-        )
+        is_hopeless = not is_usable and _work(attempts) > _MAX_STEPS
+        is_enough = is_good or is_settled(attempts) or len(attempts) >= _MAX_FITS or is_hopeless
     if is_enough:
         return None
-    is_usable = last.diagnosis.level <= Level.USABLE_WITH_WEIGHTS
     return Plan(next_seed, last.plan.widths, _NUM_PARTICLES if is_usable else _MORE_PARTICLES)
 
 
