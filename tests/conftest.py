@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -22,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Make the device torch's default before a test module makes a tensor."""
     device = find_device(config.getoption("--device"))
+    if device.type == "cpu":  # Triton decides on its first import, by whatever test, whether it interprets
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     if device.type != "cpu":
         torch.set_default_device(device)
 

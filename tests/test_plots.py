@@ -19,6 +19,7 @@ def nothing_shown(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("a figure was shown or saved")
 
+    plt.close("all")  # whatever another file has left open
     monkeypatch.setattr(plt, "show", fail)
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fail)
     yield

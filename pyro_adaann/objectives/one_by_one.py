@@ -33,6 +33,7 @@ def one_by_one(model: Callable[..., Any]) -> Callable[..., Any]:
 
         >>> import torch, pyro, pyro.distributions as dist
         >>> from pyro_adaann import AutoSpline, natural_svi
+        >>> pyro.clear_param_store()  # a new fit
         >>> x, y = torch.eye(3)[:, :2], torch.tensor([1.0, 2.0, 3.0])
         >>> def model():
         ...     beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))

@@ -152,18 +152,16 @@ class _Locate(torch.autograd.Function):
         index, shares = ctx.saved_tensors
         num_bins = shares.shape[-1]
         g = Bin(*grads)
-        grad = shares.new_empty(*index.shape[:-1], num_parameters(num_bins))
-        logits = grad[..., : 2 * num_bins].unflatten(-1, (2, num_bins))
         factor = 2 * _REACH * (1 - num_bins * _MIN_SHARE)
         start = (factor * torch.stack([g.left, g.bottom], -1)).unsqueeze(-1)
         size = (factor * torch.stack([g.width, g.height], -1)).unsqueeze(-1)
         place = torch.arange(num_bins, device=index.device)
         both = index.unsqueeze(-2)
         terms = torch.where(place < both, start, torch.where(place == both, size, 0.0)).mul_(shares)
-        torch.addcmul(terms, shares, terms.sum(-1, keepdim=True), value=-1, out=logits)
+        logits = torch.addcmul(terms, shares, terms.sum(-1, keepdim=True), value=-1).flatten(-2)
         slopes = shares.new_zeros(*index.shape[:-1], num_bins + 1)
-        slopes.scatter_(-1, index, g.free_slope_left.unsqueeze(-1))
-        slopes.scatter_(-1, index + 1, g.free_slope_right.unsqueeze(-1))
-        grad[..., 2 * num_bins : -2] = slopes[..., 1:-1]
-        grad[..., -2], grad[..., -1] = g.free_log_scale, g.shift
-        return None, grad, None
+        # Out of place, which the function transforms of torch see through.
+        slopes = slopes.scatter(-1, index, g.free_slope_left.unsqueeze(-1))
+        slopes = slopes.scatter(-1, index + 1, g.free_slope_right.unsqueeze(-1))
+        affine = torch.stack([g.free_log_scale, g.shift], -1)
+        return None, torch.cat([logits, slopes[..., 1:-1], affine], -1), None
