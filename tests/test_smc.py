@@ -242,8 +242,8 @@ SCHEDULES = {"adaann": AdaAnnSchedule(0.32), "cess": CESSSchedule(0.9), "linear"
 def test_evidence_and_moments_of_a_conjugate_model(path, kernel, schedule):
     """The evidence within four standard errors, of 15 degrees of freedom: false failures 18 * 0.1 %.
 
-    32 other seeds of the worst case of one seed, whose evidence was 4.4 standard errors too small (joint path,
-    random walk, CESS), were off by .7 of their stated errors in the root of the mean square.
+    32 other seeds of the case that was 4.4 standard errors too small with one seed (joint path, a
+    random walk, CESS) were off by .7 of their stated errors in the root of the mean square.
     """
     base = None if path == "likelihood" else dist.Normal(0.5, 2.0)
     smc = AnnealedSMC(
