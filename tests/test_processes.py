@@ -47,7 +47,7 @@ def alone() -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def together(request, tmp_path_factory) -> list[dict[str, Any]]:
     """What each process of a group gives."""
     folder = tmp_path_factory.mktemp("group")
