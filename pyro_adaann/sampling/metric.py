@@ -14,24 +14,43 @@ __all__ = ["Metric"]
 
 @dataclass(frozen=True)
 class Metric:
-    """The factors L of the whitened coordinates u, x = L u, one for each of equally many points in a row.
+    """The factors L of the whitened coordinates u, x = L u, one for each block of points in a row.
 
-    :param factor: L of every group of points, shape ``(groups, dim)`` if diagonal, else lower triangular,
-        ``(groups, dim, dim)``.
+    n points are in blocks of n over the number of factors, rounded up; the last block may be shorter.
+
+    :param factor: L of every block, shape ``(blocks, dim)`` if diagonal, else ``(blocks, dim, dim)``.
     """
 
     factor: Tensor
 
     def color(self, u: Tensor) -> Tensor:
         """Return L u of vectors, shape ``(n, dim)``."""
-        grouped = u.reshape(len(self.factor), -1, u.shape[-1])
+        num, dim = u.shape
+        num_blocks = len(self.factor)
+        missing = _block_size(num, num_blocks) * num_blocks - num
+        if missing:
+            u = torch.cat([u, u.new_zeros(missing, dim)])
+        blocks = u.reshape(num_blocks, -1, dim)
         is_diagonal = self.factor.dim() == 2
-        colored = grouped * self.factor.unsqueeze(1) if is_diagonal else grouped @ self.factor.mT
-        return colored.reshape(u.shape)
+        colored = blocks * self.factor.unsqueeze(1) if is_diagonal else blocks @ self.factor.mT
+        return colored.reshape(-1, dim)[:num]
 
     def color_transposed(self, gradient: Tensor) -> Tensor:
         """Return L^T g of gradients, likewise."""
         return Metric(self.factor if self.factor.dim() == 2 else self.factor.mT).color(gradient)
+
+    def pooled(self) -> Metric:
+        """Return one metric for all points, whose L L^T is the mean of those of the blocks."""
+        num_blocks = len(self.factor)
+        if num_blocks == 1:
+            return self
+        factor = self.factor.double() / num_blocks**0.5
+        if self.factor.dim() == 2:
+            pooled = factor.square().sum(0).sqrt()
+        else:
+            # With A the transposed factors below each other, A^T A is the mean, and A = Q R.
+            pooled = torch.linalg.qr(factor.mT.reshape(-1, factor.shape[-1])).R.mT
+        return Metric(pooled.to(self.factor).unsqueeze(0))
 
     @staticmethod
     def of(points: Points, weights: Tensor, *, dense: bool) -> Metric:
@@ -67,20 +86,23 @@ class Metric:
     def of_others(points: Points, weights: Tensor, num_groups: int, *, dense: bool) -> Metric:
         """Return for every group of points the metric of the points of all other groups.
 
-        A move whose metric depends on the point that it moves does not leave the density as it is: with 1,024
-        points in 50 dimensions a dense metric of their own raised the log evidence by 2.5.
+        A single group has two halves, each with the metric of the other. A move whose metric depends on the
+        point that it moves does not leave the density as it is: with 1,024 points in 50 dimensions a dense
+        metric of their own raised the log evidence by 1.9.
         """
-        if num_groups == 1:
-            return Metric.of(points, weights, dense=dense)
-        per_group = weights.reshape(num_groups, -1)
+        num_blocks = max(num_groups, 2)
+        block = torch.arange(len(weights), device=weights.device) // _block_size(len(weights), num_blocks)
         factors = []
-        for group in range(num_groups):
-            others = per_group.clone()
-            others[group] = 0.0
-            is_usable = bool(others.any())  # else all weight is in this group
-            used = others.reshape(-1) if is_usable else weights
+        for index in range(num_blocks):
+            others = weights.masked_fill(block == index, 0.0)
+            # With all weight in this block there are no others.
+            used = others if bool(others.any()) else weights
             factors.append(Metric.of(points, used, dense=dense).factor)
         return Metric(torch.cat(factors))
+
+
+def _block_size(num_points: int, num_blocks: int) -> int:
+    return -(-num_points // num_blocks)
 
 
 def _shrunk(matrix: Tensor, keep: float) -> Tensor:
