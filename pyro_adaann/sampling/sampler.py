@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,10 +46,12 @@ class Sampler:
 
     def __init__(self, target: TemperedTarget, settings: Settings, seed: int) -> None:
         self.target, self.settings, self.seed = target, settings, seed
+        _check_tuning(settings.tuning, target.model.dim)
         self.stages: list[SMCStage] = []
         self.generator = torch.Generator("cpu").manual_seed(seed)
         self.particles: Particles | None = None
-        self._step_size = settings.kernel.initial_step_size(target.model.dim)
+        #: Of the next move, in units of the metric.
+        self.step_size = settings.kernel.initial_step_size(target.model.dim)
 
     @property
     def inverse_temperature(self) -> float:
@@ -169,7 +170,7 @@ class Sampler:
         guide_acceptances: list[float] = []
         correlations: list[tuple[float, float]] = []
         while len(step_sizes) < limit:
-            step_size = tuned.step_sizes[len(step_sizes)] if tuned else self._step_size
+            step_size = tuned.step_sizes[len(step_sizes)] if tuned else self.step_size
             if target.flow is not None:
                 points, probability = independence_move(target, t, points, self.generator)
                 guide_acceptances.append(_mean(weights, probability))
@@ -178,7 +179,7 @@ class Sampler:
             step_sizes.append(step_size)
             acceptances.append(_mean(weights, probability))
             if settings.kernel.adapts_at(index):
-                self._step_size = self._adapt(step_size, acceptances[-1])
+                self.step_size = self._adapt(step_size, acceptances[-1])
             correlations.append(correlation(start, self._features(points), weights))
             if (
                 settings.num_moves is None
@@ -222,60 +223,6 @@ class Sampler:
             seed=self.seed,
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that :meth:`step` depends on, as tensors and numbers."""
-        assert self.particles is not None
-        particles = self.particles
-        return {
-            "kind": "AnnealedSMC",
-            "settings": self._fingerprint(),
-            "x": particles.points.x,
-            "terms": particles.points.terms,
-            "log_weights": particles.log_weights,
-            "log_evidences": particles.log_evidences,
-            "num_broken": particles.num_broken,
-            "step_size": self._step_size,
-            "seed": self.seed,
-            "generator": self.generator.get_state(),
-            "stages": [asdict(stage) for stage in self.stages],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` has returned.
-
-        :raises ValueError: if it is of another run.
-        """
-        if state.get("kind") != "AnnealedSMC" or state.get("settings") != self._fingerprint():
-            raise ValueError(
-                f"Expected the checkpoint of a run with the settings {self._fingerprint()}; got one of "
-                f"{state.get('settings', 'another kind')}. Give another path, or delete the "
-                f"file to start anew."
-            )
-        device = self.target.model.example.device
-        points = Points(state["x"].to(device), state["terms"].to(device))
-        weights, evidences = state["log_weights"].to(device), state["log_evidences"].to(device)
-        self.particles = Particles(points, weights, evidences, state["num_broken"])
-        self._step_size, self.seed = state["step_size"], state["seed"]
-        self.generator.set_state(state["generator"])
-        self.stages = [
-            SMCStage(
-                **{
-                    **stage,
-                    "metric": Metric(**{k: v.to(device) for k, v in stage["metric"].items()}),
-                    "step_sizes": tuple(stage["step_sizes"]),
-                }
-            )
-            for stage in state["stages"]
-        ]
-
-    def _fingerprint(self) -> str:
-        settings = self.settings
-        return (
-            f"{self.target.model.dim} latent variables, {settings.num_particles} particles in "
-            f"{settings.num_groups} groups, path {self.target.path.name}, "
-            f"{type(settings.schedule).__name__}, {settings.kernel}"
-        )
-
 
 @dataclass(frozen=True)
 class _Moved:
@@ -286,6 +233,14 @@ class _Moved:
     guide_acceptance: float | None
     correlation: float
     has_forgotten: bool
+
+
+def _check_tuning(tuning: tuple[SMCStage, ...] | None, dim: int) -> None:
+    if tuning is not None and tuning[0].metric.factor.shape[-1] != dim:
+        raise ValueError(
+            f"Expected `tuning` of a run on the same model, with {dim} latent variables; got one with "
+            f"{tuning[0].metric.factor.shape[-1]}. Run a pilot on this model."
+        )
 
 
 def _mean(weights: Tensor, values: Tensor) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path as FilePath
 from typing import Any
@@ -29,6 +30,7 @@ from pyro_adaann.sampling.density import UnconstrainedModel
 from pyro_adaann.sampling.flow import guide_flow
 from pyro_adaann.sampling.moves import Move, get_kernel
 from pyro_adaann.sampling.result import SMCResult, SMCStage
+from pyro_adaann.sampling.resume import restore, state_of
 from pyro_adaann.sampling.sampler import Sampler, Settings
 from pyro_adaann.sampling.target import TemperedTarget
 from pyro_adaann.state.checkpoint import CheckpointKeeper, read_checkpoint
@@ -70,8 +72,9 @@ class AnnealedSMC:
     :param max_moves: the most of them.
     :param max_correlation: in (0, 1).
     :param resample_below: the effective share of a group's particles below which it is resampled.
-    :param tuning: the stages of another run, whose temperatures, scales, step sizes and numbers of moves
-        are taken as they are; or None to tune by the particles.
+    :param tuning: the stages of another run, of any number of particles and groups, whose temperatures,
+        step sizes and numbers of moves are taken as they are, and the mean of its groups' scales; or None to
+        tune by the particles.
     :param vectorize: whether the model runs once for all particles; slower, but safe, without.
     :param seed: of all random numbers; by default one is drawn from torch's generator.
     :raises ValueError: if an argument is out of range or does not go with the others.
@@ -137,7 +140,7 @@ class AnnealedSMC:
             max_moves=max_moves,
             max_correlation=max_correlation,
             resample_below=resample_below,
-            tuning=None if tuning is None else tuple(tuning),
+            tuning=None if tuning is None else _of_pilot(tuning),
         )
 
     def run(
@@ -164,10 +167,10 @@ class AnnealedSMC:
         """
         sampler = self._make_sampler(args, kwargs)
         if checkpoint is not None and FilePath(checkpoint).exists():
-            sampler.load_state_dict(read_checkpoint(checkpoint))
+            restore(sampler, read_checkpoint(checkpoint))
         keeper = None
         if checkpoint is not None:
-            keeper = CheckpointKeeper(checkpoint, checkpoint_every, sampler.state_dict)
+            keeper = CheckpointKeeper(checkpoint, checkpoint_every, lambda: state_of(sampler))
         bar = tqdm(disable=not progress_bar, unit="stage", initial=len(sampler.stages), dynamic_ncols=True)
         with InterruptGuard() as interrupt, bar:
             try:
@@ -199,6 +202,13 @@ class AnnealedSMC:
                 base = flow.base
         target = TemperedTarget(model, self.path, base, flow)
         return Sampler(target, self.settings, seed)
+
+
+def _of_pilot(stages: Sequence[SMCStage]) -> tuple[SMCStage, ...]:
+    """Return stages whose metric does not depend on groups."""
+    if not stages:
+        raise ValueError("Expected `tuning` to be the stages of another run; got none. Pass `pilot.stages`.")
+    return tuple(replace(stage, metric=stage.metric.pooled()) for stage in stages)
 
 
 def _check_start(path: Path, guide: Any, base: Any) -> None:
