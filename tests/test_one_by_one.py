@@ -1,5 +1,6 @@
 """A model that runs for one draw after the other is the model that runs for many at once."""
 
+import math
 import warnings
 
 import pyro
@@ -8,9 +9,19 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
 
-from pyro_adaann import AutoSpline, diagnose, fit, natural_svi, one_by_one, to_arviz
+from pyro_adaann import (
+    AdaAnnSVI,
+    AutoSpline,
+    ConstantSchedule,
+    diagnose,
+    fit,
+    natural_svi,
+    one_by_one,
+    to_arviz,
+)
 from pyro_adaann.fitting.models import for_many_draws
 
 X = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0], [1.0, 4.0]])
@@ -185,3 +196,141 @@ def test_what_cannot_be_put_together_is_refused():
         pyro.plate("b", 2, dim=-2),
     ):
         one_by_one(alone)()
+
+
+@pytest.mark.parametrize("mark", [{"enumerate": "parallel"}, None], ids=["enumerated", "drawn"])
+def test_discrete_latent_sites_are_refused(mark):
+    def model():
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        which = pyro.sample("which", dist.Bernoulli(0.5), infer=mark)
+        pyro.sample("x", dist.Normal(X[1] @ loc + which, 1.0), obs=torch.tensor(0.0))
+
+    with (
+        pytest.raises(ValueError, match=r"Expected continuous latent sites.* got 'which'"),
+        pyro.plate("draws", 5, dim=-1),
+    ):
+        one_by_one(model)()
+    with pytest.raises(
+        ValueError, match="Expected a model that runs for many draws" if mark else "Expected continuous"
+    ):
+        fit(model, seed=0, progress_bar=False)
+
+
+def learns(at_once: bool):
+    def model():
+        noise = pyro.param("noise", torch.tensor(0.5), constraint=dist.constraints.positive)
+        shift = pyro.param("shift", torch.tensor(0.0))
+        beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        mean = (X * beta.unsqueeze(-2)).sum(-1) if at_once else X @ beta
+        with pyro.plate("data", 4):
+            pyro.sample("y", dist.Normal(mean + shift, noise), obs=Y)
+
+    return model if at_once else one_by_one(model)
+
+
+def test_parameters_of_the_model_are_trained():
+    found = []
+    for at_once in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        model = learns(at_once)
+        svi = AdaAnnSVI(
+            model,
+            AutoNormal(learns(True), init_scale=0.3),
+            pyro.optim.Adam({"lr": 0.05}),
+            Trace_ELBO(num_particles=5, vectorize_particles=True, max_plate_nesting=1),
+            schedule=ConstantSchedule(),
+        )
+        for _ in range(3):
+            svi.step()
+        found.append([pyro.param("noise").detach(), pyro.param("shift").detach()])
+    assert abs(float(found[0][1])) > 0.05
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+
+
+def test_natural_steps_refuse_parameters_of_the_model():
+    for at_once in (True, False):
+        pyro.clear_param_store()
+        svi = natural_svi(learns(at_once), AutoSpline(learns(True)), num_particles=5)
+        with pytest.raises(ValueError, match="noise"):
+            svi.step()
+
+
+class _Odd(Exception):
+    """An error that no library raises."""
+
+
+def _asserts(z):
+    assert z.shape == ()
+    return z
+
+
+def _raises(z):
+    if z.dim():
+        raise _Odd("one draw at a time, please")
+    return z
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        _asserts,
+        _raises,
+        lambda z: math.sinh(z),
+        lambda z: float(z),
+        lambda z: z.item(),
+        lambda z: {0: z}[z.dim()],
+    ],
+    ids=["assert", "own error", "math", "float", "item", "key"],
+)
+def test_code_for_one_draw_is_run_one_by_one_whatever_it_raises(use):
+    def model():
+        z = pyro.sample("z", dist.Normal(3.0, 0.1))
+        pyro.sample("x", dist.Normal(use(z), 1.0), obs=torch.tensor(0.0))
+
+    guide = AutoSpline(model, base_loc="prior", base_scale="prior").initialize()
+    assert abs(float(guide.get_base_dist().base_dist.loc) - 3) < 0.1
+    with pytest.warns(UserWarning, match="one after the other"):
+        runs = for_many_draws(model, guide, (), {})
+    elbo = Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=0)
+    with torch.no_grad():
+        got, _ = next(iter(elbo._get_traces(runs, guide, (), {})))
+    assert got.nodes["x"]["log_prob"].shape == (4,)
+
+
+def test_an_error_that_one_by_one_does_not_cure_is_shown():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(_raises(z), 1.0), obs=torch.tensor(0.0))
+        if z > 0:
+            pyro.sample("w", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+
+    guide = AutoSpline(model).initialize()
+    with pytest.raises(ValueError, match="got _Odd: one draw at a time, please") as caught:
+        for_many_draws(model, guide, (), {})
+    assert isinstance(caught.value.__cause__.__cause__, _Odd)
+
+
+@pytest.mark.parametrize(
+    "scale", [torch.tensor(2.0), torch.tensor([1.0, 2.0, 3.0, 4.0])], ids=["one", "many"]
+)
+def test_scales_may_be_tensors(scale):
+    def scaled():
+        beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", 4), poutine.scale(scale=scale):
+            pyro.sample("y", dist.Normal(X @ beta, 1.0), obs=Y)
+
+    guide = AutoSpline(scaled, base_scale=2.0).initialize()
+    elbo = Trace_ELBO(num_particles=6, vectorize_particles=True, max_plate_nesting=1)
+    got, _ = next(iter(elbo._get_traces(one_by_one(scaled), guide, (), {})))
+    beta = got.nodes["beta"]["value"].reshape(6, 2)
+    expected = scale * dist.Normal(beta @ X.T, 1.0).log_prob(Y)
+    torch.testing.assert_close(got.nodes["y"]["log_prob"], expected)
+
+    def varies():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with poutine.scale(scale=z.exp()):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+
+    with pytest.raises(ValueError, match="and scale"), pyro.plate("draws", 3, dim=-1):
+        one_by_one(varies)()

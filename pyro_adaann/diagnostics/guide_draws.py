@@ -39,6 +39,7 @@ from pyro_adaann.objectives.traces import (
     sites_of,
     with_num_particles,
 )
+from pyro_adaann.processes.group import ProcessError
 from pyro_adaann.processes.split import split
 from pyro_adaann.weights import finite_or_no_weight
 
@@ -130,7 +131,9 @@ class GuideDraws:
         """Run; an error of a batch, after a single draw has worked, says that the model may not vectorize."""
         try:
             return self._run(run)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except ProcessError:
+            raise
+        except Exception as error:  # the code of a user may raise anything
             if not self._vectorize:
                 raise
             raise _does_not_vectorize(f"{type(error).__name__}: {error}") from error

@@ -78,37 +78,38 @@ def for_many_draws(
 
     :raises ValueError: if it runs neither way.
     """
-    try:
-        _run_at_once(model, guide, args, kwargs)
+    error = _error_at_once(model, guide, args, kwargs)
+    if error is None:
         return model
-    except ValueError as error:
-        got = str(error).partition("; got ")[2].partition(". Pass ")[0]
-        got = got.splitlines()[0].rstrip(".") if got else str(error)
-        advice = (
-            "Let it index and sum its dimensions from the right: (x * beta).sum(-1) in place of x @ beta, "
-            "z[..., 0] in place of z[0]"
-        )
-        try:
-            if process_count() > 1:
-                raise
-            _run_at_once(one_by_one(model), guide, args, kwargs)
-        except ValueError:
-            raise ValueError(
-                f"Expected a model that runs for many draws at once, under an outermost plate; got {got}. "
-                f"{advice}. Where that cannot be, use AdaAnnSVI with a loss that is not vectorized."
-            ) from error
-        warnings.warn(
-            f"The model does not run for many draws at once ({got}), and is run for one after the other, "
-            f"which takes many times as long. {advice}, and it is fast.",
-            stacklevel=3,
-        )
-        return one_by_one(model)
+    got = str(error).partition("; got ")[2].partition(". Pass ")[0]
+    got = got.splitlines()[0].rstrip(".") if got else str(error)
+    advice = (
+        "Let it index and sum its dimensions from the right: (x * beta).sum(-1) in place of x @ beta, "
+        "z[..., 0] in place of z[0]"
+    )
+    alone = one_by_one(model)
+    if process_count() > 1 or _error_at_once(alone, guide, args, kwargs) is not None:
+        raise ValueError(
+            f"Expected a model that runs for many draws at once, under an outermost plate; got {got}. "
+            f"{advice}. Where that cannot be, use AdaAnnSVI with a loss that is not vectorized."
+        ) from error
+    warnings.warn(
+        f"The model does not run for many draws at once ({got}), and is run for one after the other, "
+        f"which takes many times as long. {advice}, and it is fast.",
+        stacklevel=3,
+    )
+    return alone
 
 
-def _run_at_once(
+def _error_at_once(
     model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    next(GuideDraws((model, guide), args, kwargs, vectorize=True).batches(_NUM_DRAWS, _NUM_DRAWS))
+) -> ValueError | None:
+    """Return why a model does not run for a few draws at once, None if it does."""
+    try:
+        next(GuideDraws((model, guide), args, kwargs, vectorize=True).batches(_NUM_DRAWS, _NUM_DRAWS))
+    except ValueError as error:
+        return error
+    return None
 
 
 def _is_discrete(fn: Any) -> bool:

@@ -79,7 +79,7 @@ def _draw_at_once(run: Callable[[], Any], prototype: Trace) -> Tensor | None:
         nesting = max((-frame.dim for frame in frames), default=0)
         with pyro.plate("_prior_draws", _NUM_DRAWS, dim=-1 - nesting):
             return _unconstrained(poutine.trace(run).get_trace(), prototype, _NUM_DRAWS)
-    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, NotImplementedError):
+    except Exception:  # whatever the code of a user raises that is written for one draw
         return None
 
 
@@ -89,7 +89,7 @@ def _draw_one_by_one(run: Callable[[], Any], prototype: Trace) -> Tensor:
     for _ in range(_NUM_SINGLE_DRAWS):
         try:
             row = _unconstrained(poutine.trace(run).get_trace(), prototype, 1)
-        except (RuntimeError, ValueError, ArithmeticError):  # no solution of the model there
+        except Exception:  # no solution of the model there, whatever its solver raises
             continue
         if row is not None:
             rows.append(row)

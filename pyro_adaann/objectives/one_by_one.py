@@ -25,9 +25,9 @@ def one_by_one(model: Callable[..., Any]) -> Callable[..., Any]:
     call a module that knows no batches (``torch.nn.Linear`` with weights from a prior). Outside of a plate it
     is the model. Its time grows with the number of draws. :func:`fit` takes it by itself where it must.
 
-    :param model: a Pyro model whose sites are the same in every run, without discrete sites to sum out.
-    :raises ValueError: when it runs, if sites, shapes or scales differ between draws, or if it is in several
-        plates.
+    :param model: a Pyro model whose sites are the same in every run, without discrete latent sites.
+    :raises ValueError: when it runs, if it has discrete latent sites, if sites, shapes or scales differ
+        between draws, or if it is in several plates.
 
     Example::
 
@@ -74,7 +74,8 @@ class _Rows:
     def __init__(self, run: Callable[[], Any], num_rows: int, dim: int) -> None:
         self._run, self._num_rows, self._dim = run, num_rows, dim
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # the draws are as without it
-            self._prototype = self._run_row({})
+            self._prototype = self._run_row({}, shows_parameters=False)
+        _refuse_discrete(self._prototype)
         self._drawn: list[Trace] | None = None
 
     def run(self) -> None:
@@ -117,8 +118,13 @@ class _Rows:
             value: Tensor = pyro.sample(site["name"], fn, obs=obs, infer=infer)
         return value
 
-    def _run_row(self, values: dict[str, Tensor]) -> Trace:
-        with poutine.block(), poutine.trace() as tracer, _Given(values):
+    def _run_row(self, values: dict[str, Tensor], *, shows_parameters: bool = True) -> Trace:
+        """Run the model for one draw, of whose sites nobody outside sees more than the parameters.
+
+        :param values: of latent sites.
+        """
+        seen = ["param"] if shows_parameters else []  # those that are seen are trained
+        with poutine.block(expose_types=seen), poutine.trace() as tracer, _Given(values):
             self._run()
         for site in tracer.trace.nodes.values():
             if site["type"] == "sample" and site["mask"] is not None:
@@ -233,6 +239,21 @@ class _OfRows(TorchDistribution):
         return torch.stack([row.expand(self._fn.batch_shape) for row in rows]).reshape(self.batch_shape)
 
 
+def _refuse_discrete(trace: Trace) -> None:
+    """Refuse latent sites with discrete values, which would have to be summed out in every run."""
+    latents = [s for s in trace.nodes.values() if s["type"] == "sample" and not s["is_observed"]]
+    names = [
+        repr(site["name"])
+        for site in latents
+        if not site_is_subsample(site) and (site["infer"].get("enumerate") or site["fn"].support.is_discrete)
+    ]
+    if names:
+        raise ValueError(
+            f"Expected continuous latent sites, in a model that runs for one draw after the other; got "
+            f"{', '.join(names)}. Sum discrete ones out by hand, or let the model run for many draws at once."
+        )
+
+
 def _check_names(trace: Trace, prototype: Trace) -> None:
     """Refuse a run with other sites than the first."""
     names, expected = ({n for n, s in t.nodes.items() if s["type"] == "sample"} for t in (trace, prototype))
@@ -246,9 +267,15 @@ def _check_names(trace: Trace, prototype: Trace) -> None:
 def _checked(trace: Trace, name: str, site: Any) -> Any:
     """Return the site of a run, which has to be like that of the first."""
     row = trace.nodes[name]
-    if row["fn"].shape() != site["fn"].shape() or row["scale"] != site["scale"]:
+    if row["fn"].shape() != site["fn"].shape() or not _is_same(row["scale"], site["scale"]):
         raise ValueError(
             f"Expected site {name!r} with shape {tuple(site['fn'].shape())} and scale {site['scale']} in the "
             f"run of every draw; got shape {tuple(row['fn'].shape())} and scale {row['scale']}."
         )
     return row
+
+
+def _is_same(scale: float | Tensor, other: float | Tensor) -> bool:
+    """Whether two scales, numbers or tensors, are alike."""
+    one, two = torch.as_tensor(scale), torch.as_tensor(other)
+    return one.shape == two.shape and bool((one == two).all())
