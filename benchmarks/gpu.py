@@ -68,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=None, help="where to write the results")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    logging.getLogger("pyro").setLevel(logging.WARNING)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print(f"{name}, torch {torch.__version__}, pyro {pyro.__version__}")
     has_kernels = device.type == "cuda" and planar_recursion._kernels(device) is not None
@@ -210,4 +209,5 @@ def fit_and_resume(kind: str, device: torch.device) -> str:
 
 
 if __name__ == "__main__":
+    logging.getLogger("pyro").setLevel(logging.WARNING)
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def isolated() -> Iterator[None]:
-    """Clear the parameter store, seed, and fail a test that changes torch's or Pyro's settings."""
+    """Clear the parameter store, seed, and fail a test that changes settings of torch, Pyro or logging."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     before = _settings()
@@ -64,4 +65,6 @@ def _settings() -> tuple[object, ...]:
         pyro.settings.get("validate_poutine"),
         pyro.settings.get("module_local_params"),
         torch.is_grad_enabled(),
+        logging.getLogger("pyro").level,
+        logging.root.manager.disable,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -24,8 +26,8 @@ FEW_FITS = ("planar_adam", "spline_adam", "planar_natural", "spline_natural")
 PATIENCE = 300
 
 
-def start(*command: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+def start(*command: str, **variables: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **variables}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen([sys.executable, *command], env=environment, text=True, **pipe)
 
@@ -105,6 +107,17 @@ def test_error_names_the_process(together):
     assert together[1]["errors"]["failing_in_one"].startswith("KeyError")
 
 
+def run_group(count: int, *arguments: str) -> list[tuple[int, str]]:
+    """Run the script that is interrupted in processes that nobody watches; return codes and outputs."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    script = str(interrupted_in_processes.__file__)
+    group = [start(script, *arguments, RANK=str(i), WORLD_SIZE=str(count), **address) for i in range(count)]
+    outputs = [end(process) for process in group]
+    return [(process.returncode, output) for process, output in zip(group, outputs, strict=True)]
+
+
 def torchrun(count: int, *arguments: str) -> tuple[int, str]:
     """Run the script that is interrupted, as a user would."""
     script = str(interrupted_in_processes.__file__)
@@ -116,9 +129,12 @@ def torchrun(count: int, *arguments: str) -> tuple[int, str]:
 
 def test_a_process_that_dies_ends_all_and_another_number_goes_on(tmp_path):
     checkpoint, result = str(tmp_path / "fit.pt"), tmp_path / "result.pt"
-    code, output = torchrun(4, checkpoint, str(result), "--die-at", "13")
-    assert code
-    assert "Expected an answer of all 4 processes" in output
+    # torchrun would end the others, perhaps before they notice.
+    *others, last = run_group(4, checkpoint, str(result), "--die-at", "13")
+    assert last[0] == -signal.SIGKILL
+    for code, output in others:
+        assert code > 0
+        assert "Expected an answer of all 4 processes" in output
     assert not result.exists()
     written = Path(checkpoint).read_bytes()
 

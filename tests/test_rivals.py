@@ -298,7 +298,10 @@ def test_a_cell_that_the_file_has_is_not_run_again(tmp_path, monkeypatch):
 def test_a_system_out_of_time_and_one_that_is_not_there_are_told(tmp_path, known, monkeypatch):
     out_of_time = run_cell("fit", "two moons", 0, 1, tmp_path, known)  # importing takes longer
     assert out_of_time["cannot"] == "not ended in 1 s"
-    monkeypatch.setattr("rivals.runner.environment", lambda name, folder: Path("/usr/bin/env"))
+    failing = tmp_path / "python"
+    failing.write_text("#!/bin/sh\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr("rivals.runner.environment", lambda name, folder: failing)
     missing = run_cell("dynesty", "two moons", 0, 1, tmp_path, known)
     assert missing["cannot"]
     assert "wasserstein" not in missing
