@@ -16,6 +16,7 @@ from pyro_adaann.diagnostics.diagnose import diagnose
 from pyro_adaann.diagnostics.importance import WeightedDraws, importance_draws
 from pyro_adaann.diagnostics.lost_parts import LadderReport, LostPart, find_lost_parts
 from pyro_adaann.diagnostics.mixture import mixture_draws
+from pyro_adaann.diagnostics.opinion import SecondOpinion, second_opinion
 from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.export import plots
 from pyro_adaann.export.arviz import to_arviz
@@ -31,7 +32,6 @@ from pyro_adaann.objectives.mixed_kl import TraceMixedKL_ELBO
 from pyro_adaann.objectives.one_by_one import one_by_one
 from pyro_adaann.objectives.tempered_elbo import TemperedTrace_ELBO
 from pyro_adaann.sampling.calibration import Calibration, simulation_based_calibration
-from pyro_adaann.sampling.opinion import SecondOpinion, second_opinion
 from pyro_adaann.sampling.polish import GuideKernel, PolishedChains, polish
 from pyro_adaann.sampling.result import SMCResult
 from pyro_adaann.sampling.smc import AnnealedSMC

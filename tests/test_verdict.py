@@ -25,11 +25,13 @@ from pyro_adaann import (
     LinearSchedule,
     LostPart,
     Rung,
+    SecondOpinion,
     diagnose,
     find_lost_parts,
     mixture_draws,
     to_arviz,
 )
+from pyro_adaann.diagnostics.mode_shares import ModeShare
 from pyro_adaann.diagnostics.numbers import percent, rounded
 from pyro_adaann.diagnostics.reach import Reach
 from pyro_adaann.diagnostics.rules import Level, findings
@@ -53,6 +55,9 @@ GOOD = Diagnosis(
 LOST = LadderReport(5, [LostPart(Rung(0.1, {}, {}), 0.1, 0.2, 0.3, 0.02)], 0.4)
 SHORT = Reach(0.09, 0.01, ("x",), 1.8, -4.9, 0.01, 3000.0, 0.4)
 ABOVE = ThermodynamicEstimate(-4.3, 0.05, 0.01)
+MODE = ModeShare("z > 0", guide=0.7, particles=0.5, error=0.02)
+AGREES = SecondOpinion(-5.02, 0.05, -5.0, 0.001, (), (), is_reliable=True)
+FOUND_MORE = replace(AGREES, log_evidence=-4.7, modes=(MODE,))
 
 CASES = [
     ({}, Level.GOOD),
@@ -70,6 +75,12 @@ CASES = [
     ({"reach": replace(SHORT, k_hat=1.4)}, Level.OUT_OF_REACH),
     ({"thermodynamic": ABOVE}, Level.LOST_PART),
     ({"thermodynamic": ABOVE, "k_hat": 0.9, "ess": 100.0}, Level.UNRELIABLE),
+    ({"opinion": AGREES}, Level.GOOD),
+    ({"opinion": FOUND_MORE}, Level.LOST_PART),
+    ({"opinion": FOUND_MORE, "k_hat": 0.9, "ess": 100.0}, Level.UNRELIABLE),
+    ({"opinion": replace(AGREES, modes=(MODE,))}, Level.USABLE_WITH_WEIGHTS),
+    ({"opinion": replace(AGREES, log_evidence=-6.0)}, Level.GOOD),  # the particles have found less
+    ({"opinion": replace(FOUND_MORE, is_reliable=False)}, Level.GOOD),
     ({"ladder": LOST}, Level.LOST_PART),
     ({"ladder": LOST, "reach": SHORT, "k_hat": 2.0, "thermodynamic": ABOVE}, Level.LOST_PART),
     ({"inverse_temperature": 0.5, "ladder": LOST}, Level.NOT_ANNEALED),
@@ -105,6 +116,26 @@ def test_the_verdict_is_the_worst_of_all_findings(changes, level):
     if d.k_hat > d.k_threshold and d.is_annealed:
         assert ("no alarm" in d.verdict) == ("harmless" in str(d)) == d.is_tail_harmless
     assert max(map(len, str(d).splitlines())) <= 90
+
+
+@pytest.mark.parametrize(
+    ("opinion", "words"),
+    [
+        (AGREES, "AnnealedSMC agrees"),
+        (
+            FOUND_MORE,
+            "lack about 26% of the posterior. The largest difference: z > 0: 70% of the guide's draws",
+        ),
+        (replace(AGREES, modes=(MODE,)), "differ from those of the guide"),
+        (replace(AGREES, log_evidence=-6.0), "AnnealedSMC misses about 63%"),
+        (replace(AGREES, is_reliable=False), "no judge yet"),
+    ],
+)
+def test_the_verdict_says_what_particles_say(opinion, words):
+    d = replace(GOOD, opinion=opinion)
+    assert words in d.verdict
+    assert sum("AnnealedSMC" in finding.sentence for finding in findings(d)) == 1
+    assert "log evidence, SMC" in str(d)
 
 
 def test_the_error_of_the_elbo_is_used():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pyro_adaann.diagnostics.model_and_guide import (
     get_model_and_guide,
     has_scale,
 )
+from pyro_adaann.diagnostics.opinion import AnnealedDraws, second_opinion
 from pyro_adaann.diagnostics.reach import measure_reach
 from pyro_adaann.diagnostics.thermodynamic import (
     ThermodynamicEstimate,
@@ -41,6 +43,7 @@ def diagnose(
     num_samples: int = 10_000,
     batch_size: int = 1000,
     vectorize: bool = True,
+    smc: AnnealedDraws | None = None,
     **kwargs: Any,
 ) -> Diagnosis:
     r"""Measure a fitted guide against the posterior by the importance weights of its draws.
@@ -59,6 +62,7 @@ def diagnose(
     :param num_samples: number of draws, at least 100; of every rung of a ladder up to twice as many.
     :param batch_size: how many at a time.
     :param vectorize: whether model and guide run on a whole batch at once; False is slower and always works.
+    :param smc: a result of :class:`AnnealedSMC` on the same model, to compare with (:func:`second_opinion`).
     :raises ValueError: if ``num_samples`` < 100, if a plate is subsampled, if the guide misses a latent
         site, if the model does not vectorize, or if hardly any draw has a finite log density.
 
@@ -82,7 +86,11 @@ def diagnose(
     _check_counts(num_samples, batch_size)
     draws = GuideDraws(svi, args, kwargs, vectorize=vectorize)
     log_weights = torch.cat([batch.log_weights for batch in draws.batches(num_samples, batch_size)])
-    return assess(svi, draws, log_weights, args, kwargs, batch_size, vectorize)
+    found = assess(svi, draws, log_weights, args, kwargs, batch_size, vectorize)
+    if smc is None or not found.is_annealed:
+        return found
+    opinion = second_opinion(svi, smc, *args, num_samples=num_samples, vectorize=vectorize, **kwargs)
+    return replace(found, opinion=opinion)
 
 
 def assess(

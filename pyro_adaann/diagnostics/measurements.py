@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from pyro_adaann.diagnostics.lost_parts import LadderReport
+from pyro_adaann.diagnostics.opinion import SecondOpinion
 from pyro_adaann.diagnostics.reach import Reach
 from pyro_adaann.diagnostics.thermodynamic import ThermodynamicEstimate
 from pyro_adaann.weights import reliable_shape
@@ -47,6 +48,7 @@ class Measurements:
     :param num_stages: stages below 1.
     :param is_scaled: whether the model scales its log density.
     :param broken_cause: which parameter or factorization has broken draws, empty if none is known.
+    :param opinion: the comparison with particles.
     """
 
     num_samples: int
@@ -67,6 +69,7 @@ class Measurements:
     num_stages: int = 0
     is_scaled: bool = False
     broken_cause: str = ""
+    opinion: SecondOpinion | None = None
 
     @property
     def broken_share(self) -> float:

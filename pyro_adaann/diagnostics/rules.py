@@ -158,6 +158,24 @@ def _tail(m: Measurements) -> Finding | None:
     )
 
 
+def _particles(m: Measurements) -> Finding | None:
+    if m.opinion is None or not m.opinion.is_reliable or m.opinion.agrees:
+        return None
+    first = f" The largest difference: {m.opinion.remarks[0]}." if m.opinion.remarks else ""
+    if m.opinion.lost_share is not None:
+        return Finding(
+            Level.LOST_PART if m.has_reliable_weights else Level.UNRELIABLE,
+            f"AnnealedSMC finds more evidence than the guide's draws: they lack about "
+            f"{percent(m.opinion.lost_share)} of the posterior.{first} Use its draws, or fit again.",
+        )
+    if not first:
+        return None
+    return Finding(
+        Level.USABLE_WITH_WEIGHTS,
+        f"The draws of AnnealedSMC differ from those of the guide as they are.{first}",
+    )
+
+
 def _unfinished(m: Measurements) -> Finding | None:
     if m.is_done is not False:
         return None
@@ -217,6 +235,23 @@ def _scaled(m: Measurements) -> Finding | None:
     )
 
 
+def _judged(m: Measurements) -> Finding | None:
+    if m.opinion is None:
+        return None
+    if not m.opinion.is_reliable:
+        text = "The particles of AnnealedSMC are no judge yet: see their result for the reason."
+    elif m.opinion.unseen_share is not None:
+        text = (
+            f"AnnealedSMC misses about {percent(m.opinion.unseen_share)} of what the guide has found: take "
+            f"more particles."
+        )
+    elif m.opinion.agrees:
+        text = "AnnealedSMC agrees with the guide in evidence, marginals and shares of modes."
+    else:
+        return None
+    return Finding(Level.GOOD, text)
+
+
 _ALARMS: tuple[Rule, ...] = (
     _ladder,
     _broken,
@@ -224,7 +259,8 @@ _ALARMS: tuple[Rule, ...] = (
     _reach,
     _unknown_reach,
     _thermodynamic,
+    _particles,
     _unfinished,
 )
 #: These change no level.
-_NOTES: tuple[Rule, ...] = (_harmless, _untracked, _scaled)
+_NOTES: tuple[Rule, ...] = (_harmless, _untracked, _scaled, _judged)

@@ -40,6 +40,7 @@ class Diagnosis(Measurements):
     :param num_stages: stages of the present pass below 1.
     :param is_scaled: whether the model scales its log density, so that the verdict is about these arguments.
     :param broken_cause: which parameter or factorization has broken draws, empty if none is known.
+    :param opinion: the comparison with particles of :class:`AnnealedSMC`; None if none were given.
 
     Source: Yao et al., *Yes, but did it work? Evaluating variational inference*, ICML 2018; Vehtari et
     al., *Pareto smoothed importance sampling*, JMLR 25 (2024).
@@ -115,6 +116,9 @@ def _rows(d: Diagnosis) -> list[tuple[str, str]]:
         rows.append(("stages stalled", f"{d.num_stalled} of {d.num_stages}"))
     if d.thermodynamic is not None:
         rows.append(("log evidence, 2nd way", _second_way(d, d.thermodynamic)))
+    if d.opinion is not None:
+        found, error = d.opinion.log_evidence, d.opinion.log_evidence_error
+        rows.append(("log evidence, SMC", f"{nats(found)} +- {nats(error)}"))
     return rows
 
 
