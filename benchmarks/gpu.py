@@ -50,9 +50,12 @@ from pyro_adaann.transforms import (
     SplineStack,
 )
 from pyro_adaann.transforms.kernels import planar_recursion
+from pyro_adaann.transforms.recorded import is_switched_on
 
 #: Largest relative difference between devices in double precision.
 TOLERANCE = 1e-7
+#: Runs of a flow before it is compared: from the third on a card runs a record of it.
+NUM_RUNS = 4
 FLOWS: dict[str, Callable[[], FlowTransform]] = {
     "planar 100": lambda: PlanarStack(3, 100),
     "RealNVP 6 x 25": lambda: RealNVPStack(3, 6, [25, 25]),
@@ -72,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{name}, torch {torch.__version__}, pyro {pyro.__version__}")
     has_kernels = device.type == "cuda" and planar_recursion._kernels(device) is not None
     print(f"planar layers: {'Triton kernels' if has_kernels else 'one by one'}")
+    has_records = device.type == "cuda" and is_switched_on()
+    print(f"flows: {'recorded as CUDA graphs' if has_records else 'operation by operation'}")
     checks = check_flows(device) | check_natural_step(device)
     for what, difference in checks.items():
         print(f"{what:48} {difference:9.1e}  {'ok' if difference < TOLERANCE else 'WRONG'}")
@@ -104,11 +109,22 @@ def check_flows(device: torch.device) -> dict[str, float]:
     found = {}
     for name, make_flow in FLOWS.items():
         flow = far_from_identity(make_flow)
-        x = torch.randn(500, flow.input_dim, dtype=torch.float64)
-        here, there = results(flow, x), results(copy.deepcopy(flow).to(device), x.to(device))
+        moved = copy.deepcopy(flow).to(device)
+        for _ in range(NUM_RUNS):
+            x = torch.randn(500, flow.input_dim, dtype=torch.float64)
+            change(flow, moved)
+            here, there = results(flow, x), results(moved, x.to(device))
         for what, value in here.items():
             found[f"{name}: {what}"] = difference(value, there[what])
     return found
+
+
+@torch.no_grad()
+def change(flow: FlowTransform, moved: FlowTransform) -> None:
+    """Change the parameters of a flow and its copy on the device alike, in place as an optimizer does."""
+    for here, there in zip(flow.parameters(), moved.parameters(), strict=True):
+        here.add_(0.01 * torch.randn_like(here))
+        there.copy_(here)
 
 
 def results(flow: FlowTransform, x: Tensor) -> dict[str, Tensor]:
@@ -123,8 +139,13 @@ def results(flow: FlowTransform, x: Tensor) -> dict[str, Tensor]:
         "gradient": torch.cat([g.flatten() for g in gradients if g is not None]),
         "score": flow.score(x, -x),
         "point gradients": torch.cat([dense(by_point[p]).flatten(1) for p in parameters], 1),
-        "inverse": flow._inverse(y.detach()).detach(),
+        "inverse": inverse(flow, y.detach()),
     }
+
+
+@torch.no_grad()
+def inverse(flow: FlowTransform, y: Tensor) -> Tensor:
+    return flow._inverse(y)
 
 
 def dense(gradient: Tensor | OuterProducts) -> Tensor:
@@ -135,12 +156,13 @@ def check_natural_step(device: torch.device) -> dict[str, float]:
     found = {}
     for name, make_flow in FLOWS.items():
         flow = far_from_identity(make_flow)
-        x = torch.randn(300, flow.input_dim, dtype=torch.float64)
-        log_weights = torch.randn(300, dtype=torch.float64)
         moved = copy.deepcopy(flow).to(device)
-        here, there = (
-            natural(f, x.to(d), log_weights.to(d)) for f, d in ((flow, torch.device("cpu")), (moved, device))
-        )
+        for _ in range(NUM_RUNS):
+            x, log_weights = torch.randn(300, flow.input_dim).double(), torch.randn(300).double()
+            here, there = (
+                natural(f, x.to(d), log_weights.to(d))
+                for f, d in ((flow, torch.device("cpu")), (moved, device))
+            )
         for what, value in here.items():
             found[f"{name}: natural step, {what}"] = difference(value, there[what])
     return found

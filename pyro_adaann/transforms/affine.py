@@ -44,6 +44,7 @@ class AffineLayer(FlowTransform):
     """
 
     has_closed_inverse = True
+    is_recordable = True
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class AffineLayer(FlowTransform):
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
         if self._is_triangular:
             self.factor = nn.Parameter(torch.zeros(input_dim, input_dim))
+            self.register_buffer("below", torch.ones_like(self.factor).tril(-1), persistent=False)
         for name, value in (("loc", loc), ("scale", scale)):
             value = torch.as_tensor(value, dtype=self.shift.dtype, device=self.shift.device)
             self.register_buffer(name, value.expand(input_dim).clone())
@@ -115,8 +117,7 @@ class AffineLayer(FlowTransform):
             "log_scale": scaled * by_scaled + grad_log_det,
         }
         if self._is_triangular:
-            mask = torch.ones_like(self.factor).tril(-1)
-            found["factor"] = OuterProducts(grad, scaled, mask)
+            found["factor"] = OuterProducts(grad, scaled, self.get_buffer("below"))
         return found
 
     @torch.no_grad()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from pyro.distributions.torch_transform import TransformModule
@@ -13,6 +14,7 @@ from torch.distributions import constraints
 
 from pyro_adaann.transforms.by_point import gradients_by_point
 from pyro_adaann.transforms.outer import OuterProducts
+from pyro_adaann.transforms.recorded import RecordedMap, Results, can_record, mapped, run_recorded
 
 __all__ = ["FlowTransform"]
 
@@ -39,6 +41,9 @@ class FlowTransform(TransformModule):
     sign = 1
     #: Whether the inverse is exact and costs about as much as the map itself.
     has_closed_inverse = False
+    #: Whether the operations of all methods, of the inverse if it is closed, depend on the number of points
+    #: alone and can be recorded on a graphics card.
+    is_recordable = False
 
     _cached_log_det: Tensor | None
     _cached_image: Tensor | None
@@ -58,8 +63,24 @@ class FlowTransform(TransformModule):
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``x`` of shape ``(..., d)``; also return ``log|det dy/dx|`` of shape ``(...)``."""
-        y, log_det = self._forward(x.reshape(-1, self.input_dim))
+        y, log_det = self._map(x.reshape(-1, self.input_dim))
         return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
+
+    def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Do :meth:`_forward`, on a graphics card from a record."""
+        if not (self.is_recordable and can_record(x)):
+            return self._forward(x)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if torch.is_grad_enabled() and (x.requires_grad or trained):
+            found: tuple[Tensor, Tensor] = RecordedMap.apply(self, x, *trained)
+            return found
+        return mapped(self, x)
+
+    def _by_row(self, name: str, function: Callable[..., Results], *points: Tensor) -> Results:
+        """Run a function of single points without a graph, on a graphics card from a record."""
+        if not (self.is_recordable and can_record(points[0])):
+            return function(*points)
+        return run_recorded(self, name, function, points, by_row=True)
 
     def score(self, x: Tensor, base_score: Tensor) -> Tensor:
         r"""Return :math:`\nabla_y \log q(y)` at the images y of given points, without a graph.
@@ -70,8 +91,12 @@ class FlowTransform(TransformModule):
         :param base_score: :math:`\nabla_x \log q_0(x)`, likewise.
         """
         flat = x.detach().reshape(-1, self.input_dim)
-        score = self._score(flat, base_score.detach().reshape(flat.shape))
-        return score.reshape(x.shape)
+
+        def run(x: Tensor, base_score: Tensor) -> Results:
+            return {"score": self._score(x, base_score)}
+
+        found = self._by_row("score", run, flat, base_score.detach().reshape(flat.shape))
+        return cast(Tensor, found["score"]).reshape(x.shape)
 
     def _score(self, x: Tensor, base_score: Tensor) -> Tensor:
         """Do :meth:`score` on a flat batch; by the inverse map unless a flow overrides it."""
@@ -101,7 +126,12 @@ class FlowTransform(TransformModule):
         """
         flat = x.detach().reshape(-1, self.input_dim)
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        found = self._point_gradients(flat, grad_y.detach().reshape(flat.shape), grad_log_det)
+
+        def run(x: Tensor, grad_y: Tensor) -> Results:
+            return self._point_gradients(x, grad_y, grad_log_det)
+
+        name = f"point gradients, {grad_log_det}"
+        found = self._by_row(name, run, flat, grad_y.detach().reshape(flat.shape))
         return {parameter: found[name] for name, parameter in trained.items()}
 
     def _point_gradients(
@@ -128,7 +158,7 @@ class FlowTransform(TransformModule):
         return super().__call__(x)
 
     def _call(self, x: Tensor) -> Tensor:
-        image, log_det = self._forward(x.reshape(-1, self.input_dim))
+        image, log_det = self._map(x.reshape(-1, self.input_dim))
         self._cached_image, self._cached_log_det = image, log_det.reshape(x.shape[:-1])
         return image.view(x.shape)
 
@@ -150,7 +180,11 @@ class FlowTransform(TransformModule):
 
     def _inverse(self, y: Tensor) -> Tensor:
         self._cached_image = self._cached_log_det = None
-        return self._backward_map(y.reshape(-1, self.input_dim)).reshape(y.shape)
+        flat = y.reshape(-1, self.input_dim)
+        if torch.is_grad_enabled() or not self.has_closed_inverse:
+            return self._backward_map(flat).reshape(y.shape)
+        found = self._by_row("inverse", lambda y: {"x": self._backward_map(y)}, flat)
+        return cast(Tensor, found["x"]).reshape(y.shape)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``log|det dy/dx|`` of shape ``(...)`` for points of shape ``(..., d)``."""

@@ -39,6 +39,7 @@ class ComposedFlow(FlowTransform):
         super().__init__(dims.pop())
         self.parts = nn.ModuleList(parts)
         self.has_closed_inverse = all(part.has_closed_inverse for part in parts)
+        self.is_recordable = all(part.is_recordable for part in parts)
 
     def _flows(self) -> list[FlowTransform]:
         return [cast(FlowTransform, part) for part in self.parts]

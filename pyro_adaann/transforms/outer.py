@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -36,3 +37,7 @@ class OuterProducts:
         """Return the gradients multiplied out, shape ``(n, *stack, rows, columns)``."""
         product = self.left.unsqueeze(-1) * self.right.unsqueeze(-2)
         return product if self.mask is None else product * self.mask
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> OuterProducts:
+        """Return the products of changed factors, with the same mask."""
+        return OuterProducts(change(self.left), change(self.right), self.mask)

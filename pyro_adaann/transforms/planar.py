@@ -44,6 +44,8 @@ class PlanarStack(FlowTransform):
         True
     """
 
+    is_recordable = True
+
     def __init__(self, input_dim: int, num_transforms: int) -> None:
         super().__init__(input_dim)
         self.num_transforms = num_transforms

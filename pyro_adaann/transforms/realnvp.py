@@ -80,6 +80,7 @@ class RealNVPStack(FlowTransform):
     """
 
     has_closed_inverse = True
+    is_recordable = True
 
     def __init__(self, input_dim: int, num_transforms: int, hidden_dims: Sequence[int]) -> None:
         if input_dim < 2:

@@ -63,6 +63,7 @@ class SplineStack(FlowTransform):
     """
 
     has_closed_inverse = True
+    is_recordable = True
 
     def __init__(
         self,
