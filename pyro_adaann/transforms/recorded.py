@@ -16,7 +16,8 @@ import os
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
@@ -56,7 +57,7 @@ class _Graph:
     def __init__(self, function: _Function, inputs: Sequence[Tensor]) -> None:
         self._inputs = [value.detach().clone() for value in inputs]
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with _spare_generator(inputs[0].device), torch.cuda.graph(self._graph):
             self._outputs = function(*self._inputs)
 
     def replay(self, inputs: Sequence[Tensor]) -> Results:
@@ -66,18 +67,38 @@ class _Graph:
         return _each(torch.clone, self._outputs)
 
 
+@contextmanager
+def _spare_generator(device: torch.device) -> Iterator[None]:
+    """Have another generator of random numbers recorded, which uses none: a failure leaves it useless."""
+    generator = torch.cuda.default_generators[device.index or 0]
+    state = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        yield
+    finally:
+        generator.graphsafe_set_state(state)
+
+
 class _Records:
     """The records of one flow, by what they depend on, and how often each has been asked for."""
 
     def __init__(self) -> None:
         self._found: OrderedDict[Any, _Record | int] = OrderedDict()
 
+    def is_due(self, key: Any) -> bool:
+        """Whether a function has run plainly often enough to be recorded."""
+        return self._found.get(key) == _NUM_PLAIN
+
+    def record(self, key: Any, function: _Function, inputs: Sequence[Tensor]) -> None:
+        """Record a function; one that cannot be recorded runs plainly and is never tried again."""
+        self._found[key] = _record(function, inputs) or _NUM_PLAIN + 1
+
     def run(self, key: Any, function: _Function, inputs: Sequence[Tensor]) -> Results:
+        """Run a function on inputs, by its record if there is one."""
         found = self._found.pop(key, 0)
-        if found == _NUM_PLAIN:
-            found = _record(function, inputs) or found
         if isinstance(found, int):
-            self._found[key] = found + 1  # one that could not be recorded is never tried again
+            # Not one more once it is due, until it is recorded.
+            self._found[key] = found if found >= _NUM_PLAIN else found + 1
             results = function(*inputs)
         else:
             self._found[key] = found
@@ -102,6 +123,7 @@ def can_record(x: Tensor) -> bool:
         x.device.type == "cuda"
         and 0 < len(x) <= _MAX_POINTS
         and is_switched_on()
+        and hasattr(torch.Generator, "graphsafe_get_state")
         and not torch._C._get_tracing_state()
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
@@ -123,43 +145,106 @@ def run_recorded(
         filled up to a power of two, so that few sizes are recorded.
     """
     num_rows = len(inputs[0])
-    inputs = [(_filled_up(value) if by_row else value).detach() for value in inputs]
-    records = _of_flows.get(module)
-    if records is None:
-        records = _of_flows[module] = _Records()
-    results = records.run((name, *_places(module), *_sizes(inputs)), function, inputs)
+    call = _Call(module, name, function, inputs, by_row=by_row)
+    call.record_if_due()
+    results = call.run()
     return _each(lambda value: value.detach()[:num_rows] if by_row else value.detach(), results)
+
+
+class _Call:
+    """A call of a function of a module, with the records of that."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        function: _Function,
+        inputs: Sequence[Tensor],
+        *,
+        by_row: bool = False,
+    ) -> None:
+        self._inputs = [(_filled_up(value) if by_row else value).detach() for value in inputs]
+        self._run = _WithAliases(module, function)
+        self._key = (name, *_places(module), *_sizes(self._inputs))
+        if module not in _of_flows:
+            _of_flows[module] = _Records()
+        self._records: _Records = _of_flows[module]
+
+    def record_if_due(self) -> None:
+        if self._records.is_due(self._key):
+            self._records.record(self._key, self._run, self._inputs)
+
+    def run(self) -> Results:
+        return self._records.run(self._key, self._run, self._inputs)
+
+
+class _WithAliases:
+    """A function of a module that sees other tensors in the memory of its parameters.
+
+    The parameters themselves may hang on other graphs of autograd, on other streams of the card.
+    """
+
+    def __init__(self, module: nn.Module, function: _Function) -> None:
+        self._module = module
+        self._function = function
+
+    def __call__(self, *inputs: Tensor) -> Results:
+        aliases = {
+            f"module.{name}": parameter.detach().requires_grad_(parameter.requires_grad)
+            for name, parameter in self._module.named_parameters()
+        }
+        found: Results = torch.func.functional_call(_Wrapped(self._module, self._function), aliases, inputs)
+        return found
+
+
+class _Wrapped(nn.Module):
+    """A function of a module as a module."""
+
+    def __init__(self, module: nn.Module, function: _Function) -> None:
+        super().__init__()
+        self.module = module
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Results:
+        return self.function(*inputs)
 
 
 class RecordedMap(torch.autograd.Function):
     """A flow on a batch of points, ``(y, log_det)``, by records of its map and of its gradient.
 
-    The gradient is that of the map, run again.
+    The gradient is that of the map, run again. It is recorded here and not in the backward pass, which runs
+    in a thread of autograd's own.
     """
 
     @staticmethod
     def forward(ctx: Any, flow: Any, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         ctx.flow = flow
         ctx.save_for_backward(x, *parameters)
-        return mapped(flow, x)
+        y, log_det = mapped(flow, x)
+        _gradients(flow, x, y, log_det).record_if_due()
+        return y, log_det
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parameters = ctx.saved_tensors
-        flow = ctx.flow
+        x, *_ = ctx.saved_tensors  # which tells of parameters that have changed
+        found = _gradients(ctx.flow, x, grad_y, grad_log_det).run()
+        return None, *(cast(Tensor, value).detach() for value in found.values())
 
-        def run(x: Tensor, grad_y: Tensor, grad_log_det: Tensor) -> Results:
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                places = (x, *parameters)
-                found = torch.autograd.grad(
-                    flow._forward(x), places, (grad_y, grad_log_det), materialize_grads=True
-                )
-            return dict(zip(map(str, range(len(found))), found, strict=True))
 
-        found = run_recorded(flow, "gradients", run, (x, grad_y, grad_log_det))
-        return None, *cast(Sequence[Tensor], found.values())
+def _gradients(flow: Any, x: Tensor, grad_y: Tensor, grad_log_det: Tensor) -> _Call:
+    """Return the call of the gradient of a flow in its points and in the parameters that are trained."""
+
+    def run(x: Tensor, grad_y: Tensor, grad_log_det: Tensor) -> Results:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            places = [x, *(parameter for parameter in flow.parameters() if parameter.requires_grad)]
+            found = torch.autograd.grad(
+                flow._forward(x), places, (grad_y, grad_log_det), materialize_grads=True
+            )
+        return dict(zip(map(str, range(len(found))), found, strict=True))
+
+    return _Call(flow, "gradients", run, (x, grad_y, grad_log_det))
 
 
 def mapped(flow: Any, x: Tensor) -> tuple[Tensor, Tensor]:
