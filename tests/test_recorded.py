@@ -1,4 +1,4 @@
-"""Flows recorded on a graphics card; on a processor with a record that runs its function into fixed memory."""
+"""Flows recorded on a graphics card; elsewhere with a record that runs its function into fixed memory."""
 
 from __future__ import annotations
 
