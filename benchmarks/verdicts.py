@@ -142,6 +142,8 @@ def look(svi: Any) -> tuple[Diagnosis, dict[str, Any]]:
         "ess": d.ess / d.num_samples,
         "lost": lost,
         "short": reach.is_short,
+        "beyond": reach.share,
+        "effect": reach.effect,
         "known": reach.is_known,
     }
 

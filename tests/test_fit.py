@@ -35,9 +35,12 @@ from pyro_adaann import (
 from pyro_adaann.diagnostics.reach import Reach
 from pyro_adaann.diagnostics.rules import Finding, Level
 from pyro_adaann.fitting.attempts import Attempt, End, Plan
-from pyro_adaann.fitting.combine import choose, judge
+from pyro_adaann.fitting.combine import choose, is_settled, judge, tail_findings
 from pyro_adaann.fitting.compare import compare_fits
 from pyro_adaann.fitting.fit import next_plan
+from pyro_adaann.fitting.models import check_model
+from pyro_adaann.fitting.moments import Moments, measure_moments
+from pyro_adaann.fitting.summary import site_rows
 
 #: One process has all of them, so that the fits that several share are made once.
 pytestmark = pytest.mark.xdist_group("fit")
@@ -391,14 +394,20 @@ class StubSVI:
         self.history = SimpleNamespace(num_steps=num_steps)
 
 
+def moments_with(sd: float) -> Moments:
+    """Those of one number, known to a percent of its sd."""
+    found = torch.tensor([0.0, sd, 0.01 * sd, 0.01]).double().unsqueeze(-1)
+    return Moments(("z",), *found, torch.tensor([True]))
+
+
 def made(
-    log_evidence=0.0, *, ess=9000.0, k_hat=0.3, width=None, share=0.0, reach_ess=9000.0, num_steps=80
+    log_evidence=0.0, *, ess=9000.0, k_hat=0.3, width=None, share=0.0, reach_ess=9000.0, num_steps=80, sd=1.0
 ) -> Attempt:
     """An attempt whose diagnosis has these numbers."""
     reach = Reach(share, 0.1 * share, ("z",) if share else (), 1.6, log_evidence, 0.001, reach_ess, 0.3)
     diagnosis = Diagnosis(10_000, 0, k_hat, ess, log_evidence, 0.001, log_evidence - 0.01, 0.001, reach=reach)
     widths = {} if width is None else {"z": width}
-    return Attempt(Plan(0, widths, 500), StubSVI(num_steps), diagnosis, End.DONE, 1.0)
+    return Attempt(Plan(0, widths, 500), StubSVI(num_steps), diagnosis, moments_with(sd), End.DONE, 1.0)
 
 
 def test_a_good_fit_is_the_last_one_unless_more_are_asked_for():
@@ -434,13 +443,97 @@ def test_a_second_seed_follows_where_the_first_is_not_good():
 def test_fits_that_do_not_agree_are_an_alarm_until_two_hold_everything():
     torch.manual_seed(0)
     log_weights = 0.05 * torch.randn(20_000, dtype=torch.float64)
-    level = max(remark.level for remark in judge([made(-0.7), made(0.0)], log_weights)[1])
+    together = log_weights, moments_with(1.0)
+    level = max(remark.level for remark in judge([made(-0.7), made(0.0)], *together)[1])
     assert level == Level.UNRELIABLE
-    remarks = judge([made(-0.7), made(0.0), made(0.0)], log_weights)[1]
+    remarks = judge([made(-0.7), made(0.0), made(0.0)], *together)[1]
     assert [remark.level for remark in remarks] == [Level.USABLE_WITH_WEIGHTS]
-    diagnosis, remarks = judge([made(), made()], log_weights)
+    diagnosis, remarks = judge([made(), made()], *together)
     assert (diagnosis.level, remarks) == (Level.GOOD, [])
-    assert judge([made(reach_ess=2.0)], log_weights)[0].level == Level.UNRELIABLE
+    assert judge([made(reach_ess=2.0)], *together)[0].level == Level.UNRELIABLE
+    # Fits of the same evidence, of which one lacks a tail.
+    (remark,) = judge([made(sd=0.8), made()], *together)[1]
+    assert remark.level == Level.UNRELIABLE
+    assert "standard deviations of z)" in remark.sentence
+    (remark,) = judge([made(sd=0.8), made(), made()], *together)[1]
+    assert remark.level == Level.USABLE_WITH_WEIGHTS
+
+
+def test_fits_go_on_until_two_have_the_same_spread():
+    first = made(k_hat=0.6, ess=3000.0)
+    wider = made(k_hat=0.6, ess=3000.0, sd=1.25)
+    assert next_plan([first, wider], 0, None) == Plan(2, {}, 500)
+    assert next_plan([first, wider, first], 0, None) == Plan(3, {}, 500)  # two lack the same
+    assert next_plan([first, wider, wider], 0, None) is None
+    # A spread is believed where the weights are.
+    assert is_settled([first, first, made(k_hat=0.9, ess=3000.0, sd=1.25)])
+    # And a base is widened again where the last widening has brought a tail.
+    assert next_plan([first, made(sd=1.25, width=2.0)], 0, None).widths == {"z": 4.0}
+
+
+def tailed(num: int, reach: float) -> Moments:
+    """Of draws of a wide normal and its square, those beyond a reach left out."""
+    x = 1 + 10 * torch.randn(num, dtype=torch.float64)
+    x = x[(x - 1).abs() < reach]
+    return measure_moments({"x": x, "y": x**2}, torch.zeros(len(x)))
+
+
+def test_moments_find_a_tail_that_no_evidence_shows():
+    torch.manual_seed(0)
+    found = tailed(10_000, 400.0)
+    assert found.names == ("x", "y")
+    exact = [10, (2 * 100**2 + 4 * 100) ** 0.5]  # the first error is a hundredth of an sd, that of sds 1.7 %
+    assert found.sd.tolist() == pytest.approx(exact, rel=0.1)
+    assert abs(float(found.mean[0]) - 1) < 0.5
+    short = tailed(10_000, 25.0)  # 1.2 % of the draws are beyond
+    assert short.lacks(found) == "y"
+    assert not found.lacks(short)
+
+
+def test_moments_of_the_same_draws_agree():
+    """Noise alone is to be taken for a difference once in a hundred times; a heavy tail is no difference."""
+    torch.manual_seed(0)
+    for num in (100, 1000):
+        fits = [tailed(num, 400.0) for _ in range(200)]
+        num_alarms = sum(bool(a.lacks(b)) for a, b in zip(fits[::2], fits[1::2], strict=True))
+        assert num_alarms <= 6  # of 100: Poisson with mean 1 is more with probability 8e-5
+    cauchy = dist.Cauchy(0.0, 1.0)
+    fits = [measure_moments({"z": cauchy.sample((1000,))}, torch.zeros(1000)) for _ in range(200)]
+    assert not any(fit.is_determined for fit in fits)  # shapes of 2 +- .2
+    assert sum(bool(a.lacks(b)) for a, b in zip(fits[::2], fits[1::2], strict=True)) <= 6
+
+
+def test_errors_of_moments_are_those_of_their_spread():
+    torch.manual_seed(0)
+    z = torch.randn(400, 1000, dtype=torch.float64)
+    log_weights = -0.3 * z**2  # to a normal distribution of variance 1 / 1.6
+    fits = [measure_moments({"z": own}, weights) for own, weights in zip(z, log_weights, strict=True)]
+    mean, log_sd = torch.cat([f.mean for f in fits]), torch.cat([f.sd for f in fits]).log()
+    # 400 of them know their sd to 3.5 %; beyond four of these with probability 6e-5.
+    assert float(mean.std() / fits[0].mean_se) == pytest.approx(1, abs=0.2)
+    assert float(log_sd.std() / torch.cat([f.log_sd_se for f in fits]).mean()) == pytest.approx(1, abs=0.15)
+    assert float(log_sd.mean()) == pytest.approx(-0.5 * math.log(1.6), abs=0.01)
+
+
+def test_an_sd_that_draws_do_not_determine_is_told():
+    torch.manual_seed(0)
+    draws = {"c": dist.Cauchy(0.0, 1.0).sample((4000, 6)), "z": torch.randn(4000)}
+    (finding,) = tail_findings(measure_moments(draws, torch.zeros(4000)))
+    assert finding.level == Level.GOOD
+    assert "standard deviation of c[0], c[1], c[2], c[3] and 2 more:" in finding.sentence
+    assert not tail_findings(measure_moments({"z": draws["z"]}, torch.zeros(4000)))
+
+
+def test_constants_have_no_moments_to_compare():
+    torch.manual_seed(0)
+    one, other = (
+        measure_moments(
+            {"c": torch.full((100,), 1.0) + e * torch.randn(100, dtype=torch.float64)}, torch.zeros(100)
+        )
+        for e in (1e-8, 1e-9)
+    )
+    assert not one.lacks(other)
+    assert not other.lacks(one)
 
 
 def test_nothing_is_called_reliable_beside_an_alarm():
@@ -506,6 +599,11 @@ def discrete():
     pyro.sample("z", dist.Normal(k, 1.0))
 
 
+def angle():
+    a = pyro.sample("a", dist.VonMises(torch.zeros(2), torch.tensor([0.1, 50.0])).to_event(1))
+    pyro.sample("x", dist.Normal(a.sin(), 0.3).to_event(1), obs=torch.zeros(2))
+
+
 def without_latents():
     pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
 
@@ -522,6 +620,7 @@ def with_sites_that_depend_on_the_draw():
         (with_parameter, r"without parameters to learn; got 'rate'.*AdaAnnSVI"),
         (subsampled, r"every plate in full; got 2 of 5 in plate 'data'.*AdaAnnSVI"),
         (discrete, r"discrete ones that are summed out; got 'k'.*AdaAnnSVI"),
+        (angle, r"normalized over their support; got 'a'.* repeats every 2 pi.*Uniform"),
         (without_latents, r"with continuous latent variables; got none"),
         (
             with_sites_that_depend_on_the_draw,
@@ -533,6 +632,40 @@ def with_sites_that_depend_on_the_draw():
 def test_a_model_that_cannot_is_told_the_way(bad, message):
     with pytest.raises(ValueError, match=message):
         fit(bad, progress_bar=False)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        dist.Normal(0.0, 1e4),
+        dist.Cauchy(torch.zeros(3), 1.0).to_event(1),
+        dist.Uniform(-100.0, 100.0),
+        dist.Dirichlet(torch.ones(3)),
+        dist.LKJCholesky(3, 1.0),
+        dist.Normal(0.0, 1.0).mask(False),
+        dist.Uniform(-math.pi, math.pi),
+    ],
+    ids=lambda fn: type(fn).__name__,
+)
+def test_what_is_no_angle_does_not_repeat(fn):
+    def model():
+        pyro.sample("z", fn)
+
+    for seed in range(20):
+        pyro.set_rng_seed(seed)
+        assert check_model(model, (), {}) == 0
+
+
+def test_a_table_shows_digits_that_differ_within_an_sd():
+    torch.manual_seed(0)
+    z = 12345 + 0.002 * torch.randn(4000, dtype=torch.float64)
+    zero = torch.zeros(4000)
+    _, row, unit = site_rows(WeightedDraws({"z": z, "one": torch.ones(4000)}, zero, zero, zero, 0.0))
+    assert [float(cell) for cell in row[1:]] == pytest.approx(
+        [12345, 0.002, 12344.9967, 12345.0033], abs=2e-4
+    )
+    assert float(row[4]) - float(row[3]) > 0.006
+    assert unit[1] == unit[3] == unit[4] == "1"
 
 
 @pytest.mark.parametrize(

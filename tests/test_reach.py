@@ -56,6 +56,10 @@ def test_an_island_is_seen_with_its_share_and_the_whole_evidence(dim):
     assert reach.share_se < 0.07
     assert reach.sites == ("z",)
     assert 1.5 < reach.factor < 3.5
+    # Without the island mean and sd are 0 and 1.
+    mean, variance = 0.2 * 6.0, 0.8 + 0.2 * 0.25 + 0.2 * 0.8 * 36
+    effect = max(mean / variance**0.5, math.log(variance) / 2)
+    assert reach.effect == pytest.approx(effect, rel=0.15)  # the share has an error of 5 %
 
 
 def test_alarm_where_a_part_is_out_of_reach():
@@ -113,6 +117,31 @@ RIGHT = [
     (heavy_tailed, normal_guide(1, 0.0, 1.1)),
     (correlated, normal_guide(5)),
 ]  # fmt: skip
+
+
+def with_shell(dim: int, width: float, share: float):
+    """A standard normal, and a share of the mass that is wider in all directions alike."""
+    scales = torch.stack([torch.ones(dim), torch.full((dim,), width)])
+    parts = dist.Normal(torch.zeros(2, dim), scales).to_event(1)
+    weights = dist.Categorical(torch.tensor([1 - share, share]))
+    return lambda: pyro.sample("z", dist.MixtureSameFamily(weights, parts))
+
+
+def test_a_small_share_matters_by_what_it_changes():
+    """1.5 % of the mass: an island that moves a mean, or a shell that makes sds 1.022 times as large."""
+    pyro.set_rng_seed(0)
+    island = reach_of(with_island(2, 5.0, 0.015), normal_guide(2), num_samples=40_000)
+    shell = reach_of(with_shell(20, 2.0, 0.015), normal_guide(20), num_samples=40_000)
+    assert island.is_significant
+    assert island.is_short
+    assert shell.is_significant
+    assert shell.effect == pytest.approx(math.log(1 + 0.015 * 3) / 2, abs=0.02)
+    assert not shell.is_short
+
+
+def test_what_everything_reaches_has_no_effect():
+    pyro.set_rng_seed(0)
+    assert reach_of(with_island(3, 0.0, 0.0), normal_guide(3)).effect < 0.01
 
 
 def test_no_alarm_for_guides_that_reach_it_all():

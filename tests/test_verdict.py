@@ -73,6 +73,10 @@ CASES = [
     ({"reach": replace(GOOD.reach, k_hat=1.4)}, Level.UNRELIABLE),
     ({"reach": replace(GOOD.reach, k_hat=1.4, heaviest=0.003)}, Level.GOOD),
     ({"reach": replace(SHORT, k_hat=1.4)}, Level.OUT_OF_REACH),
+    # A small share matters by what it changes.
+    ({"reach": replace(SHORT, share=0.015, share_se=0.001, effect=0.08)}, Level.OUT_OF_REACH),
+    ({"reach": replace(SHORT, share=0.015, share_se=0.001, effect=0.01)}, Level.GOOD),
+    ({"reach": replace(SHORT, share=0.03, share_se=0.001, effect=0.01)}, Level.OUT_OF_REACH),
     ({"thermodynamic": ABOVE}, Level.LOST_PART),
     ({"thermodynamic": ABOVE, "k_hat": 0.9, "ess": 100.0}, Level.UNRELIABLE),
     ({"opinion": AGREES}, Level.GOOD),

@@ -16,6 +16,7 @@ from pyro_adaann.weights import effective_sample_size, pareto_smooth, resample, 
 __all__ = [
     "WeightedDraws",
     "importance_draws",
+    "weigh_draws",
 ]
 
 
@@ -99,7 +100,11 @@ def importance_draws(
             f"only their weights lead to the posterior. Anneal to 1, for example with svi.run().",
             stacklevel=2,
         )
-    draws = GuideDraws(svi, args, kwargs, vectorize=vectorize)
+    return weigh_draws(GuideDraws(svi, args, kwargs, vectorize=vectorize), num_samples, batch_size)
+
+
+def weigh_draws(draws: GuideDraws, num_samples: int, batch_size: int) -> WeightedDraws:
+    """Draw, and keep the values of all latent sites with their weights."""
     samples: dict[str, list[Tensor]] = {name: [] for name in draws.latent_names}
     batches = []
     for batch in draws.batches(num_samples, batch_size):

@@ -48,6 +48,9 @@ _MAX_ROUNDS, _ROUND = 8, 0.25
 #: Smallest share that matters; standard errors by which the share must exceed it, and zero. The latter holds
 #: for a share of six effective draws and more.
 _MIN_SHARE, _NUM_ERRORS_ABOVE, _NUM_ERRORS = 0.005, 2.0, 2.5
+#: A share up to the first number matters only if it changes a mean by more than the second number of sds, or
+#: an sd by more than this part of it: half of what is called right.
+_SMALL_SHARE, _MIN_EFFECT = 0.02, 0.05
 #: Smallest effective sample size for a share, and largest shape of weights that have a mean. A shape says
 #: nothing where the heaviest ten draws together hold a negligible share: the tail is that of equal weights.
 _MIN_ESS, _MAX_SHAPE, _NUM_HEAVIEST, _NEGLIGIBLE_SHARE = 10.0, 1.0, 10, 0.01
@@ -70,6 +73,7 @@ class Reach:
     :param ess: effective sample size of these draws.
     :param k_hat: shape of the tail of their weights.
     :param heaviest: share of the ten draws with the largest weights.
+    :param effect: largest change of a mean, in sds, or of the logarithm of an sd, that the share makes.
 
     Example::
 
@@ -88,6 +92,7 @@ class Reach:
     ess: float
     k_hat: float
     heaviest: float = 1.0
+    effect: float = math.inf
 
     @property
     def is_known(self) -> bool:
@@ -95,10 +100,15 @@ class Reach:
         return self.ess >= _MIN_ESS and (self.k_hat <= _MAX_SHAPE or self.heaviest <= _NEGLIGIBLE_SHARE)
 
     @property
-    def is_short(self) -> bool:
-        """Whether a share that matters is significantly out of reach."""
+    def is_significant(self) -> bool:
+        """Whether a share that is not negligible is surely out of reach."""
         least = max(_NUM_ERRORS * self.share_se, _MIN_SHARE + _NUM_ERRORS_ABOVE * self.share_se)
         return self.share > least
+
+    @property
+    def is_short(self) -> bool:
+        """Whether a share that matters, to the evidence or to a mean or an sd, is surely out of reach."""
+        return self.is_significant and (self.share > _SMALL_SHARE or self.effect > _MIN_EFFECT)
 
     def __str__(self) -> str:
         names = f", in {', '.join(self.sites)}" if self.sites else ""
@@ -138,7 +148,7 @@ def measure_reach(
         for index, wider in enumerate(draws):
             found += [_draw(wider, batch, index, widenings) for batch in wider.batches(num_each, batch_size)]
         reach = _summarize(_concatenate(found), num_samples)
-        if reach.is_short or reach.share <= _MIN_SHARE:
+        if reach.is_significant or reach.share <= _MIN_SHARE:
             break
     return reach
 
@@ -223,7 +233,26 @@ def _summarize(draws: _Draws, num_samples: int) -> Reach:
         ess=ess,
         k_hat=k_hat,
         heaviest=float(weights.topk(min(_NUM_HEAVIEST, len(weights))).values.sum()),
+        effect=max(_effect(value, weights, is_far) for value in draws.values.values()),
     )
+
+
+def _effect(value: Tensor, weights: Tensor, is_far: Tensor) -> float:
+    """Return by how much far draws change a mean, in sds, or the logarithm of an sd, at most."""
+    if not weights[~is_far].any():
+        return math.inf
+    kept = weights > 0  # other draws may have values that are not finite
+    numbers = value[kept].double()
+    (mean, sd), (near_mean, near_sd) = (
+        _mean_and_sd(numbers, own[kept] / own.sum()) for own in (weights, torch.where(is_far, 0.0, weights))
+    )
+    changes = torch.cat([(mean - near_mean).abs() / sd, (sd / near_sd).log()])
+    return float(changes.nan_to_num(0.0).amax())  # constants do not change
+
+
+def _mean_and_sd(numbers: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    mean = weights @ numbers
+    return mean, (weights @ (numbers - mean).square()).sqrt()
 
 
 def _quantile(values: Tensor, weights: Tensor) -> float:

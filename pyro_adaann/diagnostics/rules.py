@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
@@ -213,6 +214,16 @@ def _harmless(m: Measurements) -> Finding | None:
     )
 
 
+def _small_reach(m: Measurements) -> Finding | None:
+    if m.reach is None or not m.reach.is_known or not m.reach.is_significant or m.reach.is_short:
+        return None
+    return Finding(
+        Level.GOOD,
+        f"{m.reach}; it changes no mean by more than {rounded(m.reach.effect, 1)} standard deviations, and "
+        f"no standard deviation by more than {percent(math.expm1(m.reach.effect))}.",
+    )
+
+
 def _untracked(m: Measurements) -> Finding | None:
     if not m.was_untracked:
         return None
@@ -263,4 +274,4 @@ _ALARMS: tuple[Rule, ...] = (
     _unfinished,
 )
 #: These change no level.
-_NOTES: tuple[Rule, ...] = (_harmless, _untracked, _scaled, _judged)
+_NOTES: tuple[Rule, ...] = (_harmless, _small_reach, _untracked, _scaled, _judged)

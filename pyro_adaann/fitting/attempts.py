@@ -12,8 +12,11 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_adaann.diagnostics.diagnose import diagnose
+from pyro_adaann.diagnostics.diagnose import assess
+from pyro_adaann.diagnostics.guide_draws import GuideDraws
+from pyro_adaann.diagnostics.importance import weigh_draws
 from pyro_adaann.diagnostics.verdict import Diagnosis
+from pyro_adaann.fitting.moments import Moments, measure_moments
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.continuous import continuous_part
@@ -22,8 +25,12 @@ from pyro_adaann.natural import natural_svi
 from pyro_adaann.processes.group import anywhere, number_from_first
 from pyro_adaann.state.interrupt import InterruptGuard
 from pyro_adaann.svi import AdaAnnSVI
+from pyro_adaann.weights import finite_or_no_weight
 
-__all__ = ["Attempt", "Clock", "End", "Plan", "attempt", "make_guide"]
+__all__ = ["BATCH_SIZE", "Attempt", "Clock", "End", "Plan", "attempt", "make_guide"]
+
+#: How many draws are weighed at a time.
+BATCH_SIZE = 1000
 
 
 class End(Enum):
@@ -75,6 +82,7 @@ class Attempt:
     :param plan: how it was made.
     :param svi: its driver.
     :param diagnosis: what its draws say.
+    :param moments: of the weighted draws.
     :param end: why it ended.
     :param seconds: how long it took, diagnosis included.
     """
@@ -82,6 +90,7 @@ class Attempt:
     plan: Plan
     svi: AdaAnnSVI
     diagnosis: Diagnosis
+    moments: Moments
     end: End
     seconds: float
 
@@ -121,8 +130,12 @@ def attempt(
                 end = End.INTERRUPTED if is_interrupted else End.OUT_OF_TIME
                 break
         progress.phase(f"{name}: checking")
-        diagnosis = diagnose(svi, *args, num_samples=num_samples, **kwargs)
-    return Attempt(plan, svi, diagnosis, end, time.monotonic() - start)
+        draws = GuideDraws(svi, args, kwargs, vectorize=True)
+        weighted = weigh_draws(draws, num_samples, BATCH_SIZE)
+        log_weights = finite_or_no_weight(weighted.log_p - weighted.log_q)
+        diagnosis = assess(svi, draws, log_weights, args, kwargs, BATCH_SIZE, vectorize=True)
+        moments = measure_moments(weighted.samples, weighted.log_weights)
+    return Attempt(plan, svi, diagnosis, moments, end, time.monotonic() - start)
 
 
 def make_guide(

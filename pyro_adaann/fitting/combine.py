@@ -13,14 +13,17 @@ from pyro_adaann.diagnostics.numbers import percent
 from pyro_adaann.diagnostics.rules import Finding, Level
 from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.fitting.attempts import Attempt, End
+from pyro_adaann.fitting.moments import Moments
 
-__all__ = ["choose", "finds_more", "is_settled", "judge", "summary_findings"]
+__all__ = ["choose", "finds_more", "is_settled", "judge", "summary_findings", "tail_findings"]
 
 #: A fit is left out of the mixture if it has less than this part of the best one's effective draws, and does
 #: not see more evidence.
 _MIN_PART = 0.1
 #: Standard errors by which evidences differ, beyond a share of the posterior that does not matter.
 _NUM_ERRORS, _NEGLIGIBLE_SHARE = 3.0, 0.02
+#: Numbers that are named in a sentence.
+_MAX_NAMES = 4
 
 
 def choose(attempts: Sequence[Attempt]) -> list[Attempt]:
@@ -38,46 +41,77 @@ def choose(attempts: Sequence[Attempt]) -> list[Attempt]:
 
 
 def finds_more(attempt: Attempt, other: Attempt) -> bool:
-    """Whether an attempt surely holds more of the posterior than another."""
-    return _excess(attempt.diagnosis, other.diagnosis) > 0
+    """Whether an attempt surely holds more of the posterior than another, by its evidence or by a moment."""
+    if _excess(attempt.diagnosis, other.diagnosis) > 0:
+        return True
+    return _is_usable(attempt) and bool(other.moments.lacks(attempt.moments))
 
 
 def is_settled(attempts: Sequence[Attempt]) -> bool:
-    """Whether two fits with usable draws agree on the evidence, and no fit finds more."""
-    most = max(attempts, key=lambda a: a.diagnosis.log_evidence)
-    agreeing = [a for a in attempts if not finds_more(most, a)]
-    return sum(a.diagnosis.level <= Level.USABLE_WITH_WEIGHTS for a in agreeing) >= 2
+    """Whether two fits with usable draws agree on evidence and moments, and no fit finds more."""
+    complete = [a for a in attempts if not any(finds_more(other, a) for other in attempts if other is not a)]
+    return sum(map(_is_usable, complete)) >= 2
 
 
-def judge(chosen: Sequence[Attempt], log_weights: Tensor) -> tuple[Diagnosis, list[Finding]]:
+def _is_usable(attempt: Attempt) -> bool:
+    return attempt.diagnosis.level <= Level.USABLE_WITH_WEIGHTS
+
+
+def judge(
+    chosen: Sequence[Attempt], log_weights: Tensor, moments: Moments
+) -> tuple[Diagnosis, list[Finding]]:
     """Return the diagnosis of a mixture of fits, and what else is to be said of it.
 
     Tail, effective draws and evidence are those of the mixture. Of reach, ladder and the way through the
     temperatures each fit knows its own: those of the best fit count that holds all that the mixture holds,
     and without such a fit there is an alarm.
+
+    :param chosen: the fits.
+    :param log_weights: of the draws of all, against the mixture.
+    :param moments: of these draws.
     """
     if len(chosen) == 1:
         return chosen[0].diagnosis, []
     found = statistics(log_weights)
     mixture = dataclasses.replace(chosen[0].diagnosis, **found, ladder=None, reach=None, thermodynamic=None)
-    whole = [attempt for attempt in chosen if _excess(mixture, attempt.diagnosis) <= 0]
+    lacking = [attempt.moments.lacks(moments) for attempt in chosen]
+    whole = [
+        attempt
+        for attempt, name in zip(chosen, lacking, strict=True)
+        if _excess(mixture, attempt.diagnosis) <= 0 and not name
+    ]
     best = min(whole or chosen, key=lambda a: (a.diagnosis.level, -a.diagnosis.ess))
     diagnosis = dataclasses.replace(best.diagnosis, **found)
+    if len(whole) == len(chosen):
+        return diagnosis, []
     shares = [percent(math.exp(min(a.diagnosis.log_evidence - mixture.log_evidence, 0.0))) for a in chosen]
-    if len(whole) < min(len(chosen), 2):
+    held = f"they hold {', '.join(shares)} of what they hold together"
+    names = sorted({name for name in lacking if name})[:_MAX_NAMES]
+    if names:
+        held += f", with other means or standard deviations of {', '.join(names)}"
+    if len(whole) < 2:
         sentence = (
-            f"No two of {len(chosen)} fits hold all that they hold together (they hold {', '.join(shares)} "
-            f"of it), so that more fits may find still more. Ask for more of them (num_fits)."
+            f"No two of {len(chosen)} fits agree with all of them together ({held}), so that more fits may "
+            f"find still more. Ask for more of them (num_fits)."
         )
         return diagnosis, [Finding(Level.UNRELIABLE, sentence)]
-    remarks: list[Finding] = []
-    if len(whole) < len(chosen):
-        sentence = (
-            f"Not all of {len(chosen)} fits agree: they hold {', '.join(shares)} of what they hold together. "
-            f"The draws are of their mixture."
-        )
-        remarks.append(Finding(Level.USABLE_WITH_WEIGHTS, sentence))
-    return diagnosis, remarks
+    sentence = f"Not all of {len(chosen)} fits agree: {held}. The draws are of their mixture."
+    return diagnosis, [Finding(Level.USABLE_WITH_WEIGHTS, sentence)]
+
+
+def tail_findings(moments: Moments) -> list[Finding]:
+    """Return which standard deviations the draws do not determine."""
+    names = [
+        name for name, known in zip(moments.names, moments.is_determined.tolist(), strict=True) if not known
+    ]
+    if not names:
+        return []
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    sentence = (
+        f"The draws do not determine the standard deviation of {', '.join(names[:_MAX_NAMES])}{more}: the "
+        f"tail is so heavy that it may be infinite. Use quantiles there."
+    )
+    return [Finding(Level.GOOD, sentence)]
 
 
 def summary_findings(attempts: Sequence[Attempt]) -> list[Finding]:

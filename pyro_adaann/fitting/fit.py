@@ -11,11 +11,12 @@ import pyro
 
 from pyro_adaann.checks import check_count
 from pyro_adaann.diagnostics.rules import Level
-from pyro_adaann.fitting.attempts import Attempt, Clock, End, Plan, attempt, make_guide
-from pyro_adaann.fitting.combine import choose, finds_more, is_settled, judge, summary_findings
+from pyro_adaann.fitting.attempts import BATCH_SIZE, Attempt, Clock, End, Plan, attempt, make_guide
+from pyro_adaann.fitting.combine import choose, finds_more, is_settled, judge, summary_findings, tail_findings
 from pyro_adaann.fitting.compare import Agreement, compare_fits
 from pyro_adaann.fitting.mixture import weigh_guides
 from pyro_adaann.fitting.models import check_model, for_many_draws
+from pyro_adaann.fitting.moments import measure_moments
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.fitting.result import FitResult, FitSummary
 from pyro_adaann.state.interrupt import InterruptGuard
@@ -36,8 +37,8 @@ _MAX_FITS = 6
 #: After so many steps of `_NUM_PARTICLES` draws in all no fit follows one that is not usable: more of a guide
 #: that follows slowly would change little, and take minutes.
 _MAX_STEPS = 600
-#: Draws of every fit behind draws, verdict and evidence, and how many are weighed at a time.
-_NUM_SAMPLES, _BATCH_SIZE = 10_000, 1000
+#: Draws of every fit behind draws, verdict and evidence.
+_NUM_SAMPLES = 10_000
 
 
 def fit(
@@ -55,9 +56,9 @@ def fit(
     annealed by natural steps (:func:`~pyro_adaann.natural_svi`) and diagnosed
     (:func:`~pyro_adaann.diagnose`). Where posterior is or may be out of reach of its base, the base is
     widened, up to three times. Where the first fit is not GOOD, more are made from other seeds until two
-    usable ones agree on the evidence, six fits at most, and none after 600 steps in all where the last one
-    is not usable. The draws are those of all fits that count, weighted against the mixture of their guides.
-    What remains is said in the verdict.
+    usable ones agree on the evidence and on every mean and sd, six fits at most, and none after 600 steps in
+    all where the last one is not usable. The draws are those of all fits that count, weighted against the
+    mixture of their guides. What remains is said in the verdict.
 
     :param model: a Pyro model. One that does not run for many draws at once, under an outermost plate, is run
         for one after the other (:func:`one_by_one`), with a warning, since it takes many times as long.
@@ -209,14 +210,15 @@ def _result(
 ) -> FitResult:
     chosen = choose(attempts)
     guides = [attempt.svi.guide for attempt in chosen]
-    mixture = weigh_guides(model, guides, args, kwargs, _NUM_SAMPLES, _BATCH_SIZE)
-    diagnosis, remarks = judge(chosen, mixture.log_weights)
+    mixture = weigh_guides(model, guides, args, kwargs, _NUM_SAMPLES, BATCH_SIZE)
+    moments = measure_moments(mixture.draws.samples, mixture.draws.log_weights)
+    diagnosis, remarks = judge(chosen, mixture.log_weights, moments)
     agreements = dict(zip(map(id, chosen), compare_fits(mixture.draws, mixture.own_log_weights), strict=True))
     best = max(chosen, key=lambda a: a.diagnosis.ess)
     return FitResult(
         draws=mixture.draws,
         diagnosis=diagnosis,
-        remarks=(*remarks, *summary_findings(attempts)),
+        remarks=(*remarks, *tail_findings(moments), *summary_findings(attempts)),
         fits=tuple(_summarize(attempt, agreements.get(id(attempt))) for attempt in attempts),
         seconds=clock.passed,
         guides=tuple(guides),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,13 +23,15 @@ __all__ = ["check_model", "for_many_draws"]
 
 #: An odd number of draws, which no dimension of a model is likely to have.
 _NUM_DRAWS = 11
+#: Two changes of a log density are zero and something if their ratio is smaller.
+_SAME = 1e-3
 
 
 def check_model(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Run a model once and return how many plates it nests.
 
     :raises ValueError: if it cannot be called, subsamples a plate, has parameters to learn, discrete sites
-        that it does not enumerate, or no continuous latent site.
+        that it does not enumerate, no continuous latent site, or one whose density repeats.
     """
     check_callable("model", model, "fit(Model(), ...)")
     with poutine.block(), torch.no_grad(), warnings.catch_warnings(), pyro.validation_enabled(False):
@@ -65,6 +68,15 @@ def check_model(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     if len(names) == len(discrete):
         raise ValueError(
             "Expected a model with continuous latent variables; got none. Sample them without `obs`."
+        )
+    circular = [name for name in names if _is_periodic(trace.nodes[name])]
+    if circular:
+        raise ValueError(
+            f"Expected densities that are normalized over their support; got "
+            f"{', '.join(map(repr, circular))}, with a density on the real line that repeats every 2 pi. "
+            f"Draw an angle between -pi and pi, and add its density: "
+            f'a = pyro.sample("a", dist.Uniform(-math.pi, math.pi)); '
+            f'pyro.factor("a_prior", dist.VonMises(loc, concentration).log_prob(a)).'
         )
     return plate_nesting(trace)
 
@@ -114,3 +126,17 @@ def _error_at_once(
 
 def _is_discrete(fn: Any) -> bool:
     return bool(fn.support.is_discrete)
+
+
+def _is_periodic(site: Any) -> bool:
+    """Whether the density of a site repeats every 2 pi, as those of angles do, and varies between."""
+    fn, value = site["fn"], site["value"]
+    try:
+        here = fn.log_prob(value)
+        turns, parts = (
+            max(float((fn.log_prob(value + shift) - here).abs().max()) for shift in shifts)
+            for shifts in ((2 * math.pi, 4 * math.pi), (1.0, 2.0))
+        )
+    except Exception:  # a value outside of a support may do anything
+        return False
+    return turns <= _SAME * parts and parts > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -85,10 +86,19 @@ def site_rows(draws: WeightedDraws) -> list[tuple[str, ...]]:
                 column = column[:, i]
             mean, sd = weighted_mean_and_sd(column, draws.log_weights)
             low, high = _quantiles(column, draws.log_weights)
-            rows.append((label, *(f"{number:.4g}" for number in (mean, sd, low, high))))
+            digits = _num_digits(mean, sd)
+            places = f"{mean:.{digits}g}", f"{low:.{digits}g}", f"{high:.{digits}g}"
+            rows.append((label, places[0], f"{sd:.4g}", *places[1:]))
     if num_left:
         rows.append((f"and {num_left} more", "", "", "", ""))
     return rows
+
+
+def _num_digits(mean: float, sd: float) -> int:
+    """Return how many digits of a number tell values apart that differ by a few hundredths of an sd."""
+    if not sd > 0 or not math.isfinite(mean / sd):
+        return 4
+    return min(max(4, math.ceil(math.log10(max(abs(mean) / sd, 1.0))) + 2), 15)
 
 
 def _quantiles(values: Tensor, log_weights: Tensor) -> tuple[float, float]:
