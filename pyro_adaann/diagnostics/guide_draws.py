@@ -131,10 +131,8 @@ class GuideDraws:
         """Run; an error of a batch, after a single draw has worked, says that the model may not vectorize."""
         try:
             return self._run(run)
-        except ProcessError:
-            raise
         except Exception as error:  # the code of a user may raise anything
-            if not self._vectorize:
+            if isinstance(error, ProcessError) or not self._vectorize:
                 raise
             raise _does_not_vectorize(f"{type(error).__name__}: {error}") from error
 
@@ -205,8 +203,7 @@ class GuideDraws:
     def _difference(self, batch: DrawBatch, index: int) -> str:
         """Return how a draw of a batch differs from a run of its own, nothing if it does not."""
         single = Trace()
-        for site in sites_of(batch.guide_trace):
-            name = site["name"]
+        for name, site in ((site["name"], site) for site in sites_of(batch.guide_trace)):
             if not site["is_observed"] and not is_delta(site["fn"]):
                 value = self.values(batch.guide_trace, name, len(batch.log_p))[index]
                 single.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
