@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -11,9 +12,14 @@ import torch
 from problems import conjugate_normal, plated
 from pyro.infer import MCMC, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
-from scipy.stats import kstest
+from scipy.stats import kstest, norm, rankdata
 
 from pyro_adaann import AutoPlanar, AutoRealNVP, GuideKernel, polish
+from pyro_adaann.sampling import moves
+from pyro_adaann.sampling.chains import GuidedChains
+from pyro_adaann.sampling.convergence import rank_normalized_r_hat
+from pyro_adaann.sampling.flow import with_wide_tails
+from pyro_adaann.sampling.moves import HMC
 
 PROBLEM = conjugate_normal(2)
 
@@ -60,6 +66,68 @@ def test_other_guides_with_a_transform_can_be_polished(make):
     assert chains.samples["weights"].shape == (4, 20, 3)
     assert (chains.samples["scale"] > 0).all()
     assert torch.isfinite(chains.log_p).all()
+
+
+def test_many_proposals_are_those_one_after_the_other():
+    """With the same draws, a batch of three proposals is three steps of one; and some are accepted."""
+    target = GuidedChains((PROBLEM.model, wrong_guide()), (), {}, kernel=HMC(), vectorize=True, seed=0).target
+    torch.manual_seed(0)
+    points = target.evaluate(torch.randn(50, 2))
+    x, u = torch.randn(3, 50, 2), torch.rand(3, 50)
+    draws, uniforms = iter([x.reshape(150, 2), *x]), iter([*u, *u])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moves, "draw_base", lambda *_: next(draws))
+        patch.setattr(moves, "uniform", lambda *_: next(uniforms))
+        together, probability = moves.independence_move(target, 1.0, points, torch.Generator(), 3)
+        one, probabilities = points, []
+        for _ in range(3):
+            one, each = moves.independence_move(target, 1.0, one, torch.Generator())
+            probabilities.append(each)
+    assert torch.equal(together.x, one.x)
+    assert torch.equal(together.terms, one.terms)
+    torch.testing.assert_close(probability, torch.stack(probabilities).mean(0))
+    assert 10 < int((one.x != points.x).any(-1).sum()) < 50
+
+
+@pytest.mark.parametrize("dim", [1, 3, 20])
+def test_proposals_have_wide_tails_in_about_one_coordinate(dim):
+    """Variance of a coordinate 1 + 3 share, within five standard errors of 100,000 draws: 1e-6 for each."""
+    base = dist.Normal(torch.zeros(dim), 1.0).to_event(1)
+    wide = with_wide_tails(base)
+    x = wide.sample((100_000,))
+    share = min(1 / dim, 0.25)
+    excess = x.square().mean(0) - (1 + 3 * share)
+    assert (excess.abs() < 5 * math.sqrt((48 * share + 3) / 100_000)).all()
+    # The density is that of the draws: the mean of its reciprocal times another density is 1.
+    ratio = (base.log_prob(x) - wide.log_prob(x)).exp()
+    assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / math.sqrt(100_000)
+    # Where the guide is right most proposals are accepted: their weights have a bound.
+    assert float(ratio.max()) < 1.7
+    student = dist.StudentT(3.0, torch.zeros(dim), 1.0).to_event(1)
+    assert with_wide_tails(student) is student
+
+
+@pytest.mark.parametrize("shape", [(4, 50), (3, 101, 2), (2, 40, 2, 2)])
+def test_r_hat_is_that_of_its_definition(shape):
+    """By SciPy's ranks and NumPy's variances; heavy tails and equal draws count by their ranks."""
+    torch.manual_seed(0)
+    draws = dist.Cauchy(0.0, 1.0).sample(shape).round(decimals=1)
+    draws[0] += 0.5
+    x = draws.double().numpy()[:, : shape[1] - shape[1] % 2]
+
+    def split_r_hat(values):
+        scores = norm.ppf((rankdata(values).reshape(values.shape) - 0.375) / (values.size + 0.25))
+        halves = np.concatenate(np.split(scores, 2, axis=1))
+        num = halves.shape[1]
+        within = halves.var(axis=1, ddof=1).mean()
+        between = num * halves.mean(axis=1).var(ddof=1)
+        return np.sqrt(((num - 1) / num * within + between / num) / within)
+
+    got = rank_normalized_r_hat(draws).reshape(-1)
+    for index, column in enumerate(np.moveaxis(x.reshape(*x.shape[:2], -1), -1, 0)):
+        middle = np.sort(column, axis=None)[(column.size - 1) // 2]
+        expected = max(split_r_hat(column), split_r_hat(np.abs(column - middle)))
+        assert float(got[index]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_modes_exchange_mass_by_the_guide():

@@ -13,7 +13,7 @@ from pyro_adaann.diagnostics.model_and_guide import Fit, get_model_and_guide
 from pyro_adaann.sampling.density import UnconstrainedModel
 from pyro_adaann.sampling.flow import guide_flow
 from pyro_adaann.sampling.metric import Metric
-from pyro_adaann.sampling.moves import LONG_TRAJECTORY, SMALL_STEPS, Move, draw_base, independence_move
+from pyro_adaann.sampling.moves import SMALL_STEPS, Move, draw_base, independence_move
 from pyro_adaann.sampling.target import Points, TemperedTarget
 from pyro_adaann.weights import resample
 
@@ -21,8 +21,10 @@ __all__ = ["GuidedChains", "Transition"]
 
 #: Draws of the guide from which the walkers are resampled by their weights, at least.
 _NUM_START_DRAWS = 2000
+#: Proposals from the guide before every move. They are one batch, so many cost little more than one.
+_NUM_PROPOSALS = 16
 #: The `move_index` of moves in turn: chains that are stuck in a narrow place need small steps.
-_MOVES = (SMALL_STEPS, SMALL_STEPS, 0, LONG_TRAJECTORY)
+_MOVES = (0, SMALL_STEPS)
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ class GuidedChains:
         """
         assert self.target.flow is not None
         num_draws = max(_NUM_START_DRAWS, 10 * num_walkers)
-        x = draw_base(self.target.flow.base, num_draws, self.generator).to(self.model.example)
+        x = draw_base(self.target.flow.proposal, num_draws, self.generator).to(self.model.example)
         points = self.target.evaluate(x)
-        log_weights = self.target.log_density(points.terms, 1.0) - self.target.guide_log_prob(x)
+        log_weights = self.target.log_density(points.terms, 1.0) - self.target.proposal_log_prob(x)
         log_weights = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
         num_positive = int((log_weights > -torch.inf).sum())
         if not num_positive:
@@ -114,8 +116,8 @@ class GuidedChains:
         return points
 
     def step(self, points: Points) -> Transition:
-        """Propose from the guide, then make one move: in turn of small, small, tuned and many steps."""
-        points, guided = independence_move(self.target, 1.0, points, self.generator)
+        """Propose from the guide, then move: in turn by steps of the tuned size and by small ones."""
+        points, guided = independence_move(self.target, 1.0, points, self.generator, _NUM_PROPOSALS)
         self._num_steps += 1
         index = _MOVES[self._num_steps % len(_MOVES)]
         points, moved = self.kernel(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
@@ -12,7 +13,10 @@ from pyro_adaann.guide_status import expects_tempered
 from pyro_adaann.sampling.density import UnconstrainedModel
 from pyro_adaann.transforms.base import FlowTransform
 
-__all__ = ["Flow", "guide_flow", "over_vector"]
+__all__ = ["Flow", "guide_flow", "over_vector", "with_wide_tails"]
+
+#: How much wider a coordinate of a proposal may be than the base, and the largest share of those that are.
+_WIDER, _MOST_WIDE = 2.0, 0.25
 
 
 class Flow:
@@ -25,6 +29,8 @@ class Flow:
 
     def __init__(self, base: Any, transform: Any, dim: int) -> None:
         self.base, self.transform = over_vector(base, dim), transform
+        #: What proposals are drawn from.
+        self.proposal = with_wide_tails(self.base)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return z of shape ``(n, dim)`` and ``log|det dz/dx|`` of shape ``(n,)``."""
@@ -62,6 +68,22 @@ def guide_flow(guide: Any, model: UnconstrainedModel, args: tuple[Any, ...], kwa
         )
     with torch.no_grad():
         return Flow(guide.get_base_dist(), guide.get_transform(*args, **kwargs), model.dim)
+
+
+def with_wide_tails(base: Any) -> Any:
+    """Return a normal base with, on average, one coordinate of a draw twice as wide; another base as it is.
+
+    Where the guide's tail is too short its own draws come too seldom, and a chain that is there stays too
+    long: the ratio of the densities has no bound.
+    """
+    normal = base.base_dist if isinstance(base, dist.Independent) else None
+    if not isinstance(normal, dist.Normal) or base.event_shape != normal.batch_shape:
+        return base
+    share = min(1 / base.event_shape[0], _MOST_WIDE)
+    loc, scale = normal.loc.unsqueeze(-1), normal.scale.unsqueeze(-1)
+    widths = dist.Normal(loc, scale * scale.new_tensor([1.0, _WIDER]))
+    parts = dist.Categorical(scale.new_tensor([1 - share, share]).expand(widths.batch_shape))
+    return dist.MixtureSameFamily(parts, widths).to_event(1)
 
 
 def over_vector(distribution: Any, dim: int) -> Any:

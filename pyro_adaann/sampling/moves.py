@@ -35,8 +35,8 @@ from pyro_adaann.sampling.target import Points, TemperedTarget
 
 __all__ = ["HMC", "SMALL_STEPS", "Move", "RandomWalk", "draw_base", "get_kernel", "independence_move"]
 
-#: A `move_index` at which a move has small steps, and one at which its trajectory is four times as long.
-SMALL_STEPS, LONG_TRAJECTORY = 5, 10
+#: A `move_index` at which a move has small steps.
+SMALL_STEPS = 5
 #: After how many moves at one temperature a density counts as one of several scales.
 _NUM_EASY_MOVES = 5
 #: How many times the step may then be halved.
@@ -89,11 +89,16 @@ def uniform(num: int, like: Tensor, generator: Generator) -> Tensor:
 def accept(
     points: Points, proposal: Points, log_ratio: Tensor, generator: Generator
 ) -> tuple[Points, Tensor]:
-    """Return the points after Metropolis' choice, and the probabilities; a ratio of NaN is a refusal."""
+    """Return the points after Metropolis' choice, and the probabilities."""
+    is_accepted, probability = _choose(log_ratio, generator)
+    return points.where(is_accepted, proposal), probability
+
+
+def _choose(log_ratio: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return Metropolis' choice and its probabilities; a ratio of NaN is a refusal."""
     log_ratio = torch.where(torch.isnan(log_ratio), -torch.inf, log_ratio)
     probability = log_ratio.clamp(max=0).exp()
-    is_accepted = uniform(len(log_ratio), log_ratio, generator) < probability
-    return points.where(is_accepted, proposal), probability
+    return uniform(len(log_ratio), log_ratio, generator) < probability, probability
 
 
 def _log_ratio(target: TemperedTarget, points: Points, proposal: Points, t: float) -> Tensor:
@@ -225,21 +230,39 @@ class RandomWalk:
 
 
 def independence_move(
-    target: TemperedTarget, inverse_temperature: float, points: Points, generator: Generator
+    target: TemperedTarget,
+    inverse_temperature: float,
+    points: Points,
+    generator: Generator,
+    num_proposals: int = 1,
 ) -> tuple[Points, Tensor]:
-    """Return the points after a proposal from the guide each, and the acceptance probabilities.
+    """Return the points after proposals from the guide, and mean acceptance probabilities, shape ``(n,)``.
 
-    The target has the guide's flow as its coordinates.
+    Proposals do not depend on the points, so that one batch evaluates all of them, whatever their number;
+    then each is accepted or refused in turn. The target has the guide's flow as its coordinates.
     """
     assert target.flow is not None
-    x = draw_base(target.flow.base, len(points.x), generator).to(points.x)
+    num = len(points.x)
+    x = draw_base(target.flow.proposal, num_proposals * num, generator).to(points.x)
     if points.gradient is None:
-        proposal = target.evaluate(x)
+        proposals = target.evaluate(x)
     else:
-        proposal = target.evaluate_with_gradient(x, inverse_temperature)
-    guide = target.guide_log_prob(points.x) - target.guide_log_prob(x)
-    log_ratio = _log_ratio(target, points, proposal, inverse_temperature) + guide
-    return accept(points, proposal, log_ratio, generator)
+        proposals = target.evaluate_with_gradient(x, inverse_temperature)
+    log_weights = _log_weights(target, points, inverse_temperature)
+    rows = torch.arange(num, device=x.device)
+    chosen, probabilities = rows, torch.zeros_like(log_weights)
+    for index, log_weight in enumerate(_log_weights(target, proposals, inverse_temperature).split(num)):
+        is_accepted, probability = _choose(log_weight - log_weights, generator)
+        log_weights = torch.where(is_accepted, log_weight, log_weights)
+        chosen = torch.where(is_accepted, (index + 1) * num + rows, chosen)
+        probabilities = probabilities + probability / num_proposals
+    return points.join(proposals)[chosen], probabilities
+
+
+def _log_weights(target: TemperedTarget, points: Points, t: float) -> Tensor:
+    """Return log p_t - log q, q that of proposals, NaN where log p_t is plus infinity."""
+    log_density = target.log_density(points.terms, t)
+    return torch.where(log_density < torch.inf, log_density, torch.nan) - target.proposal_log_prob(points.x)
 
 
 def draw_base(base: Any, num_samples: int, generator: Generator) -> Tensor:

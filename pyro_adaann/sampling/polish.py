@@ -16,6 +16,7 @@ from pyro_adaann.checks import check_count
 from pyro_adaann.diagnostics.model_and_guide import Fit
 from pyro_adaann.sampling.arviz import draws_to_arviz
 from pyro_adaann.sampling.chains import GuidedChains, Transition
+from pyro_adaann.sampling.convergence import rank_normalized_r_hat
 from pyro_adaann.sampling.moves import Move, get_kernel
 from pyro_adaann.sampling.target import Points
 from pyro_adaann.state.interrupt import InterruptGuard
@@ -55,11 +56,8 @@ class PolishedChains:
 
     @property
     def r_hat(self) -> dict[str, Tensor]:
-        """Split R-hat of every site, element by element; NaN with fewer than four draws."""
-        return {
-            name: stats.split_gelman_rubin(value.double(), chain_dim=0, sample_dim=1)
-            for name, value in self.samples.items()
-        }
+        """Rank-normalized split R-hat of every site, element by element; NaN with fewer than four draws."""
+        return {name: rank_normalized_r_hat(value) for name, value in self.samples.items()}
 
     @property
     def ess(self) -> dict[str, Tensor]:
@@ -71,7 +69,7 @@ class PolishedChains:
 
     @property
     def max_r_hat(self) -> float:
-        """The largest split R-hat; below 1.01 the chains agree."""
+        """The largest R-hat; below 1.01 the chains agree."""
         return max(float(value.max()) for value in self.r_hat.values())
 
     @property
@@ -122,7 +120,8 @@ def polish(
 
     In the coordinates x of the guide's flow, z = T(x), the posterior is
     :math:`p(T(x)) |\det J_T(x)|`: close to the base where the fit is good, so that Hamiltonian Monte Carlo
-    is easy, and a proposal from the guide is often accepted and may go to another mode. Both moves
+    is easy, and a proposal from the guide is often accepted and may go to another mode. Every step makes
+    sixteen proposals to each chain, in one batch, and one move. Both
     leave the posterior invariant whatever the guide is; a part of the posterior that the guide misses is
     still entered by the moves alone, if at all.
 

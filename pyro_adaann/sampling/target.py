@@ -41,6 +41,13 @@ class Points:
         gradient = None if self.gradient is None else self.gradient[index]
         return Points(self.x[index], self.terms[:, index], gradient)
 
+    def join(self, others: Points) -> Points:
+        """Return these points and others after them."""
+        gradient = None
+        if self.gradient is not None and others.gradient is not None:
+            gradient = torch.cat([self.gradient, others.gradient])
+        return Points(torch.cat([self.x, others.x]), torch.cat([self.terms, others.terms], dim=1), gradient)
+
     def where(self, is_new: Tensor, new: Points) -> Points:
         """Return these points with those of ``new`` where ``is_new``, shape ``(n,)``."""
         rows = is_new.unsqueeze(-1)
@@ -104,6 +111,11 @@ class TemperedTarget:
         """Return the log density of the guide's base at x, in the coordinates of the flow."""
         assert self.flow is not None
         return _log_prob(self.flow.base, x)
+
+    def proposal_log_prob(self, x: Tensor) -> Tensor:
+        """Return the log density of proposals from the guide at x, in the coordinates of the flow."""
+        assert self.flow is not None
+        return _log_prob(self.flow.proposal, x)
 
     def log_density(self, terms: Tensor, inverse_temperature: float) -> Tensor:
         """Return log p_t in the coordinates of the flow, shape ``(n,)``, from terms ``(4, n)``."""
