@@ -22,6 +22,7 @@ import fit_targets
 import fit_targets_more
 import fit_targets_new
 import fit_targets_shapes
+import fit_targets_users
 import torch
 from fit_targets import FitTarget
 
@@ -38,6 +39,8 @@ NAMES = {
     fit_targets_shapes: "outliers ring product",
     fit_targets_new: """zero_inflated survival growth saturation autoregression ordinal three_labels
         sparse_means random_walk""",
+    fit_targets_users: """factor_and_deterministic two_explanations eight_schools_decentered offset
+        large_numbers sparse_shares families nested_plates horseshoe flat_shares""",
 }
 TARGETS = {name: getattr(module, name) for module, names in NAMES.items() for name in names.split()}
 

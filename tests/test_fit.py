@@ -262,6 +262,36 @@ def test_predictions_follow_the_model(make):
     assert result.predictive(torch.zeros(3), num_samples=10)["x"].shape == (10, 3)
 
 
+def test_predictions_of_sites_with_dimensions_of_their_own():
+    """A matrix, and vectors in a plate, beside data in a plate."""
+
+    def matrices(y: Tensor) -> None:
+        factor = pyro.sample("factor", dist.LKJCholesky(2, torch.tensor(1.0)))
+        pyro.deterministic("correlation", factor[..., 1, 0])
+        with pyro.plate("groups", 3, dim=-2):
+            shares = pyro.sample("shares", dist.Dirichlet(torch.ones(4)))
+            pyro.deterministic("largest", shares.max(-1).values)
+        with pyro.plate("data", len(y), dim=-1):
+            pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), scale_tril=factor), obs=y)
+
+    torch.manual_seed(0)
+    rho = torch.rand(7) * 2 - 1
+    factor = torch.zeros(7, 2, 2)
+    factor[:, 0, 0], factor[:, 1, 0], factor[:, 1, 1] = 1.0, rho, (1 - rho**2).sqrt()
+    shares = dist.Dirichlet(torch.ones(4)).sample((7, 3, 1))
+    zero, y = torch.zeros(7), torch.zeros(5, 2)
+    draws = WeightedDraws({"factor": factor, "shares": shares}, zero, zero, zero, 0.0)
+    result = FitResult(draws, made().diagnosis, (), (), 1.0, call=(matrices, (y,), {}))
+    found = result.predictive(num_samples=70)
+    assert found["y"].shape[-2:] == (5, 2)
+    assert found["y"].std() > 0.5
+    pairs = dict(zip(rho.tolist(), shares.amax(-1).reshape(7, 3).tolist(), strict=True))
+    got = zip(
+        found["correlation"].reshape(70).tolist(), found["largest"].reshape(70, 3).tolist(), strict=True
+    )
+    assert all(pairs[correlation] == largest for correlation, largest in got)
+
+
 @pytest.mark.parametrize("make", [one_result, two_fits], ids=["one", "two"])
 def test_an_export_has_the_same_posterior(make):
     result = make()

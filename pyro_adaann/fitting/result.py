@@ -12,16 +12,15 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import Predictive
 from torch import Tensor
 
-from pyro_adaann.diagnostics.guide_draws import DrawObserved
 from pyro_adaann.diagnostics.importance import WeightedDraws
 from pyro_adaann.diagnostics.numbers import nats, percent, rounded
 from pyro_adaann.diagnostics.rules import Finding, Level, findings
 from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.fitting.chains import export_by_fit
 from pyro_adaann.fitting.models import for_many_draws
+from pyro_adaann.fitting.predictions import predict
 from pyro_adaann.fitting.storage import read_result, write_result
 from pyro_adaann.fitting.stored import StoredDraws
 from pyro_adaann.fitting.summary import FitSummary, site_rows
@@ -150,10 +149,7 @@ class FitResult:
         model, own_args, own_kwargs = self._call("predictions")
         if not (args or kwargs):
             args, kwargs = own_args, own_kwargs
-        predictive = Predictive(DrawObserved()(model), self.sample(num_samples), parallel=True)
-        with torch.no_grad(), pyro.get_param_store().scope():
-            result: dict[str, Tensor] = predictive(*args, **kwargs)
-        return result
+        return predict(model, self.sample(num_samples), args, kwargs)
 
     def to_arviz(self, *, by_fit: bool = False, **kwargs: Any) -> Any:
         """Return the draws as data for ArviZ, weighted as the verdict demands.

@@ -1,0 +1,53 @@
+"""Posterior predictive draws of a model from draws of its latent sites."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Predictive
+from torch import Tensor
+
+from pyro_adaann.diagnostics.guide_draws import DrawObserved
+from pyro_adaann.diagnostics.model_and_guide import plate_nesting
+from pyro_adaann.objectives.lenient import run_leniently
+
+__all__ = ["predict"]
+
+
+def predict(
+    model: Callable[..., Any], samples: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return what a model draws and computes given draws of its latent sites, all draws at once.
+
+    :param model: the model.
+    :param samples: draws of its latent sites along a first dimension.
+    :param args: its arguments.
+    :param kwargs: its keyword arguments.
+    """
+    with torch.no_grad(), pyro.get_param_store().scope():
+        places = _in_place(model, samples, args, kwargs)
+        found: dict[str, Tensor] = Predictive(DrawObserved()(model), places, parallel=True)(*args, **kwargs)
+    return found
+
+
+def _in_place(
+    model: Callable[..., Any], samples: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return draws with their first dimension to the left of all plates.
+
+    Pyro would count the dimensions of an event, such as those of a matrix, as plates.
+    """
+    with poutine.block(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trace = run_leniently(poutine.trace(model).get_trace, *args, **kwargs)
+    nesting = plate_nesting(trace)
+    places = {}
+    for name, values in samples.items():
+        ones = (1,) * (nesting - len(trace.nodes[name]["fn"].batch_shape))
+        places[name] = values.reshape(values.shape[:1] + ones + values.shape[1:])
+    return places
