@@ -552,6 +552,8 @@ def test_an_sd_that_draws_do_not_determine_is_told():
     assert finding.level == Level.GOOD
     assert "standard deviation of c[0], c[1], c[2], c[3] and 2 more:" in finding.sentence
     assert not tail_findings(measure_moments({"z": draws["z"]}, torch.zeros(4000)))
+    names = measure_moments({"m": torch.randn(100, 2, 1)}, torch.zeros(100)).names
+    assert names == ("m[0, 0]", "m[1, 0]")
 
 
 def test_constants_have_no_moments_to_compare():

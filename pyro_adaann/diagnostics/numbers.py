@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["nats", "percent", "rounded"]
+import itertools
+from collections.abc import Sequence
+
+__all__ = ["labels", "nats", "percent", "rounded"]
+
+
+def labels(name: str, shape: Sequence[int]) -> list[str]:
+    """Return the names of all numbers of a site, in the order of its memory.
+
+    Example::
+
+        >>> labels("z", ()), labels("z", (1, 2))
+        (['z'], ['z[0, 0]', 'z[0, 1]'])
+    """
+    indices = itertools.product(*map(range, shape))
+    return [f"{name}[{', '.join(map(str, index))}]" if index else name for index in indices]
 
 
 def nats(value: float) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +14,7 @@ from pyro_adaann.diagnostics.differences import Difference, compare_marginals
 from pyro_adaann.diagnostics.importance import importance_draws
 from pyro_adaann.diagnostics.mode_shares import ModeShare, find_modes
 from pyro_adaann.diagnostics.model_and_guide import Fit
-from pyro_adaann.diagnostics.numbers import percent
+from pyro_adaann.diagnostics.numbers import labels, percent
 
 __all__ = ["AnnealedDraws", "SecondOpinion", "second_opinion"]
 
@@ -181,10 +180,10 @@ def second_opinion(
     weights = torch.where(torch.isfinite(weights), weights, -torch.inf)
     log_mean = float(weights.logsumexp(0)) - math.log(len(weights))
     error = float((weights - log_mean).exp().std()) / math.sqrt(len(weights))
-    labels = [label for name, value in draws.samples.items() for label in _labels(name, value.shape[1:])]
+    names = [label for name, value in draws.samples.items() for label in labels(name, value.shape[1:])]
     guide = _columns(draws.samples)
     particles = _columns({name: result.samples[name] for name in draws.samples})
-    weighted = (labels, guide, particles, result.log_weights, len(result.group_log_evidences))
+    weighted = (names, guide, particles, result.log_weights, len(result.group_log_evidences))
     return SecondOpinion(
         log_evidence=result.log_evidence,
         log_evidence_error=result.log_evidence_error,
@@ -199,8 +198,3 @@ def second_opinion(
 def _columns(samples: Mapping[str, Tensor]) -> Tensor:
     """Return draws as a matrix, a column for every latent number."""
     return torch.cat([value.reshape(len(value), -1).double() for value in samples.values()], dim=1)
-
-
-def _labels(name: str, shape: torch.Size) -> list[str]:
-    indices = product(*map(range, shape))
-    return [f"{name}[{', '.join(map(str, index))}]" if index else name for index in indices]

@@ -6,7 +6,6 @@ those of all fits together. Their largest difference is the share of the draws t
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_adaann.diagnostics.importance import WeightedDraws
+from pyro_adaann.diagnostics.numbers import labels
 from pyro_adaann.weights import finite_or_no_weight, log_mean_weight
 
 __all__ = ["Agreement", "compare_fits"]
@@ -42,11 +42,10 @@ def compare_fits(draws: WeightedDraws, own_log_weights: Tensor) -> list[Agreemen
     weights = draws.log_weights.double().softmax(0)
     worst = [(0.0, "")] * num_fits
     for name, values in draws.samples.items():
-        for place, index in enumerate(itertools.product(*map(range, values.shape[1:]))):
+        for place, label in enumerate(labels(name, values.shape[1:])):
             column = values.reshape(len(values), -1)[:, place]
             order = column.argsort()
             whole = weights[order].cumsum(0)
-            label = name + (f"[{', '.join(map(str, index))}]" if index else "")
             for i, own in enumerate(own_log_weights):
                 part = torch.zeros_like(weights)
                 part[i * num_each : (i + 1) * num_each] = finite_or_no_weight(own.double()).softmax(0)

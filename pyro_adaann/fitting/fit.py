@@ -214,11 +214,13 @@ def _result(
     moments = measure_moments(mixture.draws.samples, mixture.draws.log_weights)
     diagnosis, remarks = judge(chosen, mixture.log_weights, moments)
     agreements = dict(zip(map(id, chosen), compare_fits(mixture.draws, mixture.own_log_weights), strict=True))
+    if diagnosis.level <= Level.USABLE_WITH_WEIGHTS:
+        remarks = [*remarks, *tail_findings(moments)]
     best = max(chosen, key=lambda a: a.diagnosis.ess)
     return FitResult(
         draws=mixture.draws,
         diagnosis=diagnosis,
-        remarks=(*remarks, *tail_findings(moments), *summary_findings(attempts)),
+        remarks=(*remarks, *summary_findings(attempts)),
         fits=tuple(_summarize(attempt, agreements.get(id(attempt))) for attempt in attempts),
         seconds=clock.passed,
         guides=tuple(guides),

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_adaann.diagnostics.numbers import labels
 from pyro_adaann.weights import pareto_smooth, reliable_shape
 
 __all__ = ["Moments", "measure_moments"]
@@ -92,20 +93,21 @@ def measure_moments(samples: Mapping[str, Tensor], log_weights: Tensor) -> Momen
     names: list[str] = []
     columns = []
     for name, values in samples.items():
-        column = values[kept].double().reshape(len(weights), -1)
-        columns.append(column)
-        names += [name if values.dim() == 1 else f"{name}[{i}]" for i in range(column.shape[1])]
+        columns.append(values[kept].double().reshape(len(weights), -1))
+        names += labels(name, values.shape[1:])
     numbers = torch.cat(columns, dim=-1)
     mean = weights @ numbers
     square = (numbers - mean).square()
     variance = weights @ square
+    log_sd_se = (weights.square() @ (square - variance).square()).sqrt() / (2 * variance)
+    known = [_is_determined(terms) for terms in (weights.unsqueeze(-1) * square).T]
     return Moments(
-        tuple(names),
-        mean,
-        variance.sqrt(),
-        (weights.square() @ square).sqrt(),
-        (weights.square() @ (square - variance).square()).sqrt() / (2 * variance),
-        torch.tensor([_is_determined(terms) for terms in (weights.unsqueeze(-1) * square).T]),
+        names=tuple(names),
+        mean=mean.cpu(),
+        sd=variance.sqrt().cpu(),
+        mean_se=(weights.square() @ square).sqrt().cpu(),
+        log_sd_se=log_sd_se.cpu(),
+        is_determined=torch.tensor(known, device="cpu"),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_adaann.diagnostics.importance import WeightedDraws
-from pyro_adaann.diagnostics.numbers import nats, percent, rounded
+from pyro_adaann.diagnostics.numbers import labels, nats, percent, rounded
 from pyro_adaann.weights import weighted_mean_and_sd
 
 __all__ = ["FitSummary", "site_rows"]
@@ -75,15 +74,11 @@ def site_rows(draws: WeightedDraws) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("", "mean", "sd", "5 %", "95 %")]
     num_left = 0
     for name, values in draws.samples.items():
-        shape = values.shape[1:]
-        for index in itertools.product(*map(range, shape)):
+        columns = values.reshape(len(values), -1).T
+        for label, column in zip(labels(name, values.shape[1:]), columns, strict=True):
             if len(rows) > _MAX_ROWS:
                 num_left += 1
                 continue
-            label = name + (f"[{', '.join(map(str, index))}]" if index else "")
-            column = values
-            for i in index:
-                column = column[:, i]
             mean, sd = weighted_mean_and_sd(column, draws.log_weights)
             low, high = _quantiles(column, draws.log_weights)
             digits = _num_digits(mean, sd)
