@@ -1,0 +1,224 @@
+"""Posteriors whose evidence is known: by closed forms, by quadrature, or by large references."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_adaann import SMCResult
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+import hiv  # noqa: E402  (the examples are no package)
+import lorenz  # noqa: E402
+
+REFERENCE = ROOT / "benchmarks" / "reference"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A posterior with known evidence.
+
+    :param model: the Pyro model.
+    :param log_evidence: its log evidence.
+    :param check: one number of the posterior, and what it is exactly; means are in units of their sd.
+    :param base: what the bridge starts from; None for the prior, on path "likelihood".
+    """
+
+    model: Callable[..., Any]
+    log_evidence: float
+    check: tuple[str, Callable[[SMCResult], float], float]
+    base: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def log_integral(log_density: Callable[[Tensor], Tensor], low: float, high: float) -> float:
+    z = torch.linspace(low, high, 200_001, dtype=torch.float64)
+    return float(log_density(z).logsumexp(0)) + math.log(float(z[1] - z[0]))
+
+
+def flat(dim: int) -> Any:
+    return dist.Normal(torch.zeros(dim), 1.0).to_event(1).mask(False)
+
+
+def share(result: SMCResult, is_in: Callable[[dict[str, Tensor]], Tensor]) -> float:
+    return float(result.log_weights.exp()[is_in(result.samples)].sum())
+
+
+DESIGN = torch.randn(50, 5, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1.0, 1.0, 5)
+OBSERVED = DESIGN @ torch.ones(5) + torch.randn(50, generator=torch.Generator().manual_seed(1))
+
+
+def regression() -> None:
+    slopes = pyro.sample("slopes", dist.Normal(torch.zeros(5), 5.0).to_event(1))
+    mean = (DESIGN * slopes.unsqueeze(-2)).sum(-1)
+    pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=OBSERVED)
+
+
+def regression_exactly() -> tuple[float, Tensor, Tensor]:
+    """Return log evidence, posterior means and sds."""
+    design, y = DESIGN.double(), OBSERVED.double()
+    covariance = torch.linalg.inv(design.T @ design + torch.eye(5).double() / 25)
+    marginal = dist.MultivariateNormal(
+        torch.zeros(50).double(), torch.eye(50).double() + 25 * design @ design.T
+    )
+    return float(marginal.log_prob(y)), covariance @ design.T @ y, covariance.diagonal().sqrt()
+
+
+#: Half of the distance between two modes, 8 sds in all.
+HALF = torch.full((10,), 4 / 10**0.5)
+
+
+def two_modes() -> None:
+    z = pyro.sample("z", flat(10))
+    left, right = (dist.Normal(loc, 1.0).log_prob(z).sum(-1) for loc in (-HALF, HALF))
+    pyro.factor("density", torch.logaddexp(left + math.log(0.7), right + math.log(0.3)))
+
+
+def mean_of_log(result: SMCResult, name: str) -> float:
+    return float(result.log_weights.exp() @ result.samples[name].log().double())
+
+
+def funnel() -> None:
+    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    pyro.sample("x", dist.Normal(torch.zeros(9), (v / 2).exp().unsqueeze(-1)).to_event(1))
+
+
+def log_well(x: Tensor) -> Tensor:
+    return -(x**4) + 6 * x**2 + x / 2
+
+
+def many_well() -> None:
+    z = pyro.sample("z", flat(32))
+    pyro.factor("density", (log_well(z[..., :16]) - z[..., 16:].square() / 2).sum(-1))
+
+
+def log_bimodal(z: Tensor) -> Tensor:
+    return math.log(0.954) - ((z + 2) ** 2 - 3) ** 2
+
+
+def bimodals() -> None:
+    z = pyro.sample("z", flat(20))
+    pyro.factor("density", log_bimodal(z).sum(-1))
+
+
+EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+
+def eight_schools() -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", 8):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, ERRORS), obs=EFFECTS)
+
+
+def eight_schools_exactly() -> tuple[float, float, float]:
+    """Return log evidence, mean and sd of log tau, by quadrature over mu and log tau."""
+    mu = torch.linspace(-40.0, 40.0, 801, dtype=torch.float64).reshape(-1, 1, 1)
+    log_tau = torch.linspace(-12.0, 9.0, 2101, dtype=torch.float64).reshape(1, -1, 1)
+    tau = log_tau.exp()
+    sd = (tau**2 + ERRORS**2).sqrt()
+    log_p = dist.Normal(mu, sd).log_prob(EFFECTS).sum(-1)
+    log_p = log_p + dist.Normal(0.0, 5.0).log_prob(mu[..., 0])
+    log_p = log_p + (dist.HalfCauchy(5.0).log_prob(tau) + log_tau)[..., 0]
+    weights = log_p.flatten().softmax(0).reshape(log_p.shape)
+    log_evidence = float(log_p.logsumexp((0, 1))) + math.log(0.1 * 0.01)
+    mean = float((weights * log_tau[..., 0]).sum())
+    return log_evidence, mean, float((weights * (log_tau[..., 0] - mean).square()).sum().sqrt())
+
+
+def reference(name: str) -> dict[str, Any]:
+    posteriors: dict[str, Any] = json.loads((REFERENCE / f"{name}.json").read_text())["posteriors"]
+    return posteriors
+
+
+def problems() -> dict[str, Problem]:
+    schools = eight_schools_exactly()
+    slopes = regression_exactly()
+    hiv_modes = reference("hiv").values()
+    lorenz_mode = reference("lorenz")["0.2"]
+    right = log_integral(lambda z: torch.where(z > 0, log_well(z), -torch.inf), -4, 4)
+    well = log_integral(log_well, -4.0, 4.0)
+    gaussian = 0.5 * math.log(2 * math.pi)
+    wide = dist.Normal(torch.zeros(10), torch.tensor([3.0] + [10.0] * 9)).to_event(1)
+    r = lorenz_mode["names"].index("r")
+    return {
+        "regression": Problem(
+            regression,
+            slopes[0],
+            (
+                "worst mean",
+                lambda r: float(((r.mean("slopes") - slopes[1]) / slopes[2]).abs().max()),
+                0.0,
+            ),
+        ),
+        "two modes, 10-D": Problem(
+            two_modes,
+            0.0,
+            ("share left", lambda r: share(r, lambda s: s["z"] @ HALF < 0), 0.7),
+            dist.Normal(0.0, 3.0),
+        ),
+        "HIV": Problem(
+            hiv.model,
+            math.log(sum(math.exp(mode["log_evidence"] - 80) for mode in hiv_modes)) + 80,
+            ("share p1 > 0", lambda r: share(r, lambda s: s["p1"] > 0), 0.5),
+            dist.Normal(0.0, 2.0),
+            (hiv.simulate(hiv.DATA_SEED).float(),),
+        ),
+        "Lorenz 0.2": Problem(
+            lorenz.model,
+            lorenz_mode["log_evidence"],
+            (
+                "mean r",
+                lambda result: float((result.mean("r") - lorenz_mode["mean"][r]) / lorenz_mode["sd"][r]),
+                0.0,
+            ),
+            dist.Normal(10.0, 4.0),
+            (lorenz.simulate(0.2, lorenz.DATA_SEED).float(), 0.2),
+        ),
+        "eight schools, centered": Problem(
+            eight_schools,
+            schools[0],
+            (
+                "mean log tau",
+                lambda r: (mean_of_log(r, "tau") - schools[1]) / schools[2],
+                0.0,
+            ),
+        ),
+        "funnel, 10-D": Problem(funnel, 0.0, ("sd v", lambda r: float(r.sd("v")), 3.0), wide),
+        "many-well, 32-D": Problem(
+            many_well,
+            16 * (well + gaussian),
+            (
+                "share right",
+                lambda r: float(
+                    r.log_weights.exp() @ (r.samples["z"][:, :16] > 0).double().mean(-1)
+                ),
+                math.exp(right - well),
+            ),
+            dist.Normal(0.0, 2.0),
+        ),
+        "20 bimodals": Problem(
+            bimodals,
+            20 * log_integral(log_bimodal, -10.0, 6.0),
+            (
+                "share right",
+                lambda r: float(r.log_weights.exp() @ (r.samples["z"] > -2).double().mean(-1)),
+                0.5,
+            ),
+            dist.Normal(-2.0, 2.0),
+        ),
+    }  # fmt: skip
