@@ -1,0 +1,60 @@
+"""Chains of `polish` on two funnels, in the coordinates of a spline fitted by natural steps.
+
+Prints R-hat, effective numbers of draws, what they cost, and a number of the posterior that is known. Run it
+with::
+
+    OMP_NUM_THREADS=1 python benchmarks/polish.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import arviz
+import pyro
+from smc_problems import eight_schools, eight_schools_exactly, funnel
+
+from pyro_adaann import AutoSpline, natural_svi, polish
+
+
+def fitted(name: str) -> Any:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    if name == "funnel":
+        svi = natural_svi(funnel, AutoSpline(funnel, base_scale=3.0))
+    else:
+        svi = natural_svi(eight_schools, num_particles=1000)
+    svi.run(progress_bar=False)
+    return svi
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--targets", nargs="+", default=["funnel", "eight schools"])
+    parser.add_argument("--num-samples", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    for name in args.targets:
+        start = time.process_time()
+        svi = fitted(name)
+        fit_seconds = time.process_time() - start
+        chains = polish(svi, num_samples=args.num_samples, seed=args.seed, progress_bar=False)
+        seconds = time.process_time() - start - fit_seconds
+        data = chains.to_arviz()
+        bulk, tail = (float(arviz.ess(data, method=kind).to_array().min()) for kind in ("bulk", "tail"))
+        if name == "funnel":
+            known = f"P(v < -6) {float((chains.samples['v'] < -6).float().mean()):.4f}, exactly 0.0228"
+        else:
+            exact = eight_schools_exactly()[1]
+            known = f"mean log tau {float(chains.samples['tau'].log().mean()):.3f}, exactly {exact:.3f}"
+        print(
+            f"{name}: R-hat {chains.max_r_hat:.4f}, ESS {bulk:.0f} and in tails {tail:.0f}, {seconds:.0f} "
+            f"CPU seconds and {fit_seconds:.0f} of the fit, {chains.num_evaluations:,} evaluations, {known}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
