@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import fit_targets
 import fit_targets_more
+import fit_targets_users
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -64,6 +65,10 @@ SLOW_TARGETS = [
     fit_targets.ill_scaled,
     fit_targets.small_funnel,
     fit_targets.rosenbrock,
+    fit_targets_users.two_explanations,
+    fit_targets_users.eight_schools_decentered,
+    fit_targets_users.sparse_shares,
+    fit_targets_users.offset,
 ]
 
 
