@@ -61,6 +61,9 @@ class AdaAnnSVI(Runs, SVI):
     :param num_initial_steps: T0 in the paper, steps at the first inverse temperature.
     :param num_steps_per_stage: T, steps at every inverse temperature between the first and 1.
     :param num_final_steps: T1, steps at 1 before :attr:`is_done`.
+    :param max_num_final_steps: most steps at 1: they go on beyond ``num_final_steps`` while the loss falls,
+        that is, while its mean over the latest half of that number is two standard errors below that of the
+        half before. By default they do not.
     :param num_final_particles: N1, particles of the ELBO at 1; by default as below 1.
     :param final_loss: another ELBO at 1, in place of ``loss`` and ``num_final_particles``.
     :param stage_rule: decides when a stage below 1 ends, after its planned number of steps
@@ -130,6 +133,7 @@ class AdaAnnSVI(Runs, SVI):
         num_initial_steps: int = 500,
         num_steps_per_stage: int = 5,
         num_final_steps: int = 5000,
+        max_num_final_steps: int | None = None,
         num_final_particles: int | None = None,
         final_loss: ELBO | None = None,
         stage_rule: StageRule | None = None,
@@ -150,6 +154,7 @@ class AdaAnnSVI(Runs, SVI):
             num_final_steps,
             num_variance_samples,
             lr_schedule,
+            max_num_final_steps,
         )
         check_parts(model, guide, optim, loss, final_loss, settings)
         is_step = isinstance(optim, Step)
@@ -166,7 +171,8 @@ class AdaAnnSVI(Runs, SVI):
         self.optim = optim
         self.schedule, self.path, self.stage_rule = settings.schedule, settings.path, stage_rule
         self.num_initial_steps, self.num_steps_per_stage = num_initial_steps, num_steps_per_stage
-        self.num_final_steps, self.num_variance_samples = num_final_steps, num_variance_samples
+        self.num_final_steps, self.max_num_final_steps = num_final_steps, max_num_final_steps
+        self.num_variance_samples = num_variance_samples
         self.lr_schedule = lr_schedule
         # A schedule that starts at 1 gives exactly the numbers of `SVI`.
         max_ratio = _MAX_GRADIENT_RATIO if self.schedule.initial_inverse_temperature < 1 else math.inf

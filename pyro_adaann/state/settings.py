@@ -31,6 +31,7 @@ class FitSettings:
     num_final_steps: int
     num_variance_samples: int | None
     lr_schedule: str
+    max_num_final_steps: int | None = None
 
     def __post_init__(self) -> None:
         _check_kind("schedule", self.schedule, AnnealingSchedule, "SequenceSchedule for a list of numbers")
@@ -39,6 +40,7 @@ class FitSettings:
         check_count("num_initial_steps", self.num_initial_steps, 0)
         check_count("num_steps_per_stage", self.num_steps_per_stage, 1)
         check_count("num_final_steps", self.num_final_steps, 1)
+        check_count("max_num_final_steps", self.max_num_final_steps, self.num_final_steps)
         check_count("num_variance_samples", self.num_variance_samples, 2)
         if self.lr_schedule not in ("final", "always", "never"):
             raise ValueError(
@@ -66,7 +68,8 @@ class FitSettings:
     @property
     def plan(self) -> StepPlan:
         """How many steps the stages have."""
-        return StepPlan(self.num_initial_steps, self.num_steps_per_stage, self.num_final_steps)
+        numbers = self.num_initial_steps, self.num_steps_per_stage, self.num_final_steps
+        return StepPlan(*numbers, max_num_final=self.max_num_final_steps)
 
     def num_recycled_draws(self, num_particles: int) -> int:
         """Return of how many training draws schedule and stage rule want the log factors.

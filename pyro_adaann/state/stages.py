@@ -75,7 +75,8 @@ class StageControl:
         """Whether all planned steps are taken."""
         if self.plan.num_total is not None:
             return self.history.num_steps >= self.plan.num_total
-        return self.objective.is_final and self.present.num_effective_steps >= self.plan.num_final
+        stage = self.present
+        return self.objective.is_final and self.plan.is_over(stage.num_effective_steps, stage.losses)
 
     def start(self, inverse_temperature: float) -> None:
         """Start a stage."""
