@@ -309,12 +309,17 @@ def test_broken_draws_weigh_nothing_and_push_away():
     pyro.set_rng_seed(0)
     step = NaturalStep(1000, max_kl=1.0)
     svi = AdaAnnSVI(edge, guide, step, schedule=ConstantSchedule(), num_final_steps=20)
-    history = svi.run(progress_bar=False)
-    assert history.stages[-1].num_broken > 0
-    assert all(map(math.isfinite, history.stages[-1].losses))
-    # The closest normal in this divergence: what is left of the step is noise of 1,000 draws.
-    found = pyro.param("loc").item(), pyro.param("log_scale").exp().item()
-    assert exact_step(*found, lowest=0.0).abs().max() < 0.1
+    found = []
+    for _ in range(60):
+        svi.step()
+        found.append([pyro.param("loc").item(), pyro.param("log_scale").item()])
+    stage = svi.history.stages[-1]
+    assert stage.num_broken > 0
+    assert all(map(math.isfinite, stage.losses))
+    # The closest normal in this divergence, around which the steps of 1,000 draws scatter: what is left of
+    # the step at their mean is .06 +- .03 in 16 fits, the largest .11, beside 2.5 at the start.
+    loc, log_scale = torch.tensor(found[10:]).mean(0).tolist()
+    assert exact_step(loc, math.exp(log_scale), lowest=0.0).abs().max() < 0.2
     assert exact_step(*GUIDE, lowest=0.0).abs().max() > 0.5
 
 
