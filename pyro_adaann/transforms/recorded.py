@@ -11,6 +11,7 @@ parameter (``.to``, another number type) makes another record.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -55,16 +56,24 @@ class _Graph:
     """A CUDA graph of a function, with the memory that it reads and writes."""
 
     def __init__(self, function: _Function, inputs: Sequence[Tensor]) -> None:
+        device = inputs[0].device
         self._inputs = [value.detach().clone() for value in inputs]
-        self._graph = torch.cuda.CUDAGraph()
-        with _spare_generator(inputs[0].device), torch.cuda.graph(self._graph):
-            self._outputs = function(*self._inputs)
+        with torch.cuda.device(device), _spare_generator(device):
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=_stream(device)):
+                self._outputs = function(*self._inputs)
 
     def replay(self, inputs: Sequence[Tensor]) -> Results:
         for place, value in zip(self._inputs, inputs, strict=True):
             place.copy_(value)
         self._graph.replay()
         return _each(torch.clone, self._outputs)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which functions of a card are recorded; torch's own is one of the first card."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager
