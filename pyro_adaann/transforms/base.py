@@ -14,7 +14,8 @@ from torch.distributions import constraints
 
 from pyro_adaann.transforms.by_point import gradients_by_point
 from pyro_adaann.transforms.outer import OuterProducts
-from pyro_adaann.transforms.recorded import RecordedMap, Results, can_record, mapped, run_recorded
+from pyro_adaann.transforms.recorded import Results, can_record, run_recorded
+from pyro_adaann.transforms.recorded_map import RecordedMap, mapped
 
 __all__ = ["FlowTransform"]
 

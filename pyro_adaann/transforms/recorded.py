@@ -19,16 +19,15 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_adaann.transforms.outer import OuterProducts
 
-__all__ = ["RecordedMap", "Results", "can_record", "is_switched_on", "mapped", "run_recorded"]
+__all__ = ["RecordedCall", "Results", "can_record", "is_switched_on", "run_recorded"]
 
 _SWITCH = "PYRO_ADAANN_GRAPHS"
 #: Points from which a card, and not its launches, sets the time of a flow; a record keeps all that is
@@ -154,13 +153,13 @@ def run_recorded(
         filled up to a power of two, so that few sizes are recorded.
     """
     num_rows = len(inputs[0])
-    call = _Call(module, name, function, inputs, by_row=by_row)
+    call = RecordedCall(module, name, function, inputs, by_row=by_row)
     call.record_if_due()
     results = call.run()
     return _each(lambda value: value.detach()[:num_rows] if by_row else value.detach(), results)
 
 
-class _Call:
+class RecordedCall:
     """A call of a function of a module, with the records of that."""
 
     def __init__(
@@ -216,55 +215,6 @@ class _Wrapped(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Results:
         return self.function(*inputs)
-
-
-class RecordedMap(torch.autograd.Function):
-    """A flow on a batch of points, ``(y, log_det)``, by records of its map and of its gradient.
-
-    The gradient is that of the map, run again. It is recorded here and not in the backward pass, which runs
-    in a thread of autograd's own.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, flow: Any, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.flow = flow
-        ctx.save_for_backward(x, *parameters)
-        y, log_det = mapped(flow, x)
-        _gradients(flow, x, y, log_det).record_if_due()
-        return y, log_det
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        x, *_ = ctx.saved_tensors  # which tells of parameters that have changed
-        found = _gradients(ctx.flow, x, grad_y, grad_log_det).run()
-        return None, *(cast(Tensor, value).detach() for value in found.values())
-
-
-def _gradients(flow: Any, x: Tensor, grad_y: Tensor, grad_log_det: Tensor) -> _Call:
-    """Return the call of the gradient of a flow in its points and in the parameters that are trained."""
-
-    def run(x: Tensor, grad_y: Tensor, grad_log_det: Tensor) -> Results:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            places = [x, *(parameter for parameter in flow.parameters() if parameter.requires_grad)]
-            found = torch.autograd.grad(
-                flow._forward(x), places, (grad_y, grad_log_det), materialize_grads=True
-            )
-        return dict(zip(map(str, range(len(found))), found, strict=True))
-
-    return _Call(flow, "gradients", run, (x, grad_y, grad_log_det))
-
-
-def mapped(flow: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images and log-determinants of points by the record of a flow, without a graph of autograd."""
-
-    def run(x: Tensor) -> Results:
-        with torch.no_grad():
-            return dict(zip(("y", "log_det"), flow._forward(x), strict=True))
-
-    found = run_recorded(flow, "map", run, (x,))
-    return cast(Tensor, found["y"]), cast(Tensor, found["log_det"])
 
 
 def _each(change: Callable[[Tensor], Tensor], results: Results) -> Results:
