@@ -118,16 +118,16 @@ def gather_equal(values: Tensor) -> list[Tensor]:
     return found
 
 
-def equalize(tensors: Sequence[Tensor], *numbers: int) -> list[int]:
+def equalize(tensors: Sequence[Tensor], *numbers: float) -> list[float]:
     """Overwrite tensors by those of the first process, where they differ, and return its numbers.
 
     Processors of different kinds round differently, and some kernels of graphics cards add in any order.
 
-    :param numbers: small ones, which go in the same message.
+    :param numbers: they go in the same message, a double as two singles.
     """
     if process_count() == 1:
         return list(numbers)
-    extra = torch.tensor(numbers, dtype=torch.float32, device=_device())
+    extra = torch.tensor(numbers, dtype=torch.float64, device=_device()).view(torch.float32)
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in [*tensors, extra]:
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
@@ -141,7 +141,8 @@ def equalize(tensors: Sequence[Tensor], *numbers: int) -> list[int]:
             continue
         for tensor, values in zip(group, theirs.split([tensor.numel() for tensor in group]), strict=True):
             tensor.copy_(values.reshape(tensor.shape))
-    return [int(number) for number in extra.tolist()]
+    found: list[float] = extra.view(torch.float64).tolist()
+    return found
 
 
 def _device() -> torch.device:

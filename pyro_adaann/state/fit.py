@@ -13,7 +13,7 @@ from pyro_adaann.annealing.history import AnnealingHistory, Outcome
 from pyro_adaann.guide_status import status_of
 from pyro_adaann.objectives.base import Objective
 from pyro_adaann.objectives.nonfinite import nonfinite_sites
-from pyro_adaann.processes.group import equalize, number_from_first, on_first, process_count
+from pyro_adaann.processes.group import equalize, on_first, process_count
 from pyro_adaann.state.advice import advise_weights
 from pyro_adaann.state.callable_loss import check_loss_is_tempered
 from pyro_adaann.state.learned_model import warn_of_learning
@@ -96,13 +96,16 @@ class Fit:
         if process_count() == 1:
             return moved, is_finite
         outcomes, tensors = list(Outcome), list(self.parameters.tensors.values())
-        index, of_first = equalize(tensors, outcomes.index(moved.result.outcome), int(is_finite))
-        loss = moved.result.loss
-        if isinstance(loss, float):  # which decides about steps at 1, too
-            loss = number_from_first(loss)
-        return replace(moved, result=replace(moved.result, outcome=outcomes[index], loss=loss)), bool(
-            of_first
+        loss = moved.result.loss  # that of a natural step is a number, and decides about steps at 1, too
+        number = loss if isinstance(loss, float) else 0.0
+        outcome = float(outcomes.index(moved.result.outcome))
+        index, of_first, number = equalize(tensors, outcome, float(is_finite), number)
+        result = replace(
+            moved.result,
+            outcome=outcomes[int(index)],
+            loss=number if isinstance(loss, float) else loss,
         )
+        return replace(moved, result=result), bool(of_first)
 
     def _get_ready(self, found: dict[str, Tensor], call: Call) -> None:
         """Register the parameters before they change; before the first step, also keep the fit's state."""
