@@ -12,7 +12,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_adaann import AdaAnnSVI, ConstantSchedule, natural_svi
-from pyro_adaann.state.budget import StepPlan, is_falling
+from pyro_adaann.state.budget import StepPlan, is_falling, projected_num_steps
 
 
 def model() -> None:
@@ -41,6 +41,8 @@ def test_steps_go_on_while_the_loss_falls():
     svi.run(progress_bar=False)
     assert len(svi.history.stages[-1].losses) == 120  # it needs 300 steps from 0 to 3
     assert svi.is_done
+    # What a progress bar shows as all steps is never less than those taken.
+    assert projected_num_steps(svi.history, svi.schedule, StepPlan(1, 1, 40, max_num_final=120)) == 120
 
 
 def test_steps_end_when_the_loss_does_not_fall():

@@ -164,7 +164,7 @@ def projected_num_steps(history: AnnealingHistory, schedule: AnnealingSchedule, 
     stages = history.stages
     t, end = stages[-1].inverse_temperature, schedule.final_inverse_temperature
     if t >= end:
-        return history.num_steps - stages[-1].num_steps + plan.num_final
+        return max(history.num_steps - stages[-1].num_steps + plan.num_final, history.num_steps)
     if len(stages) < 3:
         return None
     rate = _stages_per_log(history)
