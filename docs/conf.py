@@ -59,6 +59,7 @@ nitpick_ignore_regex = [
 nitpick_ignore = [
     ("py:func", "standard_deviation"),  # is in the reference under its module's name
     ("py:class", "pyro_adaann.diagnostics.rules.Finding"),  # a part of a verdict, described with it
+    ("py:class", "pyro_adaann.diagnostics.opinion.AnnealedDraws"),  # what a result of AnnealedSMC is there
 ]
 
 # Annotations have the names that modules import; the inventories have full ones.
