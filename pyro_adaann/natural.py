@@ -38,8 +38,8 @@ def natural_svi(
     ends when the effective sample size of the guide's draws is four fifths of their number
     (:class:`~pyro_adaann.ESSStageRule`); the next inverse temperature keeps a conditional effective sample
     size of nine tenths (:class:`~pyro_adaann.CESSSchedule`); a :class:`~pyro_adaann.Ladder` records the guide
-    for :func:`diagnose`. A fit takes about a hundred steps. It is meant for flow guides whose base covers
-    the modes.
+    for :func:`diagnose`. A fit takes one to three hundred steps. It is meant for flow guides whose base
+    covers the modes.
 
     :param model: a Pyro model that vectorizes (or :func:`one_by_one` of one that does not), has no parameters
         of its own and does not subsample.
