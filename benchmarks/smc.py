@@ -39,6 +39,7 @@ def run(problem: Problem, schedule: Any, seed: int, num_particles: int) -> dict[
         "ess": result.ess,
         "num_stages": len(result.stages),
         "num_unforgotten": result.num_unforgotten,
+        "drift": result.drift,
         "num_evaluations": result.num_evaluations,
         "cpu_seconds": time.process_time() - start,
         "got": number(result),

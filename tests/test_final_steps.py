@@ -19,7 +19,12 @@ def model() -> None:
     pyro.sample("z", dist.Normal(3.0, 0.5))
 
 
-def make_svi(lr: float, **kwargs) -> AdaAnnSVI:
+def pointed() -> None:
+    """What a normal guide cannot follow: its losses stay noisy."""
+    pyro.sample("z", dist.Laplace(3.0, 0.5))
+
+
+def make_svi(lr: float, model=model, **kwargs) -> AdaAnnSVI:
     elbo = Trace_ELBO(num_particles=20, vectorize_particles=True)
     adam = pyro.optim.Adam({"lr": lr})
     return AdaAnnSVI(model, AutoNormal(model), adam, elbo, schedule=ConstantSchedule(), **kwargs)
@@ -50,7 +55,7 @@ def test_steps_end_when_the_loss_does_not_fall():
     for seed in range(5):
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
-        svi = make_svi(0.05, num_final_steps=200, max_num_final_steps=2000)
+        svi = make_svi(0.05, pointed, num_final_steps=200, max_num_final_steps=2000)
         svi.run(progress_bar=False)
         ends.append(svi.history.num_steps)
     # Converged by step 150: what noise adds are a few steps.
@@ -60,10 +65,27 @@ def test_steps_end_when_the_loss_does_not_fall():
 def test_losses_that_are_not_finite_do_not_count():
     plan = StepPlan(1, 1, 8, max_num_final=20)
     falling = [8.0, math.nan, *range(7, 3, -1), math.inf, *range(3, 0, -1)]
-    assert not plan.is_over(8, falling)
-    assert plan.is_over(20, falling)
-    assert plan.is_over(8, [4.0, 3.9, math.nan, 4.1, 4.0, 3.9, 4.1, 4.0, 3.9])
-    assert not plan.is_over(7, falling)
+    assert not plan.is_over(8, falling, 1)
+    assert plan.is_over(20, falling, 1)
+    assert plan.is_over(8, [4.0, 3.9, math.nan, 4.1, 4.0, 3.9, 4.1, 4.0, 3.9], 1)
+    assert not plan.is_over(7, falling, 1)
+
+
+def test_draws_of_equal_weight_need_no_more_steps():
+    """An sd of the log weights of .1: losses of 400 draws have one of .005."""
+    equal = [2.0, 1.0, *(3.0, 3.004, 2.996, 3.003, 2.997) * 4]
+    plan = StepPlan(1, 1, 30, max_num_final=90)
+    assert plan.is_over(10, equal, 400)
+    assert not plan.is_over(9, equal, 400)  # a third of 30 at least
+    assert not plan.is_over(10, equal, 1600)  # an sd of .12 or so
+    assert not plan.is_over(10, [*equal, math.nan, 2.0], 400)
+    assert not StepPlan(1, 1, 30).is_over(10, equal, 400)  # a given number is a given number
+
+
+def test_a_guide_that_is_exact_ends_early():
+    svi = natural_svi(model)
+    svi.run(progress_bar=False)
+    assert svi.num_final_steps / 3 <= svi.history.stages[-1].num_steps < svi.num_final_steps
 
 
 def test_a_given_number_is_kept():

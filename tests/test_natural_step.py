@@ -541,6 +541,18 @@ def test_user_warnings_are_shown_once(recwarn):
     assert sum("look here" in str(w.message) for w in caught) == 1
 
 
+def test_thousands_of_latents_are_told_what_a_fit_will_cost():
+    def many() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(501), 1.0).to_event(1))
+
+    svi = at_one(many, AutoNormal(many), 20)
+    with pytest.warns(UserWarning, match=r"501\. The first step took .* s; a fit takes 200 of them \(.* to"):
+        svi.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svi.step()
+
+
 def test_a_guide_whose_parameters_have_two_names_keeps_rungs():
     own = AutoIAFNormal(model_2d, hidden_dim=[6])
     svi = natural_svi(

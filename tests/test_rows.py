@@ -8,7 +8,9 @@ from pyro import poutine
 
 from pyro_adaann import AutoPlanar, AutoSpline, natural_svi
 from pyro_adaann.annealing.paths import get_path
+from pyro_adaann.diagnostics import lost_parts
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
+from pyro_adaann.diagnostics.rung_draws import Rungs
 from pyro_adaann.objectives import rows
 from pyro_adaann.objectives.weighted import WeightObjective
 
@@ -131,3 +133,28 @@ def test_batches_of_diagnostics_are_smaller_where_the_model_is_large(monkeypatch
     sizes = [len(batch.log_p) for batch in draws.batches(25, 20)]
     assert sum(sizes) == 25
     assert 5 < max(sizes) <= 10
+
+
+@pytest.mark.parametrize("model", [regression, hierarchy])
+@pytest.mark.parametrize("most", [1, 8, 500])
+def test_a_guide_scores_draws_of_many_traces_as_those_of_one(model, most, monkeypatch):
+    monkeypatch.setattr(rows, "_MIN_JOINED", most)
+    guide = AutoSpline(model).initialize()
+    draws = GuideDraws((model, guide), (), {}, vectorize=True)
+    batches = [next(draws.batches(num, num)) for num in (5, 4, 1, 6, 3, 1)]
+    traces = [(batch.guide_trace, len(batch.log_p)) for batch in batches]
+    sizes = [num for _, num in rows.join_rows(traces)]
+    assert sizes == {1: [5, 4, 1, 6, 3, 1], 8: [9, 1, 9, 1], 500: [9, 1, 9, 1]}[most]
+    expected = torch.cat([draws.guide_density(*trace) for trace in traces])
+    assert torch.allclose(draws.score_guide(traces), expected, atol=1e-4)
+
+
+def test_a_ladder_of_a_large_model_is_compared_with_fewer_draws(monkeypatch):
+    monkeypatch.setattr(lost_parts, "_MANY_DENSITIES", 11)  # a third of those of a draw
+    svi = natural_svi(regression, num_particles=100, num_final_steps=2, max_plate_nesting=1)
+    for _ in range(3):
+        svi.step()
+    rungs = Rungs(svi, (), {}, 1000, True)
+    assert 33 <= rungs.num_densities < 40
+    looks = lost_parts._Looks(rungs, 20_000)
+    assert {len(drawn) for drawn in looks._first} == {5000 * 11 // rungs.num_densities}

@@ -443,7 +443,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     state = read_checkpoint(file)
     del state["format"]  # as it was before metrics had one factor for each group
     write_checkpoint(file, state)
-    with pytest.raises(ValueError, match="of format 2; got one of format 1"):
+    with pytest.raises(ValueError, match="of format 3; got one of format 1"):
         smc.run(progress_bar=False, checkpoint=file)
 
 

@@ -16,7 +16,6 @@ from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from pyro_adaann.annealing.tempering import is_delta
@@ -30,7 +29,8 @@ from pyro_adaann.diagnostics.model_and_guide import (
 )
 from pyro_adaann.guide_status import expects_tempered
 from pyro_adaann.objectives.lenient import Leniency
-from pyro_adaann.objectives.rows import most_draws
+from pyro_adaann.objectives.observed import DrawObserved
+from pyro_adaann.objectives.rows import join_rows, most_draws
 from pyro_adaann.objectives.sites import check_scales, common_scale, has_density
 from pyro_adaann.objectives.traces import (
     as_numbers,
@@ -43,7 +43,7 @@ from pyro_adaann.processes.group import ProcessError
 from pyro_adaann.processes.split import split
 from pyro_adaann.weights import finite_or_no_weight
 
-__all__ = ["DrawBatch", "DrawObserved", "GuideDraws"]
+__all__ = ["DrawBatch", "GuideDraws"]
 
 #: Tolerated difference of a log density between a batch and a single run, absolute and relative: adaptive
 #: solvers round differently in a batch; a model that sums over its particles is off by their number.
@@ -156,12 +156,16 @@ class GuideDraws:
         for start in range(0, num_samples, batch_size):
             yield self._batch(min(batch_size, num_samples - start))
 
+    @property
+    def num_densities(self) -> int:
+        """Return how many log densities the model has for one draw."""
+        return sum(site["log_prob"].numel() for site in sites_of(self.prototype))
+
     def _most_draws(self, batch_size: int) -> int:
         if not self._vectorize:
             return 1
-        sizes = [site["log_prob"].numel() for site in sites_of(self.prototype)]
         device = next(site["value"].device for site in sites_of(self.prototype))
-        return min(batch_size, most_draws(sum(sizes), device))
+        return min(batch_size, most_draws(self.num_densities, device))
 
     def _batch(self, num_samples: int) -> DrawBatch:
         loss = with_num_particles(self._loss, num_samples)
@@ -241,8 +245,11 @@ class GuideDraws:
         scale = common_scale(guide_trace)
         return as_numbers(sum(terms), guide_trace).double().expand(num_samples) / scale
 
-    def score_guide(self, guide_trace: Trace, num_samples: int) -> Tensor:
-        """Return the log density of the guide, with its present parameters, at draws made before."""
+    def score_guide(self, traces: list[tuple[Trace, int]]) -> Tensor:
+        """Return the log density of the guide, as it is now, at traces of draws with the number of each."""
+        return torch.cat([self._score_guide(*each) for each in join_rows(traces)])
+
+    def _score_guide(self, guide_trace: Trace, num_samples: int) -> Tensor:
         fixed = Trace()
         for site in filter(has_density, sites_of(guide_trace)):
             # A copy: a transform may remember the point that it has mapped there.
@@ -278,14 +285,6 @@ class GuideDraws:
             model = with_num_particles(self._loss, num_samples)._vectorized_num_particles(model)
         trace = poutine.trace(model)
         return self._run_batch(lambda: trace.get_trace(*self._args, **self._kwargs))
-
-
-class DrawObserved(UnconditionMessenger):
-    """Draw observed sites, and leave deterministic ones, which Pyro takes for observed, as they are."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not (msg["infer"].get("_deterministic") or msg["infer"].get("is_auxiliary")):
-            super()._pyro_sample(msg)
 
 
 def _does_not_vectorize(got: str) -> ValueError:

@@ -45,8 +45,9 @@ _LOOKBACK = (2, 4)
 _MIN_SHARE, _MIN_TEMPERED_SHARE = 0.05, 0.15
 #: Standard errors that a share has to be above zero, and above the smallest one that counts.
 _NUM_ERRORS, _NUM_ERRORS_ABOVE = 3.0, 2.0
-#: Draws of a rung in one batch; more are taken while a loss cannot be excluded.
-_FIRST_DRAWS = 5000
+#: Draws of a rung at first; fewer, down to a number, of a model of many log densities a draw. More are taken
+#: while a loss cannot be excluded.
+_FIRST_DRAWS, _FEWEST_DRAWS, _MANY_DENSITIES = 5000, 1000, 20_000
 #: Smallest effective sample size for a share, and largest shape of the tail of its weights: from a shape of 1
 #: on they have no mean, and the error of the share is meaningless.
 _MIN_ESS, _MAX_SHAPE = 10.0, 1.0
@@ -130,7 +131,8 @@ def find_lost_parts(
 
     :param svi: a fit with a ladder.
     :param args: arguments of model and guide as in ``svi.step``, with ``kwargs``.
-    :param num_samples: largest number of draws of a rung. The first 5,000 are all if they exclude a loss.
+    :param num_samples: largest number of draws of a rung. The first 5,000 (of a large model, the first 1,000)
+        are all if they exclude a loss.
     :param batch_size: how many at a time.
     :param vectorize: whether model and guide run on a whole batch at once; False is slower and always works.
     :raises ValueError: if the fit has no ladder or has taken no step, if a count is below 1, and as
@@ -220,7 +222,9 @@ class _Looks:
         self.rungs = rungs
         self._num_samples = num_samples
         self._last = len(rungs.rungs) - 1
-        self._first = [rungs.draw(r, min(_FIRST_DRAWS, num_samples)) for r in range(self._last + 1)]
+        fewer = _FIRST_DRAWS * _MANY_DENSITIES // max(rungs.num_densities, _MANY_DENSITIES)
+        self._batch = min(max(fewer, _FEWEST_DRAWS), num_samples)
+        self._first = [rungs.draw(r, self._batch) for r in range(self._last + 1)]
         #: Log normalizer of the density of every rung, from its own draws.
         self._log_normalizers = [drawn.log_normalizer(drawn.own) for drawn in self._first]
 
@@ -231,7 +235,7 @@ class _Looks:
         scorers = {*below, *above, self._last}
         drawn = self.rungs.score(self._first[r], scorers)
         while not (look := self._compare(drawn, below, above)).is_settled and len(drawn) < self._num_samples:
-            more = self.rungs.draw(r, min(_FIRST_DRAWS, self._num_samples - len(drawn)))
+            more = self.rungs.draw(r, min(self._batch, self._num_samples - len(drawn)))
             drawn.extend(self.rungs.score(more, scorers))
         return look
 

@@ -70,18 +70,19 @@ def mixture_draws(
     for own in rungs:
         with guide_at(own, svi._fit.parameters.tensors):
             batches = list(draws.batches(num_each, batch_size))
-        for batch in batches:
-            log_q = draws.guide_density(batch.guide_trace, len(batch.log_p))
-            mixture = []
-            for rung in rungs:
-                with guide_at(rung, svi._fit.parameters.tensors):
-                    mixture.append(draws.score_guide(batch.guide_trace, len(batch.log_p)))
-            # A draw that a rung's inverse does not reach has no density under that rung.
-            log_mixture = torch.stack(mixture).nan_to_num(-torch.inf).logsumexp(0) - math.log(len(rungs))
-            # The rest of the guide's density, that of its Delta sites, does not depend on the rung.
-            parts.append((batch.log_p, batch.log_q - log_q + log_mixture))
-            for name, values in samples.items():
-                values.append(draws.values(batch.guide_trace, name, len(batch.log_p)))
+        traces = [(batch.guide_trace, len(batch.log_p)) for batch in batches]
+        mixture = []
+        for rung in rungs:
+            with guide_at(rung, svi._fit.parameters.tensors):
+                mixture.append(draws.score_guide(traces))
+        # A draw that a rung's inverse does not reach has no density under that rung.
+        log_mixture = torch.stack(mixture).nan_to_num(-torch.inf).logsumexp(0) - math.log(len(rungs))
+        log_q = torch.cat([draws.guide_density(*trace) for trace in traces])
+        log_p, whole = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("log_p", "log_q"))
+        # The rest of the guide's density, that of its Delta sites, does not depend on the rung.
+        parts.append((log_p, whole - log_q + log_mixture))
+        for name, values in samples.items():
+            values += [draws.values(trace, name, num) for trace, num in traces]
     log_p, log_q = map(torch.cat, zip(*parts, strict=True))
     smoothed, k_hat = pareto_smooth(log_p - log_q)
     if k_hat > reliable_shape(len(log_p)):

@@ -53,6 +53,10 @@ class AnnealedDraws(Protocol):
     def num_unforgotten(self) -> int:
         """Number of inverse temperatures at which the moves were too few."""
 
+    @property
+    def is_lagging(self) -> bool:
+        """Whether the moves still carried all particles the same way."""
+
 
 @dataclass(frozen=True)
 class SecondOpinion:
@@ -64,7 +68,7 @@ class SecondOpinion:
     :param guide_log_evidence_error: its standard error, too small where the guide misses a part.
     :param differences: of every latent number, largest first.
     :param modes: shares of the modes that either has.
-    :param is_reliable: whether the particles had forgotten everywhere and reached inverse temperature 1.
+    :param is_reliable: whether the particles had forgotten everywhere, without a drift, and reached t = 1.
 
     Example::
 
@@ -191,7 +195,9 @@ def second_opinion(
         guide_log_evidence_error=error,
         differences=compare_marginals(*weighted),
         modes=find_modes(*weighted),
-        is_reliable=result.is_done and not result.num_unforgotten and result.log_evidence_error < 0.5,
+        is_reliable=result.is_done
+        and not (result.num_unforgotten or result.is_lagging)
+        and result.log_evidence_error < 0.5,
     )
 
 

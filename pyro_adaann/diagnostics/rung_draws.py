@@ -117,6 +117,11 @@ class Rungs:
         tempered = (self._tempering.model, self._tempering.guide)
         self._guide_draws = GuideDraws(tempered, args, kwargs, vectorize=vectorize)
 
+    @property
+    def num_densities(self) -> int:
+        """Return how many log densities the model has for one draw."""
+        return self._guide_draws.num_densities
+
     def draw(self, r: int, num_samples: int) -> RungDraws:
         """Draw from rung r."""
         traces, columns = [], []
@@ -138,7 +143,6 @@ class Rungs:
         """Add the log density of the draws under other rungs, and drop their traces."""
         for s in set(scorers) - set(drawn.log_q):
             with guide_at(self.rungs[s], self._parameters):
-                scores = [self._guide_draws.score_guide(*trace) for trace in drawn.traces]
-            drawn.log_q[s] = torch.cat(scores)
+                drawn.log_q[s] = self._guide_draws.score_guide(drawn.traces)
         drawn.traces = []
         return drawn

@@ -66,18 +66,19 @@ def weigh_guides(
     samples: dict[str, list[Tensor]] = {name: [] for name in draws[0].latent_names}
     parts = []
     for own in draws:
+        traces, columns = [], []
         for batch in own.batches(num_samples, batch_size):
-            num = len(batch.log_p)
-            log_own = own.guide_density(batch.guide_trace, num)
-            densities = [
-                log_own if other is own else other.score_guide(batch.guide_trace, num) for other in draws
-            ]
-            # A draw out of reach of a guide's inverse has no density there.
-            log_mixture = torch.stack(densities).nan_to_num(-torch.inf).logsumexp(0) - math.log(len(draws))
-            # The rest, the change from free to constrained coordinates, is the same for all.
-            parts.append((batch.log_p, batch.log_q - log_own + log_mixture, batch.log_weights))
-            for name, values in samples.items():
-                values.append(own.values(batch.guide_trace, name, num))
+            traces.append((batch.guide_trace, len(batch.log_p)))
+            columns.append((batch.log_p, batch.log_q, batch.log_weights))
+        log_p, log_q, log_weights = map(torch.cat, zip(*columns, strict=True))
+        log_own = torch.cat([own.guide_density(*trace) for trace in traces])
+        densities = [log_own if other is own else other.score_guide(traces) for other in draws]
+        # A draw out of reach of a guide's inverse has no density there.
+        log_mixture = torch.stack(densities).nan_to_num(-torch.inf).logsumexp(0) - math.log(len(draws))
+        # The rest, the change from free to constrained coordinates, is the same for all.
+        parts.append((log_p, log_q - log_own + log_mixture, log_weights))
+        for name, values in samples.items():
+            values += [own.values(trace, name, num) for trace, num in traces]
     log_p, log_q, own_log_weights = map(torch.cat, zip(*parts, strict=True))
     log_weights = finite_or_no_weight(log_p - log_q)
     smoothed, k_hat = pareto_smooth(log_weights)

@@ -12,9 +12,9 @@ from pyro import poutine
 from pyro.infer import Predictive
 from torch import Tensor
 
-from pyro_adaann.diagnostics.guide_draws import DrawObserved
 from pyro_adaann.diagnostics.model_and_guide import plate_nesting
 from pyro_adaann.objectives.lenient import run_leniently
+from pyro_adaann.objectives.observed import DrawObserved
 
 __all__ = ["predict"]
 

@@ -7,7 +7,7 @@ numbers in arrays that fit into a processor's cache, and more memory than many m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,13 +24,15 @@ from pyro_adaann.objectives.sites import PARTICLE_PLATE
 from pyro_adaann.objectives.traces import with_num_particles
 from pyro_adaann.processes.group import process_count
 
-__all__ = ["TooLarge", "most_draws", "refuse_large", "rows_of", "run_in_rows"]
+__all__ = ["TooLarge", "join_rows", "most_draws", "refuse_large", "rows_of", "run_in_rows"]
 
 #: Numbers of a model's sites that are made at a time. Twice as many are slower on a CPU: they leave its
 #: caches. A graphics card takes as many as its memory holds.
 _MAX_NUMBERS, _MAX_NUMBERS_ELSEWHERE = 2**21, 2**28
 #: Fewest draws at a time. A single one would look like a dimension that broadcasts.
 _MIN_DRAWS = 2
+#: Draws from which on a guide's time grows with their number.
+_MIN_JOINED = 500
 
 
 class TooLarge(Exception):
@@ -125,6 +127,38 @@ def rows_of(guide_trace: Trace, start: int, stop: int) -> Trace:
         kept |= {"infer": infer, "scale": site["scale"], "mask": None, "args": (), "kwargs": {}}
         result.add_node(site["name"], **{**kept, **parts})
     return result
+
+
+def join_rows(traces: Iterable[tuple[Trace, int]]) -> Iterator[tuple[Trace, int]]:
+    """Yield traces of a guide, joined to ones of some hundred draws, with the number of each.
+
+    A large model leaves few draws to a trace, for which a flow takes as long as for hundreds.
+
+    :param traces: the traces, with how many draws each holds. A single draw has no plate, and is not joined.
+    """
+    waiting: list[tuple[Trace, int]] = []
+    for trace, num in traces:
+        waiting.append((trace, num))
+        total = sum(count for _, count in waiting)
+        if num == 1 or total >= _MIN_JOINED:
+            yield from _joined(waiting)
+            waiting = []
+    yield from _joined(waiting)
+
+
+def _joined(traces: list[tuple[Trace, int]]) -> Iterator[tuple[Trace, int]]:
+    several = [trace for trace, num in traces if num > 1]
+    if len(several) < 2:
+        yield from traces
+        return
+    result = several[0].copy()
+    for name, site in result.nodes.items():
+        dim = next((f.dim for f in site.get("cond_indep_stack", ()) if f.name == PARTICLE_PLATE), None)
+        if site["type"] == "sample" and dim is not None:
+            values = [trace.nodes[name]["value"] for trace in several]
+            result.nodes[name] = {**site, "value": torch.cat(values, dim - site["fn"].event_dim)}
+    yield result, sum(num for _, num in traces if num > 1)
+    yield from ((trace, num) for trace, num in traces if num == 1)
 
 
 def _narrow(values: Tensor, dim: int, start: int, stop: int) -> Tensor:

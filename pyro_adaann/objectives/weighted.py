@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.objectives.base import Objective
-from pyro_adaann.objectives.fixed_density import has_density
 from pyro_adaann.objectives.lenient import Violations
 from pyro_adaann.objectives.replay import Replay, Replayed
 from pyro_adaann.objectives.rows import TooLarge, refuse_large, run_in_rows
@@ -26,15 +24,11 @@ from pyro_adaann.objectives.traces import (
     check_full_plates,
     log_factors,
     log_weights,
-    sites_of,
     with_num_particles,
 )
 from pyro_adaann.weights import finite_or_no_weight
 
 __all__ = ["WeighedDraws", "WeightObjective"]
-
-#: A spline of 500 latents has millions of parameters.
-_MANY_LATENTS = 500
 
 
 #: Log weights, log factors, and the traces of model and guide.
@@ -105,12 +99,9 @@ class WeightObjective(Objective):
             self.memory.start_step()
             return self._weigh(*self._temper(_without_graph(model), guide), args, kwargs)
 
-        is_first = self.sites is None
         weights, factors, model_trace, guide_trace = self.leniency.insist(run)
         loss, num_finite = _minus_mean(weights)
         drawn = WeighedDraws(weights, factors, model_trace, guide_trace, loss)
-        if is_first:
-            _warn_if_many(drawn.guide_trace, len(weights))
         self._look_at_sites(drawn.model_trace, drawn.guide_trace)
         if self.memory.num_draws and self._tempering is not None and drawn.log_factors is not None:
             self.memory.add(drawn.log_factors, weights, self.inverse_temperature)
@@ -214,19 +205,6 @@ def _minus_mean(weights: Tensor) -> tuple[float, int]:
     total = torch.where(is_finite, weights.double(), 0.0).sum()
     total, count = torch.stack([total, is_finite.sum().double()]).tolist()  # a graphics card is asked once
     return (-total / count if count else math.nan), int(count)
-
-
-def _warn_if_many(guide_trace: Trace, num_draws: int) -> None:
-    """Warn of a guide with more latent numbers than a few natural steps can fit."""
-    sites = [site for site in sites_of(guide_trace) if has_density(site)]
-    num_latents = sum(site["value"].numel() for site in sites) // num_draws
-    if num_latents > _MANY_LATENTS:
-        warnings.warn(
-            f"Natural steps are for up to a few hundred latent numbers; this guide has {num_latents:,}. The "
-            f"time of a step and the number of stages grow with them: hours are possible. Use AdaAnnSVI with "
-            f"AutoNormal or AutoLowRankMultivariateNormal, or give the model fewer latents.",
-            stacklevel=2,
-        )
 
 
 def _without_graph(model: Any) -> Any:

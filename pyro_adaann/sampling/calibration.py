@@ -25,11 +25,11 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_adaann.checks import check_count
+from pyro_adaann.objectives.observed import DrawObserved
 from pyro_adaann.objectives.traces import sites_of
 from pyro_adaann.sampling.verdict import Verdict, judge_ranks
 from pyro_adaann.state.checkpoint import read_checkpoint, write_checkpoint
@@ -175,7 +175,7 @@ def _rank_one(job: Any) -> dict[str, Tensor]:
     with torch.random.fork_rng(), pyro.get_param_store().scope():
         torch.manual_seed(seed * 1_000_003 + index)
         with torch.no_grad():
-            trace = poutine.trace(_DrawObserved()(model)).get_trace(*args, **kwargs)
+            trace = poutine.trace(DrawObserved()(model)).get_trace(*args, **kwargs)
         data = {s["name"]: s["value"] for s in sites_of(trace) if s["infer"].get("was_observed")}
         truth = {name: trace.nodes[name]["value"] for name in _latent_names(trace)}
         draws = fit(_Replace(data)(model), *args, **kwargs)
@@ -192,14 +192,6 @@ def _rank(truth: Tensor, draws: Tensor) -> Tensor:
     below = (draws < truth).sum(0)
     ties = (draws == truth).sum(0)
     return (below + torch.rand(truth.shape, device=truth.device) * (ties + 1)) / (len(draws) + 1)
-
-
-class _DrawObserved(UnconditionMessenger):
-    """Draw observed sites, and leave deterministic ones, which Pyro takes for observed, as they are."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["infer"].get("_deterministic"):
-            super()._pyro_sample(msg)
 
 
 class _Replace(Messenger):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_adaann.sampling.arviz import draws_to_arviz
+from pyro_adaann.sampling.forgetting import drift
 from pyro_adaann.sampling.metric import Metric
 from pyro_adaann.sampling.particles import combine_evidences
 from pyro_adaann.weights import effective_sample_size, resample, weighted_mean
@@ -17,6 +18,8 @@ __all__ = ["SMCResult", "SMCStage"]
 
 #: Above this error of the log evidence a few groups have nearly all the weight; at 1 it is one group alone.
 _DISAGREE = 0.5
+#: Standard errors from which on a drift is none by chance.
+_MAX_DRIFT = 2.5
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class SMCStage:
     :param num_broken: particles so far that have lost their weight because the model broke.
     :param has_forgotten: whether the correlation fell below the limit, or fell no further because particles
         stay in modes of their own.
+    :param shift: by how many sds the moves have shifted the mean log factor, and the standard error.
     """
 
     inverse_temperature: float
@@ -51,6 +55,7 @@ class SMCStage:
     num_evaluations: int
     num_broken: int
     has_forgotten: bool
+    shift: tuple[float, float]
 
     @property
     def num_moves(self) -> int:
@@ -131,6 +136,20 @@ class SMCResult:
         return sum(not stage.has_forgotten for stage in self.stages)
 
     @property
+    def drift(self) -> float:
+        """By how many standard errors moves shifted the mean log factor in the latest stages.
+
+        Moves leave the tempered density as it is. Where they carry all particles the same way, these are not
+        yet of that density, as in a funnel, whose neck is entered slowly.
+        """
+        return drift([stage.shift for stage in self.stages])
+
+    @property
+    def is_lagging(self) -> bool:
+        """Whether that is none by chance: a part of the posterior is missing, and the evidence is off."""
+        return abs(self.drift) > _MAX_DRIFT
+
+    @property
     def ess(self) -> float:
         """Effective number of draws behind a weighted mean."""
         return effective_sample_size(self.log_weights)
@@ -164,6 +183,7 @@ class SMCResult:
             "ess": self.ess,
             "num_evaluations": self.num_evaluations,
             "num_broken": self.num_broken,
+            "drift": self.drift,
             "seed": self.seed,
         }
         names = ("inverse_temperature", "ess", "acceptance", "num_moves", "correlation", "num_evaluations")
@@ -193,6 +213,12 @@ class SMCResult:
             lines.append(
                 f"  at {self.num_unforgotten} inverse temperatures the moves did not make the particles "
                 f"forget: the error may be larger than stated"
+            )
+        if self.is_lagging:
+            lines.append(
+                f"  the moves carry all particles the same way ({abs(self.drift):.1f} standard errors): they "
+                f"lag behind, a part is missing and the evidence is off by more than its error; take more "
+                f"particles, a lower `max_correlation`, a narrower base, or a guide"
             )
         if last.guide_acceptance is not None:
             lines.append(f"  {last.guide_acceptance:.0%} of the guide's proposals accepted there")

@@ -14,8 +14,9 @@ from pyro_adaann.sampling.target import Points
 __all__ = ["restore", "state_of"]
 
 _KIND = "AnnealedSMC"
-#: Increased whenever the content of the state changes. Metrics have one factor for each group since 2.
-_FORMAT = 2
+#: Increased whenever the content of the state changes. Metrics have one factor for each group since 2, stages
+#: a shift since 3.
+_FORMAT = 3
 
 
 def state_of(sampler: Sampler) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def restore(sampler: Sampler, state: dict[str, Any]) -> None:
                 **stage,
                 "metric": Metric(**{k: v.to(device) for k, v in stage["metric"].items()}),
                 "step_sizes": tuple(stage["step_sizes"]),
+                "shift": tuple(stage["shift"]),
             }
         )
         for stage in state["stages"]

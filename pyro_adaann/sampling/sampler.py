@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_adaann.annealing.schedules import AnnealingSchedule
-from pyro_adaann.sampling.forgetting import correlation, have_forgotten
+from pyro_adaann.sampling.forgetting import correlation, have_forgotten, shift
 from pyro_adaann.sampling.metric import Metric
 from pyro_adaann.sampling.moves import Move, draw_base, independence_move
 from pyro_adaann.sampling.particles import Particles, combine_evidences
@@ -98,6 +98,7 @@ class Sampler:
             num_evaluations=self.target.num_evaluations - num_before,
             num_broken=particles.num_broken,
             has_forgotten=moved.has_forgotten,
+            shift=moved.shift,
         )
         self.stages.append(stage)
         return stage
@@ -187,6 +188,7 @@ class Sampler:
                 and have_forgotten(correlations, settings.max_correlation)
             ):
                 break
+        after = self._features(points)[:, 0]
         return _Moved(
             Particles(points, particles.log_weights, particles.log_evidences, particles.num_broken),
             metric,
@@ -195,6 +197,7 @@ class Sampler:
             sum(guide_acceptances) / len(guide_acceptances) if guide_acceptances else None,
             max(correlations[-1]) if correlations else 1.0,
             have_forgotten(correlations, settings.max_correlation),
+            shift(start[:, 0], after, weights, settings.num_groups),
         )
 
     def _features(self, points: Points) -> Tensor:
@@ -233,6 +236,7 @@ class _Moved:
     guide_acceptance: float | None
     correlation: float
     has_forgotten: bool
+    shift: tuple[float, float]
 
 
 def _check_tuning(tuning: tuple[SMCStage, ...] | None, dim: int) -> None:

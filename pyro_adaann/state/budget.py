@@ -40,13 +40,16 @@ _MIN_STAGES = 50
 _FAR = 10.0
 #: Standard errors by which the loss has to fall for steps at 1 to go on: one time in 44 it seems to.
 _NUM_ERRORS = 2.0
+#: Standard deviation of log weights below which more steps at 1 have nothing to gain.
+_NEARLY_EQUAL = 0.1
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """Optimizer steps at the first inverse temperature, at each one up to 1, at 1, and in all.
 
-    :param max_num_final: steps at 1 while the loss falls, None for ``num_final``.
+    :param max_num_final: steps at 1 while the loss falls, None for ``num_final``. With it they may also be
+        fewer: a third of ``num_final`` where the losses are as equal as those of draws of equal weight.
     :param num_total: None without a budget.
     """
 
@@ -56,13 +59,18 @@ class StepPlan:
     num_total: int | None = None
     max_num_final: int | None = None
 
-    def is_over(self, num_steps: int, losses: Sequence[float]) -> bool:
-        """Whether the steps at 1 are taken: ``num_steps`` of them count so far, with these losses."""
-        if num_steps < self.num_final:
-            return False
+    def is_over(self, num_steps: int, losses: Sequence[float], num_draws: float) -> bool:
+        """Whether the steps at 1 are taken: ``num_steps`` of them count so far, with these losses.
+
+        :param num_draws: of which each loss is a mean.
+        """
         if self.max_num_final is None or num_steps >= self.max_num_final:
-            return True
-        return not is_falling([loss for loss in losses if math.isfinite(loss)], self.num_final // 2)
+            return num_steps >= self.num_final
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        if num_steps < self.num_final:
+            is_due = num_steps >= self.num_final / 3
+            return is_due and are_nearly_equal(finite[-max(self.num_final // 6, 5) :], num_draws)
+        return not is_falling(finite, self.num_final // 2)
 
     def num_annealing(self, schedule: AnnealingSchedule) -> int | None:
         """Return the number of steps before the first one at 1; None if it depends on draws."""
@@ -76,6 +84,15 @@ class StepPlan:
         if self.num_total is None:
             raise ValueError("Expected a plan with a total number of steps; got one without.")
         return max(self.num_total - self.num_final - num_steps, 0) // self.num_per_stage + 1
+
+
+def are_nearly_equal(losses: Sequence[float], num_draws: float) -> bool:
+    r"""Whether losses differ as little as those of a guide whose log weights have an sd below .1.
+
+    The loss is minus the mean of n log weights, so its sd is theirs over :math:`\sqrt n`. An sd of .1 is an
+    effective sample size of 99 %.
+    """
+    return len(losses) >= 5 and statistics.stdev(losses) * math.sqrt(num_draws) < _NEARLY_EQUAL
 
 
 def is_falling(losses: Sequence[float], num: int) -> bool:

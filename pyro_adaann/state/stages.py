@@ -76,7 +76,10 @@ class StageControl:
         if self.plan.num_total is not None:
             return self.history.num_steps >= self.plan.num_total
         stage = self.present
-        return self.objective.is_final and self.plan.is_over(stage.num_effective_steps, stage.losses)
+        num_draws = self.objective.num_particles / max(stage.num_steps, 1)
+        return self.objective.is_final and self.plan.is_over(
+            stage.num_effective_steps, stage.losses, num_draws
+        )
 
     def start(self, inverse_temperature: float) -> None:
         """Start a stage."""

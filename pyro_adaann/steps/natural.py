@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from pyro_adaann.annealing.history import Outcome, StepResult
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.checks import check_count
 from pyro_adaann.objectives.capabilities import Capabilities
+from pyro_adaann.objectives.sites import num_latents
 from pyro_adaann.objectives.traces import captured_parameters
 from pyro_adaann.objectives.weighted import WeightObjective
 from pyro_adaann.processes.group import number_from_first
@@ -39,6 +42,8 @@ _MAX_FALL = 2.0
 #: If the relative variance v of the weights is below the first number, that of a trial may be at most the
 #: second times v, plus the third.
 _VARIANCE_NEAR, _VARIANCE_FACTOR, _VARIANCE_SLACK = 1.0, 1.5, 0.02
+#: From so many latent numbers on a first step tells what a fit will cost, of so many steps.
+_MANY_LATENTS, _MANY_STEPS = 500, (200, 1000)
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,7 @@ class NaturalStep(Step):
         ready: Callable[[dict[str, Tensor]], None],
     ) -> Moved:
         """Try directions until one is accepted; without one the parameters stay as they are."""
+        is_first, start = objective.sites is None, time.monotonic()
         drawn = objective.weigh(call.model, call.guide, call.args, call.kwargs)
         if math.isnan(drawn.loss):
             return Moved(StepResult(Outcome.DIVERGED, drawn.loss, damping=state["damping"]), state)
@@ -166,7 +172,10 @@ class NaturalStep(Step):
                 return False  # the density cannot be computed there
             return is_not_worse(trial, drawn.log_weights)
 
-        return self._search(direction, parameters, state, is_accepted, drawn.loss)
+        moved = self._search(direction, parameters, state, is_accepted, drawn.loss)
+        if is_first:
+            _warn_if_many(num_latents(drawn.guide_trace), time.monotonic() - start)
+        return moved
 
     def _search(
         self,
@@ -246,6 +255,25 @@ def _variances(half: float, one: float, two: float) -> tuple[float, float, float
     if one == -math.inf:
         return half, math.inf, math.inf
     return half, math.expm1(max(one - 2 * half, 0.0)), math.expm1(max(two - 2 * one, 0.0))
+
+
+def _warn_if_many(num_latents: int, seconds: float) -> None:
+    """Warn of a guide with more latent numbers than a few natural steps can fit, after the first step.
+
+    :param seconds: that it took.
+    """
+    if num_latents > _MANY_LATENTS:
+        least, most = (f"{num:,} of them ({_in_words(num * seconds)})" for num in _MANY_STEPS)
+        warnings.warn(
+            f"Natural steps are for up to a few hundred latent numbers; this guide has {num_latents:,}. The "
+            f"first step took {seconds:.2g} s; a fit takes {least} to {most}. Use AdaAnnSVI with AutoNormal "
+            f"or AutoLowRankMultivariateNormal, or give the model fewer latents.",
+            stacklevel=2,
+        )
+
+
+def _in_words(seconds: float) -> str:
+    return f"{seconds / 60:.2g} minutes" if seconds < 5400 else f"{seconds / 3600:.2g} hours"
 
 
 def _parameters(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
