@@ -109,9 +109,20 @@ def test_ess_rule():
     rule = ESSStageRule(0.4, max_num_steps=7)
     assert [rule.is_over(*seen) for seen in ((6, 0.39), (7, 0.39), (1, 0.4))] == [False, True, True]
     assert [rule.is_met(ess) for ess in (0.39, 0.4)] == [False, True]
-    for arguments in ({"target": 0.0}, {"target": 1.0}, {"max_num_steps": 0}):
+    wrong = [{"target": 0.0}, {"target": 1.0}, {"max_num_steps": 0}, {"patience": 0, "least": 0.1}]
+    wrong += [{"patience": 3}, {"least": 0.1}, {"patience": 3, "least": 0.31}, {"patience": 3, "least": 0.0}]
+    for arguments in wrong:
         with pytest.raises(ValueError, match="Expected"):
             ESSStageRule(**arguments)
+
+
+def test_a_rule_with_patience_takes_less_after_some_steps():
+    rule = ESSStageRule(0.8, max_num_steps=20, patience=4, least=0.5)
+    assert [rule.is_over(3, ess) for ess in (0.79, 0.8)] == [False, True]
+    assert [rule.is_over(4, ess) for ess in (0.49, 0.5)] == [False, True]
+    assert rule.is_over(20, 0.1)
+    # A stage that ends by either is tracked.
+    assert [rule.is_met(ess) for ess in (0.49, 0.5)] == [False, True]
 
 
 def test_what_does_not_go_together_is_refused():

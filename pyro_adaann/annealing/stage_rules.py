@@ -64,6 +64,9 @@ class ESSStageRule(StageRule):
 
     :param target: share of the draws, in (0, 1).
     :param max_num_steps: largest number of steps of a stage.
+    :param patience: after how many steps a stage may end at ``least`` instead. With dozens of latent
+        variables a guide comes near a target such as 0.8 in a few steps and to it in many. By default never.
+    :param least: that share, from 0 to ``target``.
     :raises ValueError: if one is out of range.
 
     Source: Chopin, *A sequential particle filter method for static models*, Biometrika 89 (2002), for the
@@ -76,17 +79,32 @@ class ESSStageRule(StageRule):
         (False, True, True)
     """
 
-    def __init__(self, target: float = 0.3, *, max_num_steps: int = 200) -> None:
+    def __init__(
+        self,
+        target: float = 0.3,
+        *,
+        max_num_steps: int = 200,
+        patience: int | None = None,
+        least: float | None = None,
+    ) -> None:
         if not 0 < target < 1:
             raise ValueError(f"Expected `target` in (0, 1); got {target}.")
         check_count("max_num_steps", max_num_steps, 1)
+        check_count("patience", patience, 1)
+        if (patience is None) != (least is None) or not (least is None or 0 < least <= target):
+            raise ValueError(
+                f"Expected `least` above 0 and up to `target`, {target}, together with `patience`, or none of "
+                f"both; got {least} and {patience}."
+            )
         self.target = float(target)
         self.max_num_steps = max_num_steps
+        self.patience, self.least = patience, least
 
     def is_over(self, num_steps: int, ess: float) -> bool:
-        """Whether the target is reached, or the stage has ``max_num_steps`` steps."""
-        return self.is_met(ess) or num_steps >= self.max_num_steps
+        """Whether the target is reached, ``least`` after ``patience`` steps, or ``max_num_steps`` taken."""
+        is_eased = self.patience is not None and num_steps >= self.patience
+        return ess >= self.target or (is_eased and self.is_met(ess)) or num_steps >= self.max_num_steps
 
     def is_met(self, ess: float) -> bool:
-        """Whether the target is reached."""
-        return ess >= self.target
+        """Whether the target is reached, or ``least`` where there is one."""
+        return ess >= (self.target if self.least is None else self.least)

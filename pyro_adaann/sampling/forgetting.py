@@ -20,7 +20,6 @@ __all__ = ["correlation", "drift", "have_forgotten", "shift"]
 _WINDOWS = (5, 10, 20)
 
 
-
 def correlation(before: Tensor, after: Tensor, weights: Tensor) -> tuple[float, float]:
     """Return the correlation of the first feature, and the largest of the others.
 
@@ -77,7 +76,7 @@ def shift(before: Tensor, after: Tensor, weights: Tensor, num_groups: int) -> tu
 
 
 def drift(shifts: Sequence[tuple[float, float]]) -> float:
-    """Return the sum of the shifts of the latest stages in standard errors, the largest of several windows."""
+    """Return the sum of the latest shifts in its standard errors, the largest of several windows."""
     known = [each for each in shifts if 0 < each[1] < math.inf]
     sums = [0.0]
     for window in (*_WINDOWS, len(known)):

@@ -217,8 +217,9 @@ class SMCResult:
         if self.is_lagging:
             lines.append(
                 f"  the moves carry all particles the same way ({abs(self.drift):.1f} standard errors): they "
-                f"lag behind, a part is missing and the evidence is off by more than its error; take more "
-                f"particles, a lower `max_correlation`, a narrower base, or a guide"
+                f"lag behind, a part is missing and the evidence is off by more than its error; take smaller "
+                f"increments (schedule=AdaAnnSchedule(0.1)) and more moves (max_correlation=0.1, "
+                f"max_moves=60), a narrower base, or a guide"
             )
         if last.guide_acceptance is not None:
             lines.append(f"  {last.guide_acceptance:.0%} of the guide's proposals accepted there")
