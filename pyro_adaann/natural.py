@@ -38,8 +38,8 @@ def natural_svi(
     ends when the effective sample size of the guide's draws is four fifths of their number, after four steps
     one half (:class:`~pyro_adaann.ESSStageRule`); the next inverse temperature keeps a conditional
     effective sample size of nine tenths (:class:`~pyro_adaann.CESSSchedule`); a
-    :class:`~pyro_adaann.Ladder` records the guide for :func:`diagnose`. A fit takes one to three hundred steps. It is meant for flow guides whose base
-    covers the modes.
+    :class:`~pyro_adaann.Ladder` records the guide for :func:`diagnose`. A fit takes one to three hundred
+    steps. It is meant for flow guides whose base covers the modes.
 
     :param model: a Pyro model that vectorizes (or :func:`one_by_one` of one that does not), has no parameters
         of its own and does not subsample.
@@ -49,7 +49,8 @@ def natural_svi(
     :param max_kl: bound on the divergence of one step, in nats.
     :param damping: damping of the first step.
     :param max_plate_nesting: number of nested plates in the model; guessed if not given.
-    :param num_final_steps: steps at inverse temperature 1; by default 60, and up to 180 while the loss falls.
+    :param num_final_steps: steps at inverse temperature 1; by default 60, up to 180 while the loss falls, and 20
+        where all draws have nearly the same weight.
     :param kwargs: other arguments of `AdaAnnSVI`, which override the settings above.
     :raises ValueError: as :class:`~pyro_adaann.AdaAnnSVI` does.
 

@@ -93,8 +93,8 @@ class ESSStageRule(StageRule):
         check_count("patience", patience, 1)
         if (patience is None) != (least is None) or not (least is None or 0 < least <= target):
             raise ValueError(
-                f"Expected `least` above 0 and up to `target`, {target}, together with `patience`, or none of "
-                f"both; got {least} and {patience}."
+                f"Expected `least` above 0 and up to `target`, {target}, together with `patience`, or "
+                f"neither; got {least} and {patience}."
             )
         self.target = float(target)
         self.max_num_steps = max_num_steps
