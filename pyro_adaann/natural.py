@@ -49,8 +49,8 @@ def natural_svi(
     :param max_kl: bound on the divergence of one step, in nats.
     :param damping: damping of the first step.
     :param max_plate_nesting: number of nested plates in the model; guessed if not given.
-    :param num_final_steps: steps at inverse temperature 1; by default 60, up to 180 while the loss falls, and 20
-        where all draws have nearly the same weight.
+    :param num_final_steps: steps at inverse temperature 1; by default 60, up to 180 while the loss falls,
+        and 20 where all draws have nearly the same weight.
     :param kwargs: other arguments of `AdaAnnSVI`, which override the settings above.
     :raises ValueError: as :class:`~pyro_adaann.AdaAnnSVI` does.
 

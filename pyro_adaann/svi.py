@@ -63,8 +63,8 @@ class AdaAnnSVI(Runs, SVI):
     :param num_final_steps: T1, steps at 1 before :attr:`is_done`.
     :param max_num_final_steps: most steps at 1: they go on beyond ``num_final_steps`` while the loss falls,
         that is, while the latest half of that number of losses is lower than the half before, by ranks and
-        two standard errors. They are fewer, from a third of ``num_final_steps`` on, where the losses differ as
-        little as those of draws of nearly equal weight. By default neither.
+        two standard errors. They end earlier, from a third of ``num_final_steps`` on, where the losses differ
+        as little as those of draws of nearly equal weight. By default neither.
     :param num_final_particles: N1, particles of the ELBO at 1; by default as below 1.
     :param final_loss: another ELBO at 1, in place of ``loss`` and ``num_final_particles``.
     :param stage_rule: decides when a stage below 1 ends, after its planned number of steps
