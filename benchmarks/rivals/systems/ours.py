@@ -98,6 +98,8 @@ def smc(target: Target, seed: int) -> Outcome:
     alarms = ["the groups disagree"] if result.log_evidence_error > 0.5 else []
     if result.num_unforgotten:
         alarms.append(f"not forgotten at {result.num_unforgotten} of {len(result.stages)} temperatures")
+    if result.is_lagging:
+        alarms.append(f"drift of {result.drift:.1f} standard errors")
     return Outcome(
         result.samples["z"].numpy(),
         result.log_weights.numpy(),
