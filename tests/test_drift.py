@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -73,3 +74,27 @@ def test_right_runs_do_not_drift():
         result = AnnealedSMC(model, num_particles=512, seed=seed).run(progress_bar=False)
         assert not result.is_lagging
         assert "lag behind" not in repr(result)
+
+
+def test_the_error_of_means_is_their_spread_over_seeds():
+    """Of 40 runs; a ratio of sds with 39 degrees of freedom is within a factor 1.5 in 999 of 1,000."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=torch.tensor([0.0, 2.0]))
+
+    results = [AnnealedSMC(model, num_particles=256, seed=seed).run(progress_bar=False) for seed in range(40)]
+    means = torch.stack([result.mean("z") for result in results])
+    stated = torch.stack([result.mean_error("z").square() for result in results]).mean(0).sqrt()
+    ratio = means.std(0) / stated
+    assert ((ratio > 1 / 1.5) & (ratio < 1.5)).all()
+    assert "error of means is at most" in repr(results[0])
+
+
+def test_evidences_of_groups_that_differ_much_are_told():
+    model = funnel
+    result = AnnealedSMC(model, num_particles=256, seed=0).run(progress_bar=False)
+    much = torch.tensor([0.0, 1.5] * 8).double()
+    little = torch.tensor([0.0, 0.4] * 8).double()
+    assert "differ much" in repr(replace(result, group_log_evidences=much))
+    assert "differ much" not in repr(replace(result, group_log_evidences=little))

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_adaann.diagnostics.grouped import grouped_mean
-from pyro_adaann.weights import effective_sample_size
+from pyro_adaann.weights import effective_sample_size, grouped_mean
 
 __all__ = ["Difference", "compare_marginals"]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_adaann.diagnostics.grouped import grouped_mean
+from pyro_adaann.weights import grouped_mean
 
 __all__ = ["ModeShare", "find_modes"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +12,15 @@ from pyro_adaann.sampling.arviz import draws_to_arviz
 from pyro_adaann.sampling.forgetting import drift
 from pyro_adaann.sampling.metric import Metric
 from pyro_adaann.sampling.particles import combine_evidences
-from pyro_adaann.weights import effective_sample_size, resample, weighted_mean
+from pyro_adaann.weights import effective_sample_size, grouped_mean, resample, weighted_mean
 
 __all__ = ["SMCResult", "SMCStage"]
 
 
 #: Above this error of the log evidence a few groups have nearly all the weight; at 1 it is one group alone.
 _DISAGREE = 0.5
+#: Relative sd of the evidences of groups above which their mean, and its error, hang on a few of them.
+_DIFFER = 0.6
 #: Standard errors from which on a drift is none by chance.
 _MAX_DRIFT = 2.5
 
@@ -163,6 +166,20 @@ class SMCResult:
         spread = self.samples[name] - self.mean(name)
         return weighted_mean(spread.square(), self.log_weights).sqrt()
 
+    def mean_error(self, name: str) -> Tensor:
+        r"""Return the standard error of :meth:`mean`, from what the groups of particles have for it.
+
+        With weights :math:`W_g` and means :math:`m_g` of G groups it is
+        :math:`\sqrt{\frac{G}{G - 1} \sum_g W_g^2 (m_g - m)^2}`. With a single group it is a rough guess.
+        """
+        num_groups = len(self.group_log_evidences)
+        return grouped_mean(self.samples[name], self.log_weights.softmax(0), num_groups)[1]
+
+    def _worst_mean(self) -> tuple[float, str]:
+        """Return the largest error of a mean, in sds, and the site."""
+        errors = {name: (self.mean_error(name) / self.sd(name)).nan_to_num(0.0) for name in self.samples}
+        return max((float(error.max()), name) for name, error in errors.items())
+
     def resample(self, num_samples: int, *, replacement: bool = True) -> dict[str, Tensor]:
         """Return draws of equal weight, as :func:`resample` does."""
         index = resample(self.log_weights, num_samples, replacement=replacement)
@@ -205,10 +222,18 @@ class SMCResult:
             f"  {len(self.stages)} inverse temperatures, {self.num_evaluations:,} evaluations; at the last "
             f"one {last.num_moves} moves, {last.acceptance:.0%} accepted, correlation {last.correlation:.2f}",
         ]
+        num_groups = len(self.group_log_evidences)
         if self.log_evidence_error > _DISAGREE:
             lines.append(
                 "  the groups disagree, most have missed what a few have found: the error is not known"
             )
+        elif self.log_evidence_error * math.sqrt(num_groups) > _DIFFER:
+            lines.append(
+                "  the evidences of the groups differ much: the log evidence is rather too low, by more than "
+                "its error; take more particles"
+            )
+        error, name = self._worst_mean()
+        lines.append(f"  the error of means is at most {error:.2g} sds, that of {name}")
         if self.num_unforgotten:
             lines.append(
                 f"  at {self.num_unforgotten} inverse temperatures the moves did not make the particles "
