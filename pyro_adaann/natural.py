@@ -37,7 +37,7 @@ def natural_svi(
     It anneals from the base of the guide (path ``"bridge"``) by :class:`~pyro_adaann.NaturalStep`. A stage
     ends when the effective sample size of the guide's draws is four fifths of their number, after four steps
     one half (:class:`~pyro_adaann.ESSStageRule`); the next inverse temperature keeps a conditional
-    effective sample size of nine tenths (:class:`~pyro_adaann.CESSSchedule`); a
+    effective sample size of 97 % (:class:`~pyro_adaann.CESSSchedule`); a
     :class:`~pyro_adaann.Ladder` records the guide for :func:`diagnose`. A fit takes one to three hundred
     steps. It is meant for flow guides whose base covers the modes.
 
@@ -70,7 +70,7 @@ def natural_svi(
     """
     settings: dict[str, Any] = {
         "path": "bridge",
-        "schedule": CESSSchedule(0.9, initial_inverse_temperature=1e-8),
+        "schedule": CESSSchedule(0.97, initial_inverse_temperature=1e-8),
         "stage_rule": ESSStageRule(0.8, max_num_steps=20, patience=4, least=0.5),
         "ladder": Ladder(),
         "num_initial_steps": 1,
