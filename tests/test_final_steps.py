@@ -72,14 +72,14 @@ def test_losses_that_are_not_finite_do_not_count():
 
 
 def test_draws_of_equal_weight_need_no_more_steps():
-    """An sd of the log weights of .1: losses of 400 draws have one of .005."""
+    """An sd of the log weights of .05: losses of 100 draws have one of .005."""
     equal = [2.0, 1.0, *(3.0, 3.004, 2.996, 3.003, 2.997) * 4]
     plan = StepPlan(1, 1, 30, max_num_final=90)
-    assert plan.is_over(10, equal, 400)
-    assert not plan.is_over(9, equal, 400)  # a third of 30 at least
-    assert not plan.is_over(10, equal, 1600)  # an sd of .12 or so
-    assert not plan.is_over(10, [*equal, math.nan, 2.0], 400)
-    assert not StepPlan(1, 1, 30).is_over(10, equal, 400)  # a given number is a given number
+    assert plan.is_over(10, equal, 100)
+    assert not plan.is_over(9, equal, 100)  # a third of 30 at least
+    assert not plan.is_over(10, equal, 400)  # an sd of .07 or so
+    assert not plan.is_over(10, [*equal, math.nan, 2.0], 100)
+    assert not StepPlan(1, 1, 30).is_over(10, equal, 100)  # a given number is a given number
 
 
 def test_a_guide_that_is_exact_ends_early():
