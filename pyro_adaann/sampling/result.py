@@ -21,6 +21,8 @@ __all__ = ["SMCResult", "SMCStage"]
 _DISAGREE = 0.5
 #: Relative sd of the evidences of groups above which their mean, and its error, hang on a few of them.
 _DIFFER = 0.6
+#: Error of a mean, in sds, above which it is said.
+_MAX_MEAN_ERROR = 0.1
 #: Standard errors from which on a drift is none by chance.
 _MAX_DRIFT = 2.5
 
@@ -153,6 +155,40 @@ class SMCResult:
         return abs(self.drift) > _MAX_DRIFT
 
     @property
+    def cautions(self) -> list[str]:
+        """What speaks against the draws or the stated errors, in words; empty where nothing does."""
+        found = []
+        if self.log_evidence_error > _DISAGREE:
+            found.append(
+                "the groups disagree, most have missed what a few have found: the error is not known"
+            )
+        elif self.log_evidence_error * math.sqrt(len(self.group_log_evidences)) > _DIFFER:
+            found.append(
+                "the evidences of the groups differ much: the log evidence is rather too low, by more than "
+                "its error, and shares of modes are uncertain; take more particles"
+            )
+        error, name = self._worst_mean()
+        if error > _MAX_MEAN_ERROR:
+            found.append(
+                f"means are known within {error:.2g} sds at worst, that of {name}: take more particles"
+            )
+        if self.num_unforgotten:
+            found.append(
+                f"at {self.num_unforgotten} inverse temperatures the moves did not make the particles "
+                f"forget: the error may be larger than stated"
+            )
+        if self.is_lagging:
+            found.append(
+                f"the moves carry all particles the same way ({abs(self.drift):.1f} standard errors): they "
+                f"lag behind, a part is missing and the evidence is off by more than its error; take smaller "
+                f"increments (schedule=AdaAnnSchedule(0.1)) and more moves (max_correlation=0.1, "
+                f"max_moves=60), a narrower base, or a guide"
+            )
+        if self.num_broken:
+            found.append(f"{self.num_broken} particles broke: their log density was not finite")
+        return found
+
+    @property
     def ess(self) -> float:
         """Effective number of draws behind a weighted mean."""
         return effective_sample_size(self.log_weights)
@@ -222,32 +258,7 @@ class SMCResult:
             f"  {len(self.stages)} inverse temperatures, {self.num_evaluations:,} evaluations; at the last "
             f"one {last.num_moves} moves, {last.acceptance:.0%} accepted, correlation {last.correlation:.2f}",
         ]
-        num_groups = len(self.group_log_evidences)
-        if self.log_evidence_error > _DISAGREE:
-            lines.append(
-                "  the groups disagree, most have missed what a few have found: the error is not known"
-            )
-        elif self.log_evidence_error * math.sqrt(num_groups) > _DIFFER:
-            lines.append(
-                "  the evidences of the groups differ much: the log evidence is rather too low, by more than "
-                "its error; take more particles"
-            )
-        error, name = self._worst_mean()
-        lines.append(f"  the error of means is at most {error:.2g} sds, that of {name}")
-        if self.num_unforgotten:
-            lines.append(
-                f"  at {self.num_unforgotten} inverse temperatures the moves did not make the particles "
-                f"forget: the error may be larger than stated"
-            )
-        if self.is_lagging:
-            lines.append(
-                f"  the moves carry all particles the same way ({abs(self.drift):.1f} standard errors): they "
-                f"lag behind, a part is missing and the evidence is off by more than its error; take smaller "
-                f"increments (schedule=AdaAnnSchedule(0.1)) and more moves (max_correlation=0.1, "
-                f"max_moves=60), a narrower base, or a guide"
-            )
+        lines += [f"  {caution}" for caution in self.cautions]
         if last.guide_acceptance is not None:
             lines.append(f"  {last.guide_acceptance:.0%} of the guide's proposals accepted there")
-        if self.num_broken:
-            lines.append(f"  {self.num_broken} particles broke: their log density was not finite")
         return "\n".join(lines)

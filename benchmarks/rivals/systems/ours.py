@@ -95,11 +95,7 @@ def smc(target: Target, seed: int) -> Outcome:
     """`AnnealedSMC` from the prior, nothing set; its alarms are the lines of caution that it prints."""
     model = PyroModel(target)
     result = AnnealedSMC(model, seed=seed).run(progress_bar=False)
-    alarms = ["the groups disagree"] if result.log_evidence_error > 0.5 else []
-    if result.num_unforgotten:
-        alarms.append(f"not forgotten at {result.num_unforgotten} of {len(result.stages)} temperatures")
-    if result.is_lagging:
-        alarms.append(f"drift of {result.drift:.1f} standard errors")
+    alarms = [caution.split(":")[0] for caution in result.cautions]
     return Outcome(
         result.samples["z"].numpy(),
         result.log_weights.numpy(),
