@@ -18,6 +18,8 @@ __all__ = ["correlation", "drift", "have_forgotten", "shift"]
 
 #: Over how many of the latest stages shifts are added, besides all of them.
 _WINDOWS = (5, 10, 20)
+#: Fewest groups for a standard error: that of two or three is often far too small.
+_MIN_GROUPS = 8
 
 
 def correlation(before: Tensor, after: Tensor, weights: Tensor) -> tuple[float, float]:
@@ -59,8 +61,8 @@ def shift(before: Tensor, after: Tensor, weights: Tensor, num_groups: int) -> tu
     :param before: the number for every particle, shape ``(n,)``.
     :param after: the same after the moves.
     :param weights: of the particles, shape ``(n,)``.
-    :param num_groups: which the particles are divided into; the error is infinite with fewer than two that
-        have any weight.
+    :param num_groups: which the particles are divided into; the error is infinite with fewer than eight
+        that have any weight, too few to tell.
     """
     kept = (weights > 0) & torch.isfinite(before) & torch.isfinite(after)
     share = torch.where(kept, weights, 0.0)
@@ -70,7 +72,7 @@ def shift(before: Tensor, after: Tensor, weights: Tensor, num_groups: int) -> tu
     by_group = share.reshape(num_groups, -1)
     total = by_group.sum(1)
     means = ((by_group * ((b - a) / sd).reshape(num_groups, -1)).sum(1) / total)[total > 0]
-    if len(means) < 2 or not bool(torch.isfinite(means).all()):
+    if len(means) < _MIN_GROUPS or not bool(torch.isfinite(means).all()):
         return 0.0, math.inf
     return float(means.mean()), float(means.std()) / math.sqrt(len(means))
 

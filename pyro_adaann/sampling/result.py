@@ -145,7 +145,7 @@ class SMCResult:
         """By how many standard errors moves shifted the mean log factor in the latest stages.
 
         Moves leave the tempered density as it is. Where they carry all particles the same way, these are not
-        yet of that density, as in a funnel, whose neck is entered slowly.
+        yet of that density, as in a funnel, whose neck is entered slowly. 0 with fewer than eight groups.
         """
         return drift([stage.shift for stage in self.stages])
 
