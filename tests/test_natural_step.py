@@ -553,6 +553,21 @@ def test_thousands_of_latents_are_told_what_a_fit_will_cost():
         svi.step()
 
 
+def test_thousands_of_latents_are_told_so_by_a_first_step_that_diverges_too():
+    fits: list[AdaAnnSVI] = []
+
+    def many() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(501), 1.0).to_event(1))
+        is_broken = fits and not fits[0].history.stages[-1].num_diverged
+        pyro.factor("broken", z.sum(-1) * (math.nan if is_broken else 0.0))
+
+    svi = at_one(many, AutoNormal(many), 20)
+    fits.append(svi)
+    with pytest.warns(UserWarning, match=r"501\. The first step took"):
+        svi.step()
+    assert svi.history.stages[-1].num_diverged == 1
+
+
 def test_a_guide_whose_parameters_have_two_names_keeps_rungs():
     own = AutoIAFNormal(model_2d, hidden_dim=[6])
     svi = natural_svi(

@@ -149,6 +149,8 @@ class NaturalStep(Step):
         is_first, start = objective.sites is None, time.monotonic()
         drawn = objective.weigh(call.model, call.guide, call.args, call.kwargs)
         if math.isnan(drawn.loss):
+            if is_first:
+                _warn_if_many(num_latents(drawn.guide_trace), time.monotonic() - start)
             return Moved(StepResult(Outcome.DIVERGED, drawn.loss, damping=state["damping"]), state)
         parameters = _parameters(drawn.model_trace, drawn.guide_trace)
         scores = draw_scores(drawn.guide_trace, parameters, len(drawn.log_weights))
