@@ -251,6 +251,18 @@ def test_who_is_best_and_what_became_of_a_cell():
     assert report.outcome([{**off, "log_evidence_error": 0.08, "mean": 0.2}]) == "quiet"
 
 
+def test_one_percent_is_the_work_times_the_square_of_the_error():
+    def row(system: str, error: float) -> dict[str, object]:
+        cell = {"target": "HIV", "system": system, "evidence": error, "seconds": 5.0}
+        return {**cell, "num_densities": 200_000, "num_gradients": 300_000}
+
+    rows = [row("AnnealedSMC", e) for e in (0.02, -0.02, 0.02)] + [row("pocoMC", 0.01)] * 3
+    line = report.one_percent(report.cells_of(rows)).splitlines()[-1]
+    assert line == "| HIV | 20 s, 2.0 million (3 seeds) |  |  | 5 s, 0.5 million (3 seeds) |"
+    assert "HIV" not in report.one_percent(report.cells_of([*rows, row("AnnealedSMC", 0.6)]))
+    assert "HIV" not in report.one_percent(report.cells_of(rows[1:]))
+
+
 def test_the_report_of_the_stored_cells():
     cells = report.cells_of(read())
     assert cells
@@ -260,6 +272,7 @@ def test_the_report_of_the_stored_cells():
         assert f"### {target}" in text
         assert re.search(rf"^\| \**{re.escape(system)}\** \|", text, re.MULTILINE)
     assert (report.FIGURES / "summary.md").read_text() == report.summary(cells)
+    assert (report.FIGURES / "one_percent.md").read_text() == report.one_percent(cells)
     page = (report.FIGURES / "tables.md").read_text()
     for line in text.splitlines():
         assert line in page, "python -m benchmarks.rivals.report"

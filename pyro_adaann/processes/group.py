@@ -30,6 +30,9 @@ __all__ = [
 
 Result = TypeVar("Result")
 
+#: Up to so many numbers are gathered and summed by every process.
+_SMALL_MESSAGE = 20_000
+
 
 class ProcessError(Exception):
     """Several processes cannot do what one process can, or do not do the same."""
@@ -57,9 +60,13 @@ def is_first() -> bool:
 
 def sum_over_processes(values: Tensor) -> Tensor:
     """Return the sum of the tensors that the processes give, all of one shape."""
-    if process_count() > 1:
-        with _answered():
-            distributed.all_reduce(values)
+    if process_count() == 1:
+        return values
+    if values.device.type == "cpu" and values.numel() * process_count() <= _SMALL_MESSAGE:
+        # A third of the time of `all_reduce` with gloo, which sends small messages in several turns.
+        return torch.stack(gather_equal(values)).sum(0)
+    with _answered():
+        distributed.all_reduce(values)
     return values
 
 
