@@ -25,8 +25,9 @@ from pyro_adaann.weights import resample, truncated_weights
 
 __all__ = ["Replay", "Replayed"]
 
-#: How many steps are kept: more of them hold what a guide loses slowly, fewer follow one that spreads.
-_NUM_STEPS = 8
+#: How many steps are kept: more of them hold what a guide loses slowly, fewer follow one that spreads. With
+#: increments that keep a conditional effective sample size of 0.97, 24 steps are a third of an annealing.
+_NUM_STEPS = 24
 #: Points with a smaller weight, in means of the guide's own draws, tell noise and cost as much as its draws.
 _MIN_LACK = 1.5
 

@@ -63,7 +63,7 @@ class NaturalStep(Step):
     optimizer that scales every parameter separately, such as Adam, takes thousands of steps for it. D is the
     diagonal of F plus a hundredth of its mean, in units that the flows of this package define.
 
-    To the draws are added a quarter as many of the eight steps before, a sample of the tempered density by
+    To the draws are added a quarter as many of the 24 steps before, a sample of the tempered density by
     their weights, with :math:`r(w) = \max(0, 1 - 1/w)`: what the guide loses by chance its own draws do not
     show, but these do. That takes a guide whose flows have an inverse in closed form (`AutoSpline`,
     `AutoRealNVP`); others do without.
