@@ -41,6 +41,11 @@ class Check:
     exact: Any
     limit: float
 
+    @property
+    def num_errors(self) -> float:
+        """By how many stated errors the worst may be off: exceeded in one of twenty right runs, about."""
+        return 2.0 if torch.as_tensor(self.exact).numel() == 1 else 3.0
+
     def of(self, result: SMCResult) -> tuple[float, float]:
         """Return by how much the number of a result is off, and the standard error by its groups."""
         num_groups = len(result.group_log_evidences)

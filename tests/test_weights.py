@@ -19,6 +19,7 @@ from pyro_adaann.weights import (
     median_and_reach,
     pareto_smooth,
     resample,
+    student_factor,
     truncated_weights,
     weighted_mean,
     weighted_mean_and_sd,
@@ -122,3 +123,12 @@ def test_smoothing_keeps_the_scale_beside_a_weight_that_is_next_to_nothing():
     # In double precision a shift of 37 is lost in a number of this size.
     with_one = torch.cat([log_weights, torch.tensor([-1e20], dtype=torch.float64)])
     torch.testing.assert_close(pareto_smooth(with_one)[0].logsumexp(0), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("num_groups", [2, 3, 4, 6, 16, 64])
+def test_twice_an_error_of_few_groups_covers_as_much_as_two_known_standard_deviations(num_groups):
+    t = torch.distributions.StudentT(torch.tensor(num_groups - 1.0).double())
+    angles = torch.linspace(0.0, math.atan(2 * student_factor(num_groups)), 20_001, dtype=torch.float64)
+    density = t.log_prob(angles.tan()).exp() / angles.cos().square()
+    covered = 2 * float(torch.trapezoid(density, angles))
+    assert covered == pytest.approx(math.erf(math.sqrt(2)), abs=2e-4)

@@ -12,12 +12,18 @@ from pyro_adaann.sampling.arviz import draws_to_arviz
 from pyro_adaann.sampling.forgetting import drift
 from pyro_adaann.sampling.metric import Metric
 from pyro_adaann.sampling.particles import combine_evidences
-from pyro_adaann.weights import effective_sample_size, grouped_mean, resample, weighted_mean
+from pyro_adaann.weights import (
+    effective_sample_size,
+    grouped_mean,
+    resample,
+    student_factor,
+    weighted_mean,
+)
 
 __all__ = ["SMCResult", "SMCStage"]
 
 
-#: Above this error of the log evidence a few groups have nearly all the weight; at 1 it is one group alone.
+#: Above this error of the mean evidence a few groups have nearly all the weight; at 1 it is one group alone.
 _DISAGREE = 0.5
 #: Relative sd of the evidences of groups above which their mean, and its error, hang on a few of them.
 _DIFFER = 0.6
@@ -109,8 +115,17 @@ class SMCResult:
 
     @property
     def log_evidence_error(self) -> float:
-        """Standard error of the log evidence, from the spread of the groups; above 1/2 it means nothing."""
-        return combine_evidences(self.group_log_evidences)[1]
+        """Standard error of the log evidence, from the spread of the groups; above 1/2 it means nothing.
+
+        Twice of it covers 95 %: with few groups it is larger than their spread, by Student's t. NaN with one.
+        """
+        num = len(self.group_log_evidences)
+        return self._evidence_spread / math.sqrt(num) * (student_factor(num) if num > 1 else 1.0)
+
+    @property
+    def _evidence_spread(self) -> float:
+        """Relative standard deviation of the evidences of groups."""
+        return combine_evidences(self.group_log_evidences)[1] * math.sqrt(len(self.group_log_evidences))
 
     @property
     def inverse_temperature(self) -> float:
@@ -158,11 +173,11 @@ class SMCResult:
     def cautions(self) -> list[str]:
         """What speaks against the draws or the stated errors, in words; empty where nothing does."""
         found = []
-        if self.log_evidence_error > _DISAGREE:
+        if self._evidence_spread > _DISAGREE * math.sqrt(len(self.group_log_evidences)):
             found.append(
                 "the groups disagree, most have missed what a few have found: the error is not known"
             )
-        elif self.log_evidence_error * math.sqrt(len(self.group_log_evidences)) > _DIFFER:
+        elif self._evidence_spread > _DIFFER:
             found.append(
                 "the evidences of the groups differ much: the log evidence is rather too low, by more than "
                 "its error, and shares of modes are uncertain; take more particles"

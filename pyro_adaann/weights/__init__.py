@@ -10,7 +10,7 @@ from pyro_adaann.weights.averages import (
     weighted_mean,
     weighted_mean_and_sd,
 )
-from pyro_adaann.weights.grouped import grouped_mean
+from pyro_adaann.weights.grouped import grouped_mean, student_factor
 from pyro_adaann.weights.outliers import median_and_reach, standard_deviation, winsorize
 from pyro_adaann.weights.pareto import pareto_smooth, reliable_shape
 
@@ -25,6 +25,7 @@ __all__ = [
     "reliable_shape",
     "resample",
     "standard_deviation",
+    "student_factor",
     "truncated_weights",
     "weighted_mean",
     "weighted_mean_and_sd",
