@@ -204,6 +204,15 @@ def test_truth_of_the_lynx_is_that_of_long_chains(known):
         assert np.exp(z[:, i]).mean() == pytest.approx(chains[name]["mean"], abs=0.05 * chains[name]["sd"])
 
 
+def test_truth_of_lotka_volterra_is_that_of_sbibm(known):
+    """10,000 reference draws that sbibm 1.1.0 ships: means within four standard errors, sds within 5 %."""
+    truth = known["Lotka-Volterra"][1]
+    sds = np.array([0.0128, 0.0589, 0.0184, 0.0177])
+    off = (truth.mean - np.array([-0.3806, -2.2588, -0.1094, -2.1387])) / sds
+    assert np.abs(off).max() < 0.04
+    np.testing.assert_allclose(truth.sd, sds, rtol=0.05)
+
+
 def test_measures_of_exact_shifted_and_weighted_draws(known):
     """The means of 20,000 exact draws are off by more than .05 sd once in 10^11."""
     target, truth = known["two modes, 50-D"]

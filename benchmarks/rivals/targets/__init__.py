@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from .base import Target, Truth
 from .bayesian import breast_cancer, brownian_gap, eight_schools
-from .odes import hiv, lorenz, lynx_hare
+from .odes import hiv, lorenz, lotka_volterra, lynx_hare
 from .simulators import slcp, two_moons
 from .synthetic import (
     forty_modes,
@@ -34,6 +34,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "Lorenz": lorenz,
     "ill-conditioned, 100-D": ill_conditioned,
     "lynx and hare": lynx_hare,
+    "Lotka-Volterra": lotka_volterra,
 }
 #: What ``--quick`` runs.
 QUICK = ("forty modes, 2-D", "funnel, 10-D", "eight schools, centered", "two moons")

@@ -1,4 +1,4 @@
-"""Posteriors of differential equations: the AdaAnn paper's HIV and Lorenz models, and the lynx and the hare.
+"""Posteriors of differential equations: the AdaAnn paper's HIV and Lorenz, and two of predator and prey.
 
 The equations, data and solver (RK4 by the 3/8 rule on a fixed grid) are those of this repository's examples.
 """
@@ -17,7 +17,7 @@ from ..namespaces import Namespace
 from .base import Array, Formula, Target, log_normal, normal_prior, over_prior
 from .importance import importance_truth
 
-__all__ = ["hiv", "lorenz", "lynx_hare"]
+__all__ = ["hiv", "lorenz", "lotka_volterra", "lynx_hare"]
 
 State = tuple[Any, ...]
 DATA = Path(__file__).resolve().parent / "ode_data.json"
@@ -146,18 +146,24 @@ def _lynx_prior() -> tuple[Formula, Callable[[Array], Array]]:
     return log_prior, from_normal
 
 
+def _predation(xp: Namespace, rates: tuple[Any, ...]) -> Callable[[State], State]:
+    """Return the slopes of the logs of prey and predators."""
+    alpha, beta, gamma, delta = rates
+
+    def rhs(state: State) -> State:
+        prey, predators = state
+        return alpha - beta * xp.exp(predators), -gamma + delta * xp.exp(prey)
+
+    return rhs
+
+
 def lynx_hare() -> Target:
     """Lotka-Volterra with real data: logs of four rates, of two starts, of two noise scales."""
     log_prior, from_normal = _lynx_prior()
     log_data = np.log(np.array([HARES, LYNXES]))
 
     def log_likelihood(xp: Namespace, z: Any) -> Any:
-        alpha, beta, gamma, delta = (xp.exp(z[..., i]) for i in range(4))
-
-        def rhs(state: State) -> State:
-            hares, lynxes = state
-            return alpha - beta * xp.exp(lynxes), -gamma + delta * xp.exp(hares)
-
+        rhs = _predation(xp, tuple(xp.exp(z[..., i]) for i in range(4)))
         total = 0.0
         paths = _solve(xp, rhs, (z[..., 4], z[..., 5]), 0.25, 80)
         for i, path in enumerate(paths):
@@ -174,5 +180,41 @@ def lynx_hare() -> Target:
         from_normal,
         lambda: importance_truth("lynx_hare", target),
         "Carpenter, Predator-Prey Population Dynamics: the Lotka-Volterra model in Stan (2018)",
+    )
+    return target
+
+
+#: Prey and predators at 0, 2.1, ..., 18.9, the first observation of sbibm's task.
+PREY = [31.783262, 1.1971166, 0.29703617, 0.71145046, 2.9415865,
+        11.482614, 36.09036, 0.46229604, 0.38081983, 0.9173736]  # fmt: skip
+PREDATORS = [0.8910395, 27.039942, 4.356176, 0.78444487, 0.17100818,
+             0.1325878, 8.727008, 16.97251, 2.7902339, 0.47567415]  # fmt: skip
+
+
+def lotka_volterra() -> Target:
+    """Lotka-Volterra of sbibm: logs of four rates from twenty noisy numbers, with spikes between them."""
+    log_data = np.log(np.array([PREY, PREDATORS]))
+    log_prior, from_normal = normal_prior(4, [-0.125, -3.0, -0.125, -3.0], 0.5)
+    start, noise = (math.log(30.0), 0.0), 0.1
+
+    def log_likelihood(xp: Namespace, z: Any) -> Any:
+        rhs = _predation(xp, tuple(xp.exp(z[..., i]) for i in range(4)))
+        zero = 0.0 * z[..., 0]
+        total = zero
+        for i, path in enumerate(_solve(xp, rhs, (zero + start[0], zero + start[1]), 0.1, 189)):
+            first = -0.5 * ((log_data[i, 0] - start[i]) / noise) ** 2 - math.log(
+                noise * math.sqrt(2 * math.pi)
+            )
+            later = log_normal(xp, path[20::21], _column(xp, log_data[i, 1:], zero), noise)
+            total = total + float(first - log_data[i].sum()) + _sum_first(later)
+        return total
+
+    target = Target(
+        4,
+        log_prior,
+        log_likelihood,
+        from_normal,
+        lambda: importance_truth("lotka_volterra", target),
+        "Lueckmann et al., Benchmarking Simulation-Based Inference, AISTATS 2021, task T.10, observation 1",
     )
     return target

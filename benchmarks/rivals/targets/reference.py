@@ -21,7 +21,7 @@ from ..namespaces import NAMESPACES
 from .base import Array, Target
 from .bayesian import breast_cancer
 from .importance import REFERENCE, StudentMixture
-from .odes import hiv, lorenz, lynx_hare
+from .odes import hiv, lorenz, lotka_volterra, lynx_hare
 from .simulators import slcp
 
 __all__ = ["adapt", "main"]
@@ -111,6 +111,9 @@ MAKERS: dict[str, Callable[[], StudentMixture]] = {
     "lorenz": lambda: adapt(t := lorenz(), _around(t, np.array([10.0, 8 / 3, 28.0]))),
     "lynx_hare": lambda: adapt(
         t := lynx_hare(), _around(t, np.log([0.55, 0.028, 0.80, 0.024, 34.0, 5.9, 0.25, 0.25]))
+    ),
+    "lotka_volterra": lambda: adapt(
+        t := lotka_volterra(), _around(t, np.log([0.6859, 0.1076, 0.8879, 0.1168]))
     ),
     "slcp": lambda: adapt(t := slcp(), _slcp_start(t), 40),
 }
