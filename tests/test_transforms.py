@@ -16,6 +16,7 @@ from pyro_adaann.testing.flows import trained as trained_flow
 from pyro_adaann.transforms import (
     AffineLayer,
     ComposedFlow,
+    FixedAffine,
     FlowTransform,
     OuterProducts,
     PlanarStack,
@@ -38,6 +39,10 @@ def zuko_flow(name: str, dim: int, num_transforms: int, scale: float = 1.0, **kw
     return ZukoFlow(flow, dim, scale=scale)
 
 
+def start() -> FixedAffine:
+    return FixedAffine(*(torch.tensor(x, device="cpu") for x in ([0.1, -0.05], [[1.1, 0.0], [-0.1, 0.95]])))
+
+
 FLOWS: dict[str, Callable[[], FlowTransform]] = {
     "planar-1d": lambda: PlanarStack(1, 12),
     "planar-2d": lambda: PlanarStack(2, 12),
@@ -55,6 +60,7 @@ FLOWS: dict[str, Callable[[], FlowTransform]] = {
     "affine-diagonal": lambda: AffineLayer(4, "diagonal", scale=0.5),
     "planar-affine": lambda: ComposedFlow([PlanarStack(3, 6), AffineLayer(3)]),
     "spline-affine": lambda: ComposedFlow([SplineStack(2, 2, 6, [8, 8]), AffineLayer(2, "diagonal")]),
+    "spline-start": lambda: ComposedFlow([SplineStack(2, 1, 6, [8, 8]), start()]),
 }
 
 

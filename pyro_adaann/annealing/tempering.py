@@ -36,7 +36,7 @@ from torch.distributions import biject_to, constraints
 
 from pyro_adaann.annealing.paths import Path
 
-__all__ = ["Tempering", "flow_parts", "is_delta"]
+__all__ = ["Tempering", "first_density", "flow_parts", "is_delta"]
 
 
 class Tempering:
@@ -119,7 +119,7 @@ class _TemperGuide(Messenger):
         weight = path.base_weight(t)
         name = f"{msg['name']}_base"
         self.tempering.guide_rates[name] = -path.base / weight
-        log_factor = -weight * part.get_base_dist().log_prob(msg["value"])
+        log_factor = -weight * first_density(part).log_prob(msg["value"])
         with log_factor.device:  # Pyro would move it to torch's default device
             pyro.factor(name, log_factor, has_rsample=True)
 
@@ -186,6 +186,11 @@ def _log_jacobian(fn: Any, value: Tensor) -> Tensor:
     transform = biject_to(fn.support)
     result = transform.log_abs_det_jacobian(transform.inv(value), value)
     return sum_rightmost(result, result.dim() - value.dim() + fn.event_dim)
+
+
+def first_density(guide: Any) -> Any:
+    """Return the density of the latent vector of a guide that path "bridge" starts from."""
+    return guide.get_first_dist() if hasattr(guide, "get_first_dist") else guide.get_base_dist()
 
 
 def flow_parts(guide: Callable[..., Any]) -> list[AutoContinuous]:

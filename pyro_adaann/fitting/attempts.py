@@ -16,18 +16,20 @@ from pyro_adaann.diagnostics.diagnose import assess
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
 from pyro_adaann.diagnostics.importance import weigh_draws
 from pyro_adaann.diagnostics.verdict import Diagnosis
+from pyro_adaann.fitting.clock import Clock
 from pyro_adaann.fitting.moments import Moments, measure_moments
+from pyro_adaann.fitting.pilot import pilot_base
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.continuous import continuous_part
 from pyro_adaann.guides.spline import AutoSpline
 from pyro_adaann.natural import natural_svi
-from pyro_adaann.processes.group import anywhere, number_from_first
+from pyro_adaann.processes.group import anywhere
 from pyro_adaann.state.interrupt import InterruptGuard
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.weights import finite_or_no_weight
 
-__all__ = ["BATCH_SIZE", "Attempt", "Clock", "End", "Plan", "attempt", "make_guide"]
+__all__ = ["BATCH_SIZE", "Attempt", "End", "Plan", "attempt", "make_guide"]
 
 #: How many draws are weighed at a time.
 BATCH_SIZE = 1000
@@ -39,26 +41,6 @@ class End(Enum):
     DONE = "done"
     INTERRUPTED = "interrupted"
     OUT_OF_TIME = "out of time"
-
-
-class Clock:
-    """The time that is left of a budget.
-
-    :param budget: seconds in all; None for as many as it takes.
-    """
-
-    def __init__(self, budget: float | None) -> None:
-        self._start = time.monotonic()
-        self._budget = budget
-
-    @property
-    def passed(self) -> float:
-        """Seconds since the start."""
-        return number_from_first(time.monotonic() - self._start)
-
-    def has(self, seconds: float) -> bool:
-        """Whether there are more than so many seconds left."""
-        return self._budget is None or self.passed + seconds < self._budget
 
 
 @dataclass(frozen=True)
@@ -113,12 +95,15 @@ def attempt(
     :param name: what the progress calls it.
     """
     progress, clock, interrupt = watch
-    start = time.monotonic()
+    began = time.monotonic()
     if plan.seed is not None:
         pyro.set_rng_seed(plan.seed)
     with pyro.get_param_store().scope():
         progress.phase(f"{name}: base")
-        guide = make_guide(model, plan.widths, args, kwargs)
+        guide = make_guide(model, {}, args, kwargs)
+        start = pilot_base(model, args, kwargs, guide.latent_dim, plan.seed, watch)
+        if plan.widths or start is not None:
+            guide = make_guide(model, plan.widths, args, kwargs, start)
         svi = natural_svi(model, guide, num_particles=plan.num_particles, max_plate_nesting=nesting)
         progress.phase(f"{name}: annealing")
         end = End.DONE
@@ -135,20 +120,30 @@ def attempt(
         log_weights = finite_or_no_weight(weighted.log_p - weighted.log_q)
         diagnosis = assess(svi, draws, log_weights, args, kwargs, BATCH_SIZE, vectorize=True)
         moments = measure_moments(weighted.samples, weighted.log_weights)
-    return Attempt(plan, svi, diagnosis, moments, end, time.monotonic() - start)
+    return Attempt(plan, svi, diagnosis, moments, end, time.monotonic() - began)
 
 
 def make_guide(
-    model: Callable[..., Any], widths: dict[str, float], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Callable[..., Any],
+    widths: dict[str, float],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    start: tuple[Tensor, Tensor] | None = None,
 ) -> AutoFlow:
-    """Return a guide whose base is that of the prior, wider where it says so."""
+    """Return a guide whose base is that of the prior, wider where it says so.
+
+    :param widths: how many times as wide, by site.
+    :param start: location and factor of a normal distribution, in place of the prior's.
+    """
     guide = AutoSpline(continuous_part(model), base_loc="prior", base_scale="prior").initialize(
         *args, **kwargs
     )
-    if not widths:
+    if start is None and not widths:
         return guide
-    scale = guide.get_base_dist().base_dist.scale * _by_coordinate(guide, widths)
-    loc = guide.get_base_dist().base_dist.loc
+    normal = guide.get_base_dist().base_dist
+    loc, scale = (normal.loc, normal.scale) if start is None else start
+    width = _by_coordinate(guide, widths).to(scale)
+    scale = width * scale if start is None else width.unsqueeze(1) * scale
     return AutoSpline(continuous_part(model), base_loc=loc, base_scale=scale).initialize(*args, **kwargs)
 
 
@@ -159,4 +154,4 @@ def _by_coordinate(guide: AutoFlow, widths: dict[str, float]) -> Tensor:
             torch.full((shape.numel(),), widths.get(name, 1.0))
             for name, shape in guide._unconstrained_shapes.items()
         ]
-    ).to(guide.get_base_dist().base_dist.scale)
+    )

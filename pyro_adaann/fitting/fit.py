@@ -11,7 +11,8 @@ import pyro
 
 from pyro_adaann.checks import check_count
 from pyro_adaann.diagnostics.rules import Level
-from pyro_adaann.fitting.attempts import BATCH_SIZE, Attempt, Clock, End, Plan, attempt, make_guide
+from pyro_adaann.fitting.attempts import BATCH_SIZE, Attempt, End, Plan, attempt, make_guide
+from pyro_adaann.fitting.clock import Clock
 from pyro_adaann.fitting.combine import choose, finds_more, is_settled, judge, summary_findings, tail_findings
 from pyro_adaann.fitting.compare import Agreement, compare_fits
 from pyro_adaann.fitting.mixture import weigh_guides
@@ -52,10 +53,10 @@ def fit(
 ) -> FitResult:
     r"""Fit a model with nothing to choose; return weighted posterior draws, log evidence and a verdict.
 
-    The guide is an :class:`~pyro_adaann.AutoSpline` whose base has location and scale of prior draws; it is
-    annealed by natural steps (:func:`~pyro_adaann.natural_svi`) and diagnosed
-    (:func:`~pyro_adaann.diagnose`). Where posterior is or may be out of reach of its base, the base is
-    widened, up to three times. Where the first fit is not GOOD, more are made from other seeds until two
+    The guide is an :class:`~pyro_adaann.AutoSpline` whose base has location and scale of prior draws, or, from
+    sixteen latents on, mean and 1.5 times the width of particles of :class:`AnnealedSMC`; it is annealed by
+    natural steps (:func:`~pyro_adaann.natural_svi`) and diagnosed (:func:`~pyro_adaann.diagnose`). Where
+    posterior is or may be out of reach of its base, the base is widened, up to three times. Where the first fit is not GOOD, more are made from other seeds until two
     usable ones agree on the evidence and on every mean and sd, six fits at most, and none after 600 steps in
     all where the last one is not usable. The draws are those of all fits that count, weighted against the
     mixture of their guides. What remains is said in the verdict.

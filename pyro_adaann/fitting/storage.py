@@ -84,6 +84,10 @@ def _guide(
     state: dict[str, Any],
 ) -> AutoFlow:
     guide = AutoSpline(continuous_part(model)).initialize(*args, **kwargs)
+    # One that starts at a full covariance has a last part that others have not.
+    factor = next((value for name, value in state.items() if name.endswith(".start_factor")), None)
+    if factor is not None and len(factor) == guide.latent_dim:
+        guide = AutoSpline(continuous_part(model), base_scale=factor).initialize(*args, **kwargs)
     try:
         guide.load_state_dict(state)
     except RuntimeError as error:

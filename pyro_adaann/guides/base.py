@@ -12,21 +12,20 @@ import torch
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.quasirandom import SobolEngine
 
 from pyro_adaann.checks import check_count
 from pyro_adaann.guide_status import warn_of_draws
 from pyro_adaann.guides.continuous import check_whole_plates
 from pyro_adaann.guides.prior import prior_base
+from pyro_adaann.guides.quantile_net import normal_net, quantiles_of_columns
 from pyro_adaann.guides.stored import check_initialized, check_store
 from pyro_adaann.transforms.affine import AffineLayer
 from pyro_adaann.transforms.base import FlowTransform
 from pyro_adaann.transforms.compose import ComposedFlow
+from pyro_adaann.transforms.fixed_affine import FixedAffine
 
 __all__ = ["AutoFlow"]
 
-#: Points of the quasi-random net that `median` and `quantiles` push through the flow.
-_NUM_QUANTILE_POINTS = 8192
 #: Latents up to which an affine layer has correlations unless told otherwise.
 _MAX_TRIANGULAR = 64
 
@@ -47,6 +46,8 @@ class AutoFlow(AutoContinuous):
         shape ``(latent_dim,)``, or ``"prior"``: the median of prior draws of every coordinate.
     :param base_scale: scale s > 0 of the base, likewise; ``"prior"`` is half the range of the middle 68 % of
         prior draws. Annealing wants a base that covers the region where the posterior may have its modes.
+        A lower triangular matrix L of shape ``(latent_dim, latent_dim)`` makes the guide start at
+        :math:`N(m, L L^\top)`: the base is then standard normal, and the flow ends in m + L x.
     :param affine: ``"triangular"`` for an affine layer with correlations, ``"diagonal"`` for one without,
         None for none; by default triangular up to 64 latents.
     :raises ValueError: at set-up, if the base does not fit the latent dimension or s <= 0.
@@ -115,14 +116,21 @@ class AutoFlow(AutoContinuous):
                 self.prototype_trace.remove_node(name)
 
         init_loc = self._init_loc()
-        loc, scale = (self._base_tensor(arg, init_loc) for arg in self._resolve_base(args, kwargs))
+        loc, scale = self._resolve_base(args, kwargs)
+        loc, start = self._base_tensor(loc, init_loc), None
+        if torch.is_tensor(scale) and scale.dim() == 2:
+            start = FixedAffine(loc, scale.detach().to(init_loc).clone())
+            loc, scale = torch.zeros_like(loc), 1.0
+        scale = self._base_tensor(scale, init_loc)
         if not (scale > 0).all():
             raise ValueError(f"Expected `base_scale` > 0; got {self._base_args[1]}.")
         self.register_buffer("_base_loc", loc)
         self.register_buffer("_base_scale", scale)
         # On the model's device from the start, whatever torch's default is.
         with init_loc.device:
-            self.transform = self._with_affine(self._make_transform(self.latent_dim)).to(init_loc)
+            parts = self._with_affine(self._make_transform(self.latent_dim))
+            parts += [] if start is None else [start]
+            self.transform = (ComposedFlow(parts) if len(parts) > 1 else parts[0]).to(init_loc)
 
     def _resolve_base(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float | Tensor | None]:
         """Return location and scale as they were given, that of the prior where that was asked for."""
@@ -131,14 +139,14 @@ class AutoFlow(AutoContinuous):
         prior = prior_base(self._own_model[0], self.prototype_trace, args, kwargs)
         return [own if isinstance(arg, str) else arg for arg, own in zip(self._base_args, prior, strict=True)]
 
-    def _with_affine(self, flow: FlowTransform) -> FlowTransform:
+    def _with_affine(self, flow: FlowTransform) -> list[FlowTransform]:
         kind = self.affine
         if kind is None:
-            return flow
+            return [flow]
         if kind == "auto":
             kind = "triangular" if self.latent_dim <= _MAX_TRIANGULAR else "diagonal"
         layer = AffineLayer(self.latent_dim, kind, loc=self._base_loc, scale=self._base_scale)
-        return ComposedFlow([flow, layer])
+        return [flow, layer]
 
     def _base_tensor(self, arg: float | Tensor | None, init_loc: Tensor) -> Tensor:
         value = (
@@ -147,13 +155,23 @@ class AutoFlow(AutoContinuous):
         if value.shape not in ((), (1,), init_loc.shape):
             raise ValueError(
                 f"Expected `base_loc` and `base_scale` to be numbers or tensors of shape "
-                f"({self.latent_dim},), the latent dimension; got shape {tuple(value.shape)}."
+                f"({self.latent_dim},), the latent dimension, or `base_scale` a lower triangular matrix; got "
+                f"shape {tuple(value.shape)}."
             )
         return value.detach().expand(init_loc.shape).clone()
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """Return the base, a fixed diagonal normal with event shape ``(latent_dim,)``."""
         return dist.Normal(self._base_loc, self._base_scale, validate_args=False).to_event(1)
+
+    def get_first_dist(self) -> dist.TorchDistribution:
+        """Return the density of the latent vector before training, where path ``"bridge"`` starts."""
+        parts = self.transform.parts if isinstance(self.transform, ComposedFlow) else [self.transform]
+        if not isinstance(parts[-1], FixedAffine):
+            return self.get_base_dist()
+        return dist.MultivariateNormal(
+            parts[-1].start_loc, scale_tril=parts[-1].start_factor, validate_args=False
+        )
 
     def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
         """Return the flow from base to posterior; the arguments are not used."""
@@ -180,7 +198,7 @@ class AutoFlow(AutoContinuous):
         warn_of_draws(self, "A median")
         self.initialize(*args, **kwargs)
         levels = self._base_loc.new_tensor([0.5])
-        middle = _quantiles_of_columns(self.transform(self._base_net(_NUM_QUANTILE_POINTS)), levels)
+        middle = quantiles_of_columns(self._quantile_points(), levels)
         return {site["name"]: value[0] for site, _, value in self._constrain(middle)}
 
     @torch.no_grad()
@@ -198,10 +216,10 @@ class AutoFlow(AutoContinuous):
         levels = torch.as_tensor(quantiles, dtype=self._base_loc.dtype, device=self._base_loc.device)
         if not ((levels >= 0) & (levels <= 1)).all():
             raise ValueError(f"Expected quantiles in [0, 1]; got {quantiles}.")
-        latents = self.transform(self._base_net(_NUM_QUANTILE_POINTS))
+        latents = self._quantile_points()
         # Of the values: a bijection to a simplex mixes coordinates, and one to an upper bound reverses them.
         return {
-            site["name"]: _quantiles_of_columns(value.reshape(len(value), -1), levels).reshape(
+            site["name"]: quantiles_of_columns(value.reshape(len(value), -1), levels).reshape(
                 -1, *value.shape[1:]
             )
             for site, _, value in self._constrain(latents)
@@ -259,17 +277,9 @@ class AutoFlow(AutoContinuous):
             position += shape.numel()
             yield site, column, biject_to(site["fn"].support)(column)
 
-    def _base_net(self, num_points: int) -> Tensor:
-        """Return a low-discrepancy sample of the base, the same in every call."""
-        dim = min(self.latent_dim, SobolEngine.MAXDIM)
-        with torch.device("cpu"):  # the same points on every device
-            uniform = SobolEngine(dim, scramble=True, seed=0).draw(num_points, dtype=torch.float64)
-            if dim < self.latent_dim:
-                generator = torch.Generator().manual_seed(0)
-                rest = torch.rand(num_points, self.latent_dim - dim, generator=generator)
-                uniform = torch.cat([uniform, rest.double()], dim=-1)
-        normal = torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12)).to(self._base_loc)
-        return self._base_loc + self._base_scale * normal
+    def _quantile_points(self) -> Tensor:
+        """Return the images of a low-discrepancy sample of the base, the same in every call."""
+        return self.transform(self._base_loc + self._base_scale * normal_net(self.latent_dim, self._base_loc))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         check_initialized(self.prototype_trace is not None, prefix, state_dict)
@@ -287,10 +297,3 @@ class AutoFlow(AutoContinuous):
         state = copy.deepcopy(self.__getstate__(), memo)
         new.__setstate__({**state, "_model": self._model, "_own_model": self._own_model})
         return new
-
-
-def _quantiles_of_columns(values: Tensor, levels: Tensor) -> Tensor:
-    """Return the quantiles of every column, ``(num_levels, num_columns)``."""
-    # One column at a time: torch.quantile takes at most 2^24 numbers.
-    columns = [column.quantile(levels) for column in values.unbind(-1)]
-    return torch.stack(columns, dim=-1) if columns else values[: len(levels)]

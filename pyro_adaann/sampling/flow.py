@@ -9,6 +9,7 @@ import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
+from pyro_adaann.annealing.tempering import first_density
 from pyro_adaann.guide_status import expects_tempered
 from pyro_adaann.sampling.density import UnconstrainedModel
 from pyro_adaann.transforms.base import FlowTransform
@@ -25,10 +26,12 @@ class Flow:
     :param base: the guide's base distribution.
     :param transform: T.
     :param dim: number of coordinates.
+    :param first: the density of z that path "bridge" starts from; by default that of the base.
     """
 
-    def __init__(self, base: Any, transform: Any, dim: int) -> None:
+    def __init__(self, base: Any, transform: Any, dim: int, first: Any = None) -> None:
         self.base, self.transform = over_vector(base, dim), transform
+        self.first = self.base if first is None else over_vector(first, dim)
         #: What proposals are drawn from.
         self.proposal = with_wide_tails(self.base)
 
@@ -67,7 +70,9 @@ def guide_flow(guide: Any, model: UnconstrainedModel, args: tuple[Any, ...], kwa
             f"{model.dim} numbers in all; got {', '.join(names)}, of {guide.latent_dim}."
         )
     with torch.no_grad():
-        return Flow(guide.get_base_dist(), guide.get_transform(*args, **kwargs), model.dim)
+        return Flow(
+            guide.get_base_dist(), guide.get_transform(*args, **kwargs), model.dim, first_density(guide)
+        )
 
 
 def with_wide_tails(base: Any) -> Any:

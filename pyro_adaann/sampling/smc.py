@@ -199,7 +199,7 @@ class AnnealedSMC:
         if self.guide is not None:
             flow = guide_flow(self.guide, model, args, kwargs)
             if base is None and self.path.base:
-                base = flow.base
+                base = flow.first
         target = TemperedTarget(model, self.path, base, flow)
         return Sampler(target, self.settings, seed)
 

@@ -3,6 +3,7 @@
 from pyro_adaann.transforms.affine import AffineLayer
 from pyro_adaann.transforms.base import FlowTransform
 from pyro_adaann.transforms.compose import ComposedFlow
+from pyro_adaann.transforms.fixed_affine import FixedAffine
 from pyro_adaann.transforms.outer import OuterProducts
 from pyro_adaann.transforms.planar import PlanarStack
 from pyro_adaann.transforms.realnvp import RealNVPStack
@@ -11,6 +12,7 @@ from pyro_adaann.transforms.spline import SplineStack
 __all__ = [
     "AffineLayer",
     "ComposedFlow",
+    "FixedAffine",
     "FlowTransform",
     "OuterProducts",
     "PlanarStack",

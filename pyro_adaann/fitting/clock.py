@@ -1,0 +1,29 @@
+"""How much time there is."""
+
+from __future__ import annotations
+
+import time
+
+from pyro_adaann.processes.group import number_from_first
+
+__all__ = ["Clock"]
+
+
+class Clock:
+    """The time that is left of a budget.
+
+    :param budget: seconds in all; None for as many as it takes.
+    """
+
+    def __init__(self, budget: float | None) -> None:
+        self._start = time.monotonic()
+        self._budget = budget
+
+    @property
+    def passed(self) -> float:
+        """Seconds since the start."""
+        return number_from_first(time.monotonic() - self._start)
+
+    def has(self, seconds: float) -> bool:
+        """Whether there are more than so many seconds left."""
+        return self._budget is None or self.passed + seconds < self._budget

@@ -1,0 +1,82 @@
+r"""Where a guide of many latents starts: at the moments of annealed particles.
+
+A natural step learns a correlation of many coordinates from a few hundred draws in many steps, one of the
+prior's base to the posterior in hundreds. Particles of :class:`~pyro_adaann.AnnealedSMC` find mean and
+covariance of the posterior in seconds. The guide then starts at
+
+.. math:: N(m, w^2 S), \qquad m = \sum_i W_i z_i, \quad S = \sum_i W_i (z_i - m)(z_i - m)^\top
+
+and is annealed from there. With w above 1 that covers the modes between which S lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_adaann.fitting.clock import Clock
+from pyro_adaann.fitting.progress import FitProgress
+from pyro_adaann.processes.group import process_count
+from pyro_adaann.sampling.smc import AnnealedSMC
+from pyro_adaann.state.interrupt import InterruptGuard
+
+__all__ = ["pilot_base"]
+
+#: Latents from which on a pilot is worth its time, and up to which it has enough particles.
+_LEAST_LATENTS, _MOST_LATENTS = 16, 200
+#: Particles at least, and for each latent.
+_NUM_PARTICLES, _PARTICLES_PER_LATENT = 1024, 32
+#: How many times as wide as the particles the guide starts.
+_WIDTH = 1.5
+#: Seconds after which the pilot is given up.
+_MAX_SECONDS = 60.0
+#: Of every variance, added to it: no factor is singular.
+_JITTER = 1e-4
+
+
+def pilot_base(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_latents: int,
+    seed: int | None,
+    watch: tuple[FitProgress, Clock, InterruptGuard],
+) -> tuple[Tensor, Tensor] | None:
+    """Return location m and factor L of the normal distribution at which a guide is to start.
+
+    None where the prior will do or particles will not: for few latents or very many, with several processes,
+    if the particles lag behind, do not arrive in a minute, or lose their weights.
+
+    :param num_latents: unconstrained numbers of the model.
+    :param seed: of the particles.
+    :param watch: progress, clock and Ctrl-C.
+    """
+    if not _LEAST_LATENTS <= num_latents <= _MOST_LATENTS or process_count() > 1:
+        return None
+    clock, interrupt = watch[1], watch[2]
+    num = max(_NUM_PARTICLES, 16 * round(_PARTICLES_PER_LATENT * num_latents / 16))
+    own = Clock(_MAX_SECONDS)
+    try:
+        sampler = AnnealedSMC(model, num_particles=num, seed=seed)._make_sampler(args, kwargs)
+        while not sampler.is_done:
+            sampler.step()
+            if interrupt.requested or not (own.has(0.0) and clock.has(0.0)):
+                return None
+    except (ValueError, RuntimeError):  # no density, gradient or memory for so many particles
+        return None
+    result = sampler.result()
+    if result.is_lagging:
+        return None
+    weights = result.log_weights.double().exp()
+    z = torch.where((weights > 0).unsqueeze(1), result.unconstrained.double(), 0.0)
+    loc = weights @ z
+    centered = z - loc
+    covariance = (weights * centered.T) @ centered
+    covariance.diagonal().mul_(1 + _JITTER)
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed or not factor.isfinite().all():
+        return None
+    return loc, _WIDTH * factor
