@@ -53,13 +53,14 @@ def fit(
 ) -> FitResult:
     r"""Fit a model with nothing to choose; return weighted posterior draws, log evidence and a verdict.
 
-    The guide is an :class:`~pyro_adaann.AutoSpline` whose base has location and scale of prior draws, or, from
+    The guide is an :class:`~pyro_adaann.AutoSpline` whose base has location and scale of prior draws or, from
     sixteen latents on, mean and 1.5 times the width of particles of :class:`AnnealedSMC`; it is annealed by
     natural steps (:func:`~pyro_adaann.natural_svi`) and diagnosed (:func:`~pyro_adaann.diagnose`). Where
-    posterior is or may be out of reach of its base, the base is widened, up to three times. Where the first fit is not GOOD, more are made from other seeds until two
-    usable ones agree on the evidence and on every mean and sd, six fits at most, and none after 600 steps in
-    all where the last one is not usable. The draws are those of all fits that count, weighted against the
-    mixture of their guides. What remains is said in the verdict.
+    posterior is or may be out of reach of its base, the base is widened, up to three times. Where the first
+    fit is not GOOD, more are made from other seeds until two usable ones agree on the evidence and on every
+    mean and sd, six fits at most, and none after 600 steps in all where the last one is not usable. The draws
+    are those of all fits that count, weighted against the mixture of their guides. What remains is said in
+    the verdict.
 
     :param model: a Pyro model. One that does not run for many draws at once, under an outermost plate, is run
         for one after the other (:func:`one_by_one`), with a warning, since it takes many times as long.
