@@ -31,8 +31,10 @@ _LEAST_LATENTS, _MOST_LATENTS = 16, 200
 _NUM_PARTICLES, _PARTICLES_PER_LATENT = 1024, 32
 #: How many times as wide as the particles the guide starts.
 _WIDTH = 1.5
+#: Moves at every inverse temperature: particles that have not forgotten all know mean and width well enough.
+_MAX_MOVES = 6
 #: Seconds after which the pilot is given up.
-_MAX_SECONDS = 60.0
+_MAX_SECONDS = 120.0
 #: Of every variance, added to it: no factor is singular.
 _JITTER = 1e-4
 
@@ -48,7 +50,7 @@ def pilot_base(
     """Return location m and factor L of the normal distribution at which a guide is to start.
 
     None where the prior will do or particles will not: for few latents or very many, with several processes,
-    if the particles lag behind, do not arrive in a minute, or lose their weights.
+    if the particles lag behind, do not arrive in two minutes, or lose their weights.
 
     :param num_latents: unconstrained numbers of the model.
     :param seed: of the particles.
@@ -60,7 +62,8 @@ def pilot_base(
     num = max(_NUM_PARTICLES, 16 * round(_PARTICLES_PER_LATENT * num_latents / 16))
     own = Clock(_MAX_SECONDS)
     try:
-        sampler = AnnealedSMC(model, num_particles=num, seed=seed)._make_sampler(args, kwargs)
+        smc = AnnealedSMC(model, num_particles=num, max_moves=_MAX_MOVES, seed=seed)
+        sampler = smc._make_sampler(args, kwargs)
         while not sampler.is_done:
             sampler.step()
             if interrupt.requested or not (own.has(0.0) and clock.has(0.0)):
