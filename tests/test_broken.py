@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -12,7 +13,16 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_adaann import AdaAnnSchedule, AdaAnnSVI, AutoPlanar, AutoRealNVP, ConstantSchedule
+import pyro_adaann
+from pyro_adaann import (
+    AdaAnnSchedule,
+    AdaAnnSVI,
+    AutoPlanar,
+    AutoRealNVP,
+    ConstantSchedule,
+    diagnose,
+    importance_draws,
+)
 from pyro_adaann.objectives.fixed_density import log_density_at_fixed_draws
 
 #: The parts of the plane, and of space, where the models below have no density: 30 % of N(0, I)
@@ -167,3 +177,30 @@ def test_the_push_for_guides_that_are_no_flows():
 def test_large_but_finite_densities_neither_drown_the_batch_nor_the_variance():
     z = fit("edge", 2, "planar", 0, 500, -1e8, 0.4)
     assert_truncated(z, "edge", tolerance=0.25, max_broken=0.03)
+
+
+def test_a_value_that_has_become_0_by_rounding_breaks_its_own_draw():
+    def model() -> None:
+        rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        pyro.sample("x", dist.Exponential(rate), obs=torch.tensor(0.5))
+
+    pyro.set_rng_seed(0)
+    guide = AutoNormal(model, init_scale=60.0)  # e^-104 is 0 in single precision
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        diagnosis = diagnose((model, guide), num_samples=1000)
+        draws = importance_draws((model, guide), num_samples=1000)
+    num_zero = int((draws.samples["rate"] == 0).sum())
+    assert num_zero > 10  # one in 24
+    assert bool((draws.log_weights[draws.samples["rate"] == 0] == -torch.inf).all())
+    assert torch.isfinite(draws.log_weights).sum() > 500
+    assert "rate" in diagnosis.verdict
+
+
+def test_data_outside_of_their_support_are_refused_as_before():
+    def model() -> None:
+        rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        pyro.sample("x", dist.Exponential(rate), obs=torch.tensor(-0.5))
+
+    with pytest.raises(ValueError, match="within the support"):
+        pyro_adaann.fit(model, seed=0, progress_bar=False)

@@ -31,8 +31,9 @@ _T = TypeVar("_T")
 class Leniency:
     """Whether a model still runs with torch's checks, which refuse a whole batch for one broken draw.
 
-    It runs with them until they refuse something. From then on a parameter that violates its constraint, or
-    a matrix that cannot be factorized, makes the log density of its own draw NaN.
+    It runs with them until they refuse something. From then on a parameter that violates its constraint, a
+    value outside of its support, such as a scale that has become 0 by rounding, or a matrix that cannot be
+    factorized, makes the log density of its own draw NaN. Data outside of their support are refused.
 
     :param validates: whether to begin with these checks.
     """
@@ -45,6 +46,8 @@ class Leniency:
         self.error: BaseException | None = None
         #: What was wrong with a parameter, by site.
         self.violated: dict[str, str] = {}
+        #: Names of the observed sites of the latest run with torch's checks.
+        self._observed: set[str] = set()
 
     def forgive(self, error: BaseException) -> bool:
         """Whether the error may be that of one draw of a batch, and the next run will not raise it.
@@ -52,13 +55,23 @@ class Leniency:
         If several processes have an error, whether that is true of all.
         """
         is_factorization = isinstance(error, torch.linalg.LinAlgError)
-        is_known = not self.watches_factorizations if is_factorization else _is_of_parameter(error)
+        is_known = not self.watches_factorizations if is_factorization else self._is_of_draw(error)
         forgives = true_of_all_errors(error, is_known and (is_factorization or self.validates))
         if forgives:
             self.error = error
             self.validates = False
             self.watches_factorizations = self.watches_factorizations or is_factorization
         return forgives
+
+    def _is_of_draw(self, error: BaseException) -> bool:
+        """Whether the error is of a parameter, or of the value of a latent site."""
+        named = re.search(r"at site '([^']*)'", str(error))
+        while error.__cause__ is not None:  # Pyro raises anew, with the shapes of the trace
+            error = error.__cause__
+        if str(error).startswith("Expected parameter"):
+            return True
+        is_latent = named is not None and named[1] not in self._observed
+        return is_latent and str(error).startswith("Expected value argument")
 
     def insist(self, run: Callable[[], _T]) -> _T:
         """Run within :meth:`block`, and again where an error is forgiven."""
@@ -91,7 +104,8 @@ class Leniency:
     def block(self) -> Iterator[None]:
         """Run the block with torch's checks, or without once they have refused something."""
         if self.validates:
-            yield
+            with _Observed(self._observed):
+                yield
             return
         with pyro.validation_enabled(False), Violations(self.violated):
             if not self.watches_factorizations:
@@ -106,14 +120,23 @@ def run_leniently(run: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
     return Leniency(validates=False).insist(lambda: run(*args, **kwargs))
 
 
-def _is_of_parameter(error: BaseException) -> bool:
-    while error.__cause__ is not None:  # Pyro raises anew, with the shapes of the trace
-        error = error.__cause__
-    return str(error).startswith("Expected parameter")
+class _Observed(Messenger):
+    """Note the names of observed sites.
+
+    :param names: gets them.
+    """
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["is_observed"]:
+            self.names.add(msg["name"])
 
 
 class Violations(Messenger):
-    """Make the log density of a site NaN where a parameter violates its constraint.
+    """Make the log density of a site NaN where a parameter violates its constraint, or a latent value does.
 
     Without torch's validation it may be finite there and mean nothing, as that of a gamma distribution with
     a negative shape.
@@ -128,17 +151,20 @@ class Violations(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
         if isinstance(fn, SplitDistribution):  # of which this process knows its own rows
-            fn.base_dist = self._checked(name, fn.base_dist)
+            fn.base_dist = self._checked(name, fn.base_dist, None)
         else:
-            msg["fn"] = self._checked(name, fn)
+            msg["fn"] = self._checked(name, fn, None if msg["is_observed"] else msg["value"])
 
-    def _checked(self, name: str, fn: Any) -> Any:
+    def _checked(self, name: str, fn: Any, value: Tensor | None) -> Any:
         is_valid = _is_valid(fn)
-        if is_valid is None or bool(is_valid.all()):
-            return fn
-        if name not in self.violated:
-            self.violated[name] = _violation(fn)
-        return PartlyValid(fn, is_valid)
+        if is_valid is not None and not bool(is_valid.all()):
+            self.violated.setdefault(name, _violation(fn))
+            fn = PartlyValid(fn, is_valid)
+        is_inside = None if value is None else _is_inside(fn, value)
+        if is_inside is not None and not bool(is_inside.all()):
+            self.violated.setdefault(name, f"a value is not {fn.support}")
+            fn = PartlyValid(fn, is_inside)
+        return fn
 
 
 class PartlyValid(TorchDistribution):
@@ -187,6 +213,15 @@ def _is_valid(fn: Any) -> Tensor | None:
             is_valid = is_valid.all(-1)
         result = is_valid if result is None else result & is_valid
     return None if result is None else result.expand(fn.batch_shape)
+
+
+def _is_inside(fn: Any, value: Tensor) -> Tensor | None:
+    """Return which values are in the support, None where that is not known or depends on parameters."""
+    try:
+        support = fn.support
+        return None if is_dependent(support) else support.check(value)
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _given_parameters(fn: Any) -> Iterator[tuple[str, Any, Tensor]]:
