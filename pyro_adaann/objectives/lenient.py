@@ -13,6 +13,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import constraints
 from torch.distributions.constraints import is_dependent
 from torch.distributions.utils import lazy_property
 from torch.overrides import TorchFunctionMode
@@ -156,15 +157,16 @@ class Violations(Messenger):
             msg["fn"] = self._checked(name, fn, None if msg["is_observed"] else msg["value"])
 
     def _checked(self, name: str, fn: Any, value: Tensor | None) -> Any:
-        is_valid = _is_valid(fn)
-        if is_valid is not None and not bool(is_valid.all()):
-            self.violated.setdefault(name, _violation(fn))
-            fn = PartlyValid(fn, is_valid)
-        is_inside = None if value is None else _is_inside(fn, value)
-        if is_inside is not None and not bool(is_inside.all()):
-            self.violated.setdefault(name, f"a value is not {fn.support}")
-            fn = PartlyValid(fn, is_inside)
-        return fn
+        found = (_is_valid(fn), None if value is None else _is_inside(fn, value))
+        known = [is_valid for is_valid in found if is_valid is not None]
+        if not known:
+            return fn
+        is_valid = known[0] if len(known) == 1 else known[0] & known[1]
+        if bool(is_valid.all()):  # a card is asked once a site
+            return fn
+        if name not in self.violated:
+            self.violated[name] = _violation(fn, value)
+        return PartlyValid(fn, is_valid)
 
 
 class PartlyValid(TorchDistribution):
@@ -216,21 +218,26 @@ def _is_valid(fn: Any) -> Tensor | None:
 
 
 def _is_inside(fn: Any, value: Tensor) -> Tensor | None:
-    """Return which values are in the support, None where that is not known or depends on parameters."""
+    """Return which values are in the support; None where all are, or that depends on parameters."""
     try:
-        support = fn.support
-        return None if is_dependent(support) else support.check(value)
+        support = inner = fn.support
     except (AttributeError, NotImplementedError):
         return None
+    while isinstance(inner, constraints.independent):
+        inner = inner.base_constraint
+    if is_dependent(support) or inner is constraints.real:
+        return None
+    is_inside: Tensor = support.check(value)
+    return is_inside
 
 
 def _given_parameters(fn: Any) -> Iterator[tuple[str, Any, Tensor]]:
     """Yield name, constraint and value of the parameters that torch's own validation looks at."""
     try:
-        constraints = fn.arg_constraints
+        given = fn.arg_constraints
     except (AttributeError, NotImplementedError):  # torch's base class raises
         return
-    for name, constraint in constraints.items() if isinstance(constraints, dict) else ():
+    for name, constraint in given.items() if isinstance(given, dict) else ():
         is_derived = name not in vars(fn) and isinstance(getattr(type(fn), name, None), lazy_property)
         if is_dependent(constraint) or is_derived:
             continue
@@ -239,8 +246,11 @@ def _given_parameters(fn: Any) -> Iterator[tuple[str, Any, Tensor]]:
             yield name, constraint, value
 
 
-def _violation(fn: Any) -> str:
-    """Return which parameter violates which constraint, as a clause."""
+def _violation(fn: Any, value: Tensor | None) -> str:
+    """Return which parameter violates which constraint, or that the value is outside of its support."""
+    is_inside = None if value is None else _is_inside(fn, value)
+    if is_inside is not None and not bool(is_inside.all()):
+        return f"a value is not {fn.support}"
     while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
         fn = fn.base_dist
     bad = [f"{name} is not {c}" for name, c, value in _given_parameters(fn) if not bool(c.check(value).all())]
