@@ -1,8 +1,8 @@
 r"""Where a guide of many latents starts: at the moments of annealed particles.
 
-A natural step learns a correlation of many coordinates from a few hundred draws in many steps, one of the
-prior's base to the posterior in hundreds. Particles of :class:`~pyro_adaann.AnnealedSMC` find mean and
-covariance of the posterior in seconds. The guide then starts at
+A few hundred draws of a natural step teach a guide little of the correlations of many coordinates: from the
+prior to a narrow posterior it takes hundreds of steps. Particles of :class:`~pyro_adaann.AnnealedSMC` find
+mean and covariance of the posterior in seconds. The guide then starts at
 
 .. math:: N(m, w^2 S), \qquad m = \sum_i W_i z_i, \quad S = \sum_i W_i (z_i - m)(z_i - m)^\top
 

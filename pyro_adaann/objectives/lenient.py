@@ -221,7 +221,7 @@ def _is_inside(fn: Any, value: Tensor) -> Tensor | None:
     """Return which values are in the support; None where all are, or that depends on parameters."""
     try:
         support = inner = fn.support
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # a distribution of a user's that has none
         return None
     while isinstance(inner, constraints.independent):
         inner = inner.base_constraint
