@@ -87,7 +87,7 @@ def test_a_matrix_that_is_no_factor_is_refused(factor):
 
 
 def test_a_pilot_has_the_moments_of_the_posterior():
-    """Some 600 effective particles: means are off by .04 sds, widths by 3 %; the bounds are six times that."""
+    """Some 600 effective particles: means are off by .04 sds, widths by 3 %; bounds are six times that."""
     target = wide(20, 10)
     start = pilot_base(target.model, target.args, {}, 20, 0, WATCH)
     assert start is not None
