@@ -23,14 +23,16 @@ from pyro_adaann import (
     NaturalStep,
     fit,
     natural_svi,
+    one_by_one,
 )
 from pyro_adaann.fitting.clock import Clock
 from pyro_adaann.fitting.pilot import pilot_base
+from pyro_adaann.fitting.progress import FitProgress
 
 LOC = torch.tensor([3.0, -1.0, 0.5])
 FACTOR = torch.tensor([[2.0, 0.0, 0.0], [1.9, 0.1, 0.0], [-1.0, 0.5, 1.0]])
 START = dist.MultivariateNormal(LOC, scale_tril=FACTOR)
-WATCH: Any = (None, Clock(None), SimpleNamespace(requested=False))
+WATCH: Any = (FitProgress(False), Clock(None), SimpleNamespace(requested=False))
 
 
 def model() -> None:
@@ -103,16 +105,24 @@ def test_there_is_no_pilot_where_the_prior_will_do_or_particles_will_not():
     target = wide(20, 10)
     assert pilot_base(target.model, target.args, {}, 3, 0, WATCH) is None
     assert pilot_base(target.model, target.args, {}, 1000, 0, WATCH) is None
-    stopped: Any = (None, Clock(None), SimpleNamespace(requested=True))
+    stopped: Any = (FitProgress(False), Clock(None), SimpleNamespace(requested=True))
     assert pilot_base(target.model, target.args, {}, 20, 0, stopped) is None
-    late: Any = (None, Clock(1e-9), SimpleNamespace(requested=False))
+    late: Any = (FitProgress(False), Clock(1e-9), SimpleNamespace(requested=False))
     assert pilot_base(target.model, target.args, {}, 20, 0, late) is None
+    assert pilot_base(one_by_one(target.model), target.args, {}, 20, 0, WATCH) is None
 
     def broken() -> None:
         z = pyro.sample("z", dist.Normal(torch.zeros(20), 1.0).to_event(1))
         pyro.factor("f", z.sum(-1) * float("nan"))
 
     assert pilot_base(broken, (), {}, 20, 0, WATCH) is None
+
+
+def test_a_pilot_takes_a_quarter_of_the_time_that_is_left():
+    assert Clock(None).part(0.25, 120.0).has(119.0)
+    assert not Clock(None).part(0.25, 120.0).has(120.0)
+    assert Clock(100.0).part(0.25, 120.0).has(24.0)
+    assert not Clock(100.0).part(0.25, 120.0).has(25.0)
 
 
 @pytest.mark.slow

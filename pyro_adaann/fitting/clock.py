@@ -27,3 +27,7 @@ class Clock:
     def has(self, seconds: float) -> bool:
         """Whether there are more than so many seconds left."""
         return self._budget is None or self.passed + seconds < self._budget
+
+    def part(self, share: float, most: float) -> Clock:
+        """Return a clock for a share of what is left, and so many seconds at most."""
+        return Clock(most if self._budget is None else min(most, share * (self._budget - self.passed)))

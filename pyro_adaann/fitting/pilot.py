@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_adaann.fitting.clock import Clock
 from pyro_adaann.fitting.progress import FitProgress
+from pyro_adaann.objectives.one_by_one import is_one_by_one
 from pyro_adaann.processes.group import process_count
 from pyro_adaann.sampling.smc import AnnealedSMC
 from pyro_adaann.state.interrupt import InterruptGuard
@@ -33,8 +34,8 @@ _NUM_PARTICLES, _PARTICLES_PER_LATENT = 1024, 32
 _WIDTH = 1.5
 #: Moves at every inverse temperature: particles that have not forgotten all know mean and width well enough.
 _MAX_MOVES = 6
-#: Seconds after which the pilot is given up.
-_MAX_SECONDS = 120.0
+#: Seconds after which the pilot is given up, and share of what is left of a budget.
+_MAX_SECONDS, _MAX_SHARE = 120.0, 0.25
 #: Of every variance, added to it: no factor is singular.
 _JITTER = 1e-4
 
@@ -50,23 +51,25 @@ def pilot_base(
     """Return location m and factor L of the normal distribution at which a guide is to start.
 
     None where the prior will do or particles will not: for few latents or very many, with several processes,
-    if the particles lag behind, do not arrive in two minutes, or lose their weights.
+    for models that run for one draw after the other, if the particles lag behind, do not arrive in two
+    minutes or a quarter of the budget, or lose their weights.
 
     :param num_latents: unconstrained numbers of the model.
     :param seed: of the particles.
     :param watch: progress, clock and Ctrl-C.
     """
-    if not _LEAST_LATENTS <= num_latents <= _MOST_LATENTS or process_count() > 1:
+    is_fit = _LEAST_LATENTS <= num_latents <= _MOST_LATENTS
+    if not is_fit or process_count() > 1 or is_one_by_one(model):
         return None
-    clock, interrupt = watch[1], watch[2]
+    progress, clock, interrupt = watch
     num = max(_NUM_PARTICLES, 16 * round(_PARTICLES_PER_LATENT * num_latents / 16))
-    own = Clock(_MAX_SECONDS)
+    own = clock.part(_MAX_SHARE, _MAX_SECONDS)
     try:
         smc = AnnealedSMC(model, num_particles=num, max_moves=_MAX_MOVES, seed=seed)
         sampler = smc._make_sampler(args, kwargs)
         while not sampler.is_done:
-            sampler.step()
-            if interrupt.requested or not (own.has(0.0) and clock.has(0.0)):
+            progress.particles(sampler.step())
+            if interrupt.requested or not own.has(0.0):
                 return None
     except (ValueError, RuntimeError):  # no density, gradient or memory for so many particles
         return None

@@ -15,7 +15,7 @@ from pyro.poutine.runtime import get_plates
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["one_by_one"]
+__all__ = ["is_one_by_one", "one_by_one"]
 
 
 def one_by_one(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,6 +43,11 @@ def one_by_one(model: Callable[..., Any]) -> Callable[..., Any]:
         True
     """
     return _OneByOne(model)
+
+
+def is_one_by_one(model: Callable[..., Any]) -> bool:
+    """Whether a model is one of :func:`one_by_one`."""
+    return isinstance(model, _OneByOne)
 
 
 class _OneByOne:

@@ -26,13 +26,13 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_adaann.checks import check_count
 from pyro_adaann.objectives.observed import DrawObserved
 from pyro_adaann.objectives.traces import sites_of
 from pyro_adaann.sampling.verdict import Verdict, judge_ranks
 from pyro_adaann.state.checkpoint import read_checkpoint, write_checkpoint
+from pyro_adaann.state.counter import Counter
 
 __all__ = ["Calibration", "simulation_based_calibration"]
 
@@ -149,11 +149,12 @@ def simulation_based_calibration(
             )
         found = state["ranks"][:num_datasets]
     jobs = [(model, fit, args, kwargs, seed, index) for index in range(len(found), num_datasets)]
-    bar = tqdm(_results(jobs, num_processes), total=len(jobs), disable=not progress_bar, unit="data set")
-    for ranks in bar:
-        found.append(ranks)
-        if checkpoint is not None:
-            write_checkpoint(checkpoint, {"kind": "calibration", "seed": seed, "ranks": found})
+    with Counter("data set", progress_bar, total=num_datasets, initial=len(found)) as progress:
+        for ranks in _results(jobs, num_processes):
+            found.append(ranks)
+            if checkpoint is not None:
+                write_checkpoint(checkpoint, {"kind": "calibration", "seed": seed, "ranks": found})
+            progress.update()
     return Calibration({name: torch.stack([ranks[name] for ranks in found]) for name in found[0]})
 
 

@@ -10,7 +10,6 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from pyro.ops import stats
 from torch import Tensor
 from torch.distributions import biject_to
-from tqdm.auto import tqdm
 
 from pyro_adaann.checks import check_count
 from pyro_adaann.diagnostics.model_and_guide import Fit
@@ -19,6 +18,7 @@ from pyro_adaann.sampling.chains import GuidedChains, Transition
 from pyro_adaann.sampling.convergence import rank_normalized_r_hat
 from pyro_adaann.sampling.moves import Move, get_kernel
 from pyro_adaann.sampling.target import Points
+from pyro_adaann.state.counter import Counter
 from pyro_adaann.state.interrupt import InterruptGuard
 
 __all__ = ["GuideKernel", "PolishedChains", "polish"]
@@ -167,12 +167,12 @@ def polish(
     points = chains.tune(chains.start(num_walkers), num_warmup)
     points = points[torch.arange(num_chains, device=points.x.device)]
     transitions: list[Transition] = []
-    bar = tqdm(total=num_samples, disable=not progress_bar, unit="draw", dynamic_ncols=True)
-    with InterruptGuard() as interrupt, bar:
+    progress = Counter("draw", progress_bar, total=num_samples)
+    with InterruptGuard() as interrupt, progress:
         while len(transitions) < num_samples and not (interrupt.requested and transitions):
             transitions.append(chains.step(points))
             points = transitions[-1].points
-            bar.update()
+            progress.update()
     flat = torch.stack([each.points.x for each in transitions], dim=1).reshape(-1, chains.model.dim)
     samples = chains.model.constrain(chains.target.to_model(flat))
     return PolishedChains(

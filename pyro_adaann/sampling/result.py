@@ -73,6 +73,13 @@ class SMCStage:
         """Number of moves of every particle."""
         return len(self.step_sizes)
 
+    def describe(self) -> str:
+        """Return where the particles stand, in a few words."""
+        return (
+            f"inverse temperature {self.inverse_temperature:.3g}, log evidence {self.log_evidence:.4g}, "
+            f"ess {self.ess:.0f}, {self.num_moves} moves, {self.acceptance:.0%} accepted"
+        )
+
 
 @dataclass(frozen=True)
 class SMCResult:

@@ -21,7 +21,6 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from pyro_adaann.annealing.paths import Path, get_path
 from pyro_adaann.annealing.schedules import AdaAnnSchedule, AnnealingSchedule
@@ -34,6 +33,7 @@ from pyro_adaann.sampling.resume import restore, state_of
 from pyro_adaann.sampling.sampler import Sampler, Settings
 from pyro_adaann.sampling.target import TemperedTarget
 from pyro_adaann.state.checkpoint import CheckpointKeeper, read_checkpoint
+from pyro_adaann.state.counter import Counter
 from pyro_adaann.state.interrupt import InterruptGuard
 
 __all__ = ["AnnealedSMC"]
@@ -171,13 +171,12 @@ class AnnealedSMC:
         keeper = None
         if checkpoint is not None:
             keeper = CheckpointKeeper(checkpoint, checkpoint_every, lambda: state_of(sampler))
-        bar = tqdm(disable=not progress_bar, unit="stage", initial=len(sampler.stages), dynamic_ncols=True)
-        with InterruptGuard() as interrupt, bar:
+        progress = Counter("stage", progress_bar, initial=len(sampler.stages))
+        with InterruptGuard() as interrupt, progress:
             try:
                 while not (sampler.is_done or (interrupt.requested and sampler.stages)):
                     stage = sampler.step()
-                    bar.update()
-                    bar.set_postfix_str(_describe(stage), refresh=False)
+                    progress.update(stage.describe())
                     if keeper is not None:
                         keeper.step(len(sampler.stages))
             finally:
@@ -228,10 +227,3 @@ def _check_start(path: Path, guide: Any, base: Any) -> None:
             f"distribution that covers the posterior in unconstrained coordinates, such as "
             f"base=dist.Normal(0.0, 3.0), or a guide."
         )
-
-
-def _describe(stage: SMCStage) -> str:
-    return (
-        f"inverse temperature {stage.inverse_temperature:.3g}, log evidence {stage.log_evidence:.4g}, "
-        f"ess {stage.ess:.0f}, {stage.num_moves} moves, {stage.acceptance:.0%} accepted"
-    )
