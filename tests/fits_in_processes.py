@@ -107,6 +107,12 @@ def often_broken() -> None:
     pyro.sample("y", dist.Normal(torch.where(z > 1.5, torch.nan, z), 1.0), obs=double(1.0))
 
 
+def often_rounded() -> None:
+    """Torch refuses the rate of some draws: e to the power of -800 is 0."""
+    rate = pyro.sample("rate", dist.LogNormal(double(0.0), 1.0))
+    pyro.sample("y", dist.Exponential(rate), obs=double(1.0))
+
+
 def anneal(
     model: Callable[[], None], guide: Any, *step: Any, **kwargs: Any
 ) -> tuple[AdaAnnSVI, dict[str, Any]]:
@@ -200,6 +206,15 @@ def broken_natural() -> dict[str, Any]:
     return anneal(often_broken, AutoPlanar(often_broken, 4), NaturalStep(NUM_PARTICLES))[1]
 
 
+def rounded() -> dict[str, Any]:
+    return anneal(often_rounded, AutoPlanar(often_rounded, 4, base_scale=500.0), adam(), elbo())[1]
+
+
+def rounded_natural() -> dict[str, Any]:
+    guide = AutoPlanar(often_rounded, 4, base_scale=500.0)
+    return anneal(often_rounded, guide, NaturalStep(NUM_PARTICLES))[1]
+
+
 def particles() -> dict[str, Any]:
     stages = AnnealedSMC(regression, num_particles=32).run(progress_bar=False).stages
     # Later ones differ by more than rounding: trajectories of Hamiltonian Monte Carlo are chaotic.
@@ -221,6 +236,8 @@ FITS: dict[str, Callable[[], dict[str, Any]]] = {
         enumerated_natural,
         broken,
         broken_natural,
+        rounded,
+        rounded_natural,
         particles,
     )
 }

@@ -151,10 +151,11 @@ class Violations(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
+        value = None if msg["is_observed"] else msg["value"]
         if isinstance(fn, SplitDistribution):  # of which this process knows its own rows
-            fn.base_dist = self._checked(name, fn.base_dist, None)
+            fn.base_dist = self._checked(name, fn.base_dist, None if value is None else fn.own(value))
         else:
-            msg["fn"] = self._checked(name, fn, None if msg["is_observed"] else msg["value"])
+            msg["fn"] = self._checked(name, fn, value)
 
     def _checked(self, name: str, fn: Any, value: Tensor | None) -> Any:
         found = (_is_valid(fn), None if value is None else _is_inside(fn, value))

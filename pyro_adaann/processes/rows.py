@@ -38,6 +38,11 @@ class Rows:
         """Return these rows of the values of all rows, whose dimension is ``dim``."""
         return values.narrow(dim, self.start, self.stop - self.start)
 
+    def own(self, value: Tensor, dim: int) -> Tensor:
+        """Return these rows of a value, or the value where its dimension ``dim`` does not have all rows."""
+        has_rows = value.dim() >= -dim and value.shape[dim] == self.total
+        return self.of(value, dim) if has_rows else value
+
     def among_all(self, values: Tensor, dim: int) -> Tensor:
         """Return values of these rows with zeros for the others."""
         shape = list(values.shape)
@@ -60,14 +65,16 @@ def find_rows() -> Rows | None:
 class SplitDistribution(TorchDistribution):
     """A distribution of these rows that stands for that of all rows, at one value.
 
+    :param name: of its site.
     :param fn: the distribution of the rows of this process.
     :param rows: these.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, fn: Any, rows: Rows) -> None:
+    def __init__(self, name: str, fn: Any, rows: Rows) -> None:
         self.base_dist = fn
+        self._name, self._rows = name, rows
         #: What it is evaluated at in this process.
         self.own_value: Any = None
         #: Log density of the rows of this process, then of all.
@@ -93,6 +100,20 @@ class SplitDistribution(TorchDistribution):
         if torch.Size(batch_shape) != self.batch_shape:
             raise ValueError(f"Expected batch shape {tuple(self.batch_shape)}; got {tuple(batch_shape)}.")
         return self
+
+    def own(self, value: Tensor) -> Tensor:
+        """Return the rows of a value that are those of this process."""
+        return self._rows.own(value, self._rows.dim - len(self.event_shape))
+
+    def score(self) -> None:
+        """Compute the log density of the rows of this process.
+
+        :raises ValueError: as Pyro does, with the name of the site.
+        """
+        try:
+            self.own_log_prob = self.base_dist.log_prob(self.own_value)
+        except ValueError as error:
+            raise ValueError(f"Error while computing log_prob at site {self._name!r}:\n{error}") from error
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self.full_log_prob

@@ -98,7 +98,7 @@ class _Share(Messenger):
         fn = fn.expand(torch.Size(shape))
         if has_own_mask:
             fn, msg["mask"] = fn.mask(mask), None
-        msg["fn"] = SplitDistribution(fn, rows)
+        msg["fn"] = SplitDistribution(msg["name"], fn, rows)
         self.sites.append(msg["fn"])
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -114,12 +114,11 @@ class _Share(Messenger):
 
     def _own(self, value: Tensor, dim: int) -> Tensor:
         """Return the rows of a value, off its graph."""
-        has_rows = value.dim() >= -dim and value.shape[dim] == self.rows.total
-        own = self.rows.of(value, dim) if has_rows else value
+        own = self.rows.own(value, dim)
         if not (torch.is_grad_enabled() and value.requires_grad):
             return own.detach()
         own = own.detach().requires_grad_()
-        self.inputs.append((value, own, dim if has_rows else None))
+        self.inputs.append((value, own, None if own.shape == value.shape else dim))
         return own
 
     def _pyro_post_param(self, msg: Any) -> None:
@@ -136,7 +135,7 @@ class _Share(Messenger):
                 f"Make them before, as an argument of the model, or use one process."
             )
         for site in self.sites:
-            site.own_log_prob = site.base_dist.log_prob(site.own_value)
+            site.score()
 
     def join(self, failure: Exception | None) -> None:
         """Put the log densities of all rows together, or raise the error of any process."""
