@@ -442,7 +442,7 @@ def made(
     reach = Reach(share, 0.1 * share, ("z",) if share else (), 1.6, log_evidence, 0.001, reach_ess, 0.3)
     diagnosis = Diagnosis(10_000, 0, k_hat, ess, log_evidence, 0.001, log_evidence - 0.01, 0.001, reach=reach)
     widths = {} if width is None else {"z": width}
-    return Attempt(Plan(0, widths, 500), StubSVI(num_steps), diagnosis, moments_with(sd), End.DONE, 1.0)
+    return Attempt(Plan(0, widths, 500), StubSVI(num_steps), None, diagnosis, moments_with(sd), End.DONE, 1.0)
 
 
 def test_a_good_fit_is_the_last_one_unless_more_are_asked_for():
@@ -500,6 +500,18 @@ def test_fits_go_on_until_two_have_the_same_spread():
     assert next_plan([first, wider], 0, None) == Plan(2, {}, 500)
     assert next_plan([first, wider, first], 0, None) == Plan(3, {}, 500)  # two lack the same
     assert next_plan([first, wider, wider], 0, None) is None
+    # A fit whose tail is a little too heavy is a witness of a usable one, of the same evidence and spread.
+    heavy = made(k_hat=0.9, ess=3000.0)
+    assert next_plan([first, heavy], 0, None) is None
+    assert next_plan([heavy, heavy], 0, None) == Plan(2, {}, 1000)
+    for other in (
+        made(k_hat=0.9, ess=3000.0, sd=1.25),
+        made(k_hat=0.9, ess=3000.0, sd=0.8),
+        made(0.1, k_hat=0.9, ess=3000.0),
+        made(k_hat=1.1, ess=3000.0),
+        made(k_hat=0.9, ess=900.0),
+    ):
+        assert next_plan([first, other], 0, None) is not None
     # A spread is believed where the weights are.
     assert is_settled([first, first, made(k_hat=0.9, ess=3000.0, sd=1.25)])
     # And a base is widened again where the last widening has brought a tail.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_adaann.diagnostics.diagnose import assess
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
-from pyro_adaann.diagnostics.importance import weigh_draws
+from pyro_adaann.diagnostics.importance import WeightedDraws, weigh_draws
 from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.fitting.clock import Clock
 from pyro_adaann.fitting.moments import Moments, measure_moments
@@ -63,14 +63,16 @@ class Attempt:
 
     :param plan: how it was made.
     :param svi: its driver.
-    :param diagnosis: what its draws say.
-    :param moments: of the weighted draws.
+    :param draws: weighted draws of the guide.
+    :param diagnosis: what they say.
+    :param moments: of them.
     :param end: why it ended.
     :param seconds: how long it took, diagnosis included.
     """
 
     plan: Plan
     svi: AdaAnnSVI
+    draws: WeightedDraws
     diagnosis: Diagnosis
     moments: Moments
     end: End
@@ -120,7 +122,7 @@ def attempt(
         log_weights = finite_or_no_weight(weighted.log_p - weighted.log_q)
         diagnosis = assess(svi, draws, log_weights, args, kwargs, BATCH_SIZE, vectorize=True)
         moments = measure_moments(weighted.samples, weighted.log_weights)
-    return Attempt(plan, svi, diagnosis, moments, end, time.monotonic() - began)
+    return Attempt(plan, svi, weighted, diagnosis, moments, end, time.monotonic() - began)
 
 
 def make_guide(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from itertools import permutations
 
 from torch import Tensor
 
@@ -22,6 +23,8 @@ __all__ = ["choose", "finds_more", "is_settled", "judge", "summary_findings", "t
 _MIN_PART = 0.1
 #: Standard errors by which evidences differ, beyond a share of the posterior that does not matter.
 _NUM_ERRORS, _NEGLIGIBLE_SHARE = 3.0, 0.02
+#: Shape of the tail up to which a fit is a witness of others, where this share of its draws counts.
+_MAX_SHAPE, _MIN_ESS_SHARE = 1.0, 0.1
 #: Numbers that are named in a sentence.
 _MAX_NAMES = 4
 
@@ -48,13 +51,31 @@ def finds_more(attempt: Attempt, other: Attempt) -> bool:
 
 
 def is_settled(attempts: Sequence[Attempt]) -> bool:
-    """Whether two fits with usable draws agree on evidence and moments, and no fit finds more."""
+    """Whether a usable fit and another, usable or nearly so, agree, and no fit finds more."""
     complete = [a for a in attempts if not any(finds_more(other, a) for other in attempts if other is not a)]
-    return sum(map(_is_usable, complete)) >= 2
+    pairs = permutations(complete, 2)
+    return any(_is_usable(a) and _is_witness(other) and _agree(a, other) for a, other in pairs)
+
+
+def _agree(attempt: Attempt, other: Attempt) -> bool:
+    """Whether neither of two complete fits has a mean or sd that the other lacks."""
+    return not (attempt.moments.lacks(other.moments) or other.moments.lacks(attempt.moments))
 
 
 def _is_usable(attempt: Attempt) -> bool:
     return attempt.diagnosis.level <= Level.USABLE_WITH_WEIGHTS
+
+
+def _is_witness(attempt: Attempt) -> bool:
+    """Whether a fit is usable, or would be so with a tail that is a little lighter.
+
+    Such a one need not be exact to show a part of the posterior that the others have lost.
+    """
+    found = attempt.diagnosis
+    if found.k_hat > _MAX_SHAPE or found.ess < _MIN_ESS_SHARE * found.num_samples:
+        return _is_usable(attempt)
+    lighter = dataclasses.replace(found, k_hat=min(found.k_hat, found.k_threshold))
+    return lighter.level <= Level.USABLE_WITH_WEIGHTS
 
 
 def judge(

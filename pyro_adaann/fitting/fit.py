@@ -15,7 +15,7 @@ from pyro_adaann.fitting.attempts import BATCH_SIZE, Attempt, End, Plan, attempt
 from pyro_adaann.fitting.clock import Clock
 from pyro_adaann.fitting.combine import choose, finds_more, is_settled, judge, summary_findings, tail_findings
 from pyro_adaann.fitting.compare import Agreement, compare_fits
-from pyro_adaann.fitting.mixture import weigh_guides
+from pyro_adaann.fitting.mixture import alone, weigh_guides
 from pyro_adaann.fitting.models import check_model, for_many_draws
 from pyro_adaann.fitting.moments import measure_moments
 from pyro_adaann.fitting.progress import FitProgress
@@ -57,10 +57,10 @@ def fit(
     sixteen latents on, mean and 1.5 times the width of particles of :class:`AnnealedSMC`; it is annealed by
     natural steps (:func:`~pyro_adaann.natural_svi`) and diagnosed (:func:`~pyro_adaann.diagnose`). Where
     posterior is or may be out of reach of its base, the base is widened, up to three times. Where the first
-    fit is not GOOD, more are made from other seeds until two usable ones agree on the evidence and on every
-    mean and sd, six fits at most, and none after 600 steps in all where the last one is not usable. The draws
-    are those of all fits that count, weighted against the mixture of their guides. What remains is said in
-    the verdict.
+    fit is not GOOD, more are made from other seeds until a usable one and another, usable or nearly so, agree
+    on the evidence and on every mean and sd, six fits at most, and none after 600 steps in all where the last
+    one is not usable. The draws are those of all fits that count, weighted against the mixture of their
+    guides. What remains is said in the verdict.
 
     :param model: a Pyro model. One that does not run for many draws at once, under an outermost plate, is run
         for one after the other (:func:`one_by_one`), with a warning, since it takes many times as long.
@@ -212,7 +212,10 @@ def _result(
 ) -> FitResult:
     chosen = choose(attempts)
     guides = [attempt.svi.guide for attempt in chosen]
-    mixture = weigh_guides(model, guides, args, kwargs, _NUM_SAMPLES, BATCH_SIZE)
+    if len(chosen) == 1:
+        mixture = alone(chosen[0].draws)
+    else:
+        mixture = weigh_guides(model, guides, args, kwargs, _NUM_SAMPLES, BATCH_SIZE)
     moments = measure_moments(mixture.draws.samples, mixture.draws.log_weights)
     diagnosis, remarks = judge(chosen, mixture.log_weights, moments)
     agreements = dict(zip(map(id, chosen), compare_fits(mixture.draws, mixture.own_log_weights), strict=True))

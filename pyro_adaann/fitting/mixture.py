@@ -19,7 +19,7 @@ from pyro_adaann.diagnostics.guide_draws import GuideDraws
 from pyro_adaann.diagnostics.importance import WeightedDraws
 from pyro_adaann.weights import finite_or_no_weight, pareto_smooth
 
-__all__ = ["Apart", "Mixture", "weigh_guides"]
+__all__ = ["Apart", "Mixture", "alone", "weigh_guides"]
 
 
 class Mixture(NamedTuple):
@@ -33,6 +33,12 @@ class Mixture(NamedTuple):
     draws: WeightedDraws
     log_weights: Tensor
     own_log_weights: Tensor
+
+
+def alone(draws: WeightedDraws) -> Mixture:
+    """Return the mixture of one guide, of draws that have been weighted already."""
+    log_weights = finite_or_no_weight(draws.log_p - draws.log_q)
+    return Mixture(draws, log_weights, log_weights.unsqueeze(0))
 
 
 class Apart:
