@@ -32,10 +32,12 @@ from pyro_adaann import (
     diagnose,
     fit,
     natural_svi,
+    one_by_one,
 )
+from pyro_adaann.diagnostics.model_and_guide import plate_nesting
 from pyro_adaann.diagnostics.reach import Reach
 from pyro_adaann.diagnostics.rules import Finding, Level
-from pyro_adaann.fitting.attempts import Attempt, End, Plan
+from pyro_adaann.fitting.attempts import Attempt, End, Plan, draws_of_step
 from pyro_adaann.fitting.combine import choose, is_settled, judge, tail_findings
 from pyro_adaann.fitting.compare import compare_fits
 from pyro_adaann.fitting.fit import next_plan
@@ -461,8 +463,22 @@ def test_a_base_is_widened_where_posterior_is_or_may_be_out_of_reach():
     assert next_plan(widest, 0, None).widths == {"z": 8.0}
 
 
+def test_fewer_draws_make_a_step_where_one_takes_long():
+    def rows(num_rows: int) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        x = dist.Normal(z.sum(-1), 1.0).expand([num_rows]).to_event(1)
+        pyro.sample("x", x, obs=torch.zeros(num_rows))
+            "x", dist.Normal(z.sum(-1), 1.0).expand([num_rows]).to_event(1), obs=torch.zeros(num_rows)
+        )
+
+    few, many = (check_model(rows, (num,), {}) for num in (4000, 5000))
+    assert draws_of_step(rows, few, 3, 500) == 500
+    assert [draws_of_step(rows, many, num, 500) for num in (3, 10, 30)] == [200, 250, 500]
+    assert draws_of_step(one_by_one(rows), few, 3, 500) == 200
+
+
 def test_a_second_seed_follows_where_the_first_is_not_good():
-    assert next_plan([made(k_hat=0.9, ess=3000.0)], 0, None) == Plan(1, {}, 1000)
+    assert next_plan([made(k_hat=1.1, ess=3000.0)], 0, None) == Plan(1, {}, 1000)
     agreeing = [made(k_hat=0.6, ess=3000.0), made(k_hat=0.6, ess=3000.0)]
     assert next_plan(agreeing, 0, None) is None
     # A third one where the second finds more, until two agree, six in all.
@@ -471,7 +487,7 @@ def test_a_second_seed_follows_where_the_first_is_not_good():
     # None after 600 steps in all and a fit that is not usable, unless it is asked for.
     slow = [made(0.0, num_steps=301), made(k_hat=0.9, ess=3000.0, num_steps=300)]
     assert next_plan(slow, 0, None) is None
-    assert next_plan(slow, 0, 3) == Plan(2, {}, 1000)
+    assert next_plan(slow, 0, 3) == Plan(2, {}, 500)
     assert next_plan([made(-0.7, num_steps=301), made(0.0, num_steps=300)], 0, None) == Plan(2, {}, 500)
 
 
@@ -503,7 +519,7 @@ def test_fits_go_on_until_two_have_the_same_spread():
     # A fit whose tail is a little too heavy is a witness of a usable one, of the same evidence and spread.
     heavy = made(k_hat=0.9, ess=3000.0)
     assert next_plan([first, heavy], 0, None) is None
-    assert next_plan([heavy, heavy], 0, None) == Plan(2, {}, 1000)
+    assert next_plan([heavy, heavy], 0, None) == Plan(2, {}, 500)
     for other in (
         made(k_hat=0.9, ess=3000.0, sd=1.25),
         made(k_hat=0.9, ess=3000.0, sd=0.8),
@@ -702,7 +718,7 @@ def test_what_is_no_angle_does_not_repeat(fn):
 
     for seed in range(20):
         pyro.set_rng_seed(seed)
-        assert check_model(model, (), {}) == 0
+        assert plate_nesting(check_model(model, (), {})) == 0
 
 
 def test_a_table_shows_digits_that_differ_within_an_sd():

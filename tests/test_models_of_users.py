@@ -23,6 +23,7 @@ from pyro_adaann import (
     importance_draws,
     natural_svi,
 )
+from pyro_adaann.diagnostics.model_and_guide import plate_nesting
 from pyro_adaann.fitting.models import check_model
 from pyro_adaann.objectives.lenient import Leniency, Violations
 from pyro_adaann.processes.rows import Rows, SplitDistribution
@@ -137,19 +138,26 @@ def test_a_verdict_says_what_has_broken_draws(model, cause):
 @pytest.mark.parametrize("seed", range(8))
 def test_the_runs_that_find_the_sites_take_any_draw(seed):
     pyro.set_rng_seed(seed)  # one of three prior draws has no factorization
-    assert check_model(covariance, (), {}) == 0
+    assert plate_nesting(check_model(covariance, (), {})) == 0
     pyro.set_rng_seed(seed)
     assert UnconstrainedModel(covariance, (), {}).dim == 1
 
 
 def test_rows_of_one_process_are_watched_too():
     own = dist.Gamma(torch.tensor([2.0, -1.0]), 1.0, validate_args=False)
-    shared = SplitDistribution(own, Rows(total=4, start=0, stop=2, dim=-1))
+    shared = SplitDistribution("y", own, Rows(total=4, start=0, stop=2, dim=-1))
     watch = Violations()
-    watch._pyro_post_sample({"name": "y", "fn": shared})
+    watch._pyro_post_sample({"name": "y", "fn": shared, "is_observed": True, "value": torch.tensor(1.0)})
     density = shared.base_dist.log_prob(torch.tensor(1.0))
     assert torch.isfinite(density).tolist() == [True, False]
     assert watch.violated == {"y": "concentration is not GreaterThan(lower_bound=0.0) in the Gamma"}
+    # A latent value has the rows of all processes.
+    own = dist.Gamma(torch.tensor([2.0, 1.0]), 1.0)
+    shared = SplitDistribution("z", own, Rows(total=4, start=2, stop=4, dim=-1))
+    value = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    watch._pyro_post_sample({"name": "z", "fn": shared, "is_observed": False, "value": value})
+    assert torch.isfinite(shared.base_dist.log_prob(value[2:])).tolist() == [False, True]
+    assert "z" in watch.violated
 
 
 def test_a_model_that_takes_no_draw_says_at_which_site_and_why():

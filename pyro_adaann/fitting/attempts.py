@@ -10,6 +10,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_adaann.diagnostics.diagnose import assess
@@ -24,15 +25,19 @@ from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.continuous import continuous_part
 from pyro_adaann.guides.spline import AutoSpline
 from pyro_adaann.natural import natural_svi
+from pyro_adaann.objectives.one_by_one import is_one_by_one
+from pyro_adaann.objectives.rows import most_draws, numbers_per_draw
 from pyro_adaann.processes.group import anywhere
 from pyro_adaann.state.interrupt import InterruptGuard
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.weights import finite_or_no_weight
 
-__all__ = ["BATCH_SIZE", "Attempt", "End", "Plan", "attempt", "make_guide"]
+__all__ = ["BATCH_SIZE", "Attempt", "End", "Plan", "attempt", "draws_of_step", "make_guide"]
 
 #: How many draws are weighed at a time.
 BATCH_SIZE = 1000
+#: Draws of a step for each latent, and fewest, where the model takes long for a draw.
+_DRAWS_PER_LATENT, _FEWEST_DRAWS = 25, 200
 
 
 class End(Enum):
@@ -147,6 +152,20 @@ def make_guide(
     width = _by_coordinate(guide, widths).to(scale)
     scale = width * scale if start is None else width.unsqueeze(1) * scale
     return AutoSpline(continuous_part(model), base_loc=loc, base_scale=scale).initialize(*args, **kwargs)
+
+
+def draws_of_step(model: Callable[..., Any], trace: Trace, num_latents: int, usual: int) -> int:
+    """Return the draws of a natural step: fewer for few latents of a model that takes long for each draw.
+
+    :param trace: of one run of the model.
+    :param num_latents: unconstrained numbers.
+    :param usual: as many are so cheap that fewer save nothing.
+    """
+    device = trace.nodes[trace.stochastic_nodes[0]]["value"].device
+    most = most_draws(numbers_per_draw(trace), device)
+    if most >= usual and not is_one_by_one(model):
+        return usual
+    return min(max(_DRAWS_PER_LATENT * num_latents, _FEWEST_DRAWS), usual)
 
 
 def _by_coordinate(guide: AutoFlow, widths: dict[str, float]) -> Tensor:

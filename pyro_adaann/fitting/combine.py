@@ -16,7 +16,7 @@ from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.fitting.attempts import Attempt, End
 from pyro_adaann.fitting.moments import Moments
 
-__all__ = ["choose", "finds_more", "is_settled", "judge", "summary_findings", "tail_findings"]
+__all__ = ["choose", "finds_more", "is_settled", "is_witness", "judge", "summary_findings", "tail_findings"]
 
 #: A fit is left out of the mixture if it has less than this part of the best one's effective draws, and does
 #: not see more evidence.
@@ -54,7 +54,7 @@ def is_settled(attempts: Sequence[Attempt]) -> bool:
     """Whether a usable fit and another, usable or nearly so, agree, and no fit finds more."""
     complete = [a for a in attempts if not any(finds_more(other, a) for other in attempts if other is not a)]
     pairs = permutations(complete, 2)
-    return any(_is_usable(a) and _is_witness(other) and _agree(a, other) for a, other in pairs)
+    return any(_is_usable(a) and is_witness(other) and _agree(a, other) for a, other in pairs)
 
 
 def _agree(attempt: Attempt, other: Attempt) -> bool:
@@ -66,7 +66,7 @@ def _is_usable(attempt: Attempt) -> bool:
     return attempt.diagnosis.level <= Level.USABLE_WITH_WEIGHTS
 
 
-def _is_witness(attempt: Attempt) -> bool:
+def is_witness(attempt: Attempt) -> bool:
     """Whether a fit is usable, or would be so with a tail that is a little lighter.
 
     Such a one need not be exact to show a part of the posterior that the others have lost.

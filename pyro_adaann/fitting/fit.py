@@ -10,10 +10,19 @@ from typing import Any
 import pyro
 
 from pyro_adaann.checks import check_count
+from pyro_adaann.diagnostics.model_and_guide import plate_nesting
 from pyro_adaann.diagnostics.rules import Level
-from pyro_adaann.fitting.attempts import BATCH_SIZE, Attempt, End, Plan, attempt, make_guide
+from pyro_adaann.fitting.attempts import BATCH_SIZE, Attempt, End, Plan, attempt, draws_of_step, make_guide
 from pyro_adaann.fitting.clock import Clock
-from pyro_adaann.fitting.combine import choose, finds_more, is_settled, judge, summary_findings, tail_findings
+from pyro_adaann.fitting.combine import (
+    choose,
+    finds_more,
+    is_settled,
+    is_witness,
+    judge,
+    summary_findings,
+    tail_findings,
+)
 from pyro_adaann.fitting.compare import Agreement, compare_fits
 from pyro_adaann.fitting.mixture import alone, weigh_guides
 from pyro_adaann.fitting.models import check_model, for_many_draws
@@ -25,7 +34,7 @@ from pyro_adaann.state.random_states import get_random_states, set_random_states
 
 __all__ = ["fit", "next_plan"]
 
-#: Draws of a natural step, at first and where the first fit was not reliable.
+#: Draws of a natural step, at first and where a fit was far from reliable.
 _NUM_PARTICLES, _MORE_PARTICLES = 500, 1000
 #: How often a base is widened, and by what at least and at most.
 _MAX_WIDENINGS, _MIN_WIDENING, _MAX_WIDENING = 3, 1.5, 4.0
@@ -97,13 +106,16 @@ def fit(
         raise ValueError(f"Expected `budget` to be a positive number of seconds; got {budget!r}.")
     random = None if seed is None else get_random_states()
     try:
-        nesting = check_model(model, args, kwargs)
+        trace = check_model(model, args, kwargs)
         with FitProgress(progress_bar) as progress, InterruptGuard() as interrupt:
             clock = Clock(budget)
             progress.phase("model")
             with pyro.get_param_store().scope():
-                model = for_many_draws(model, make_guide(model, {}, args, kwargs), args, kwargs)
-            fitter = _Fitter(model, args, kwargs, nesting, (progress, clock, interrupt))
+                guide = make_guide(model, {}, args, kwargs)
+                model = for_many_draws(model, guide, args, kwargs)
+            num_particles = draws_of_step(model, trace, guide.latent_dim, _NUM_PARTICLES)
+            watch = progress, clock, interrupt
+            fitter = _Fitter(model, args, kwargs, plate_nesting(trace), num_particles, watch)
             attempts = fitter.run(seed, num_fits)
             progress.phase("draws")
             return _result(model, args, kwargs, attempts, clock)
@@ -119,6 +131,7 @@ class _Fitter:
     :param args: its arguments.
     :param kwargs: its keyword arguments.
     :param nesting: how many plates it nests.
+    :param num_particles: draws of a natural step of the first fit.
     :param watch: progress, clock and Ctrl-C.
     """
 
@@ -128,15 +141,16 @@ class _Fitter:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         nesting: int,
+        num_particles: int,
         watch: tuple[FitProgress, Clock, InterruptGuard],
     ) -> None:
         self._call = model, args, kwargs
-        self._nesting = nesting
+        self._nesting, self._num_particles = nesting, num_particles
         self._watch = watch
 
     def run(self, seed: int | None, num_fits: int | None) -> list[Attempt]:
         """Return all attempts, the first one first."""
-        attempts = [self._attempt(Plan(seed, {}, _NUM_PARTICLES), "fit 1")]
+        attempts = [self._attempt(Plan(seed, {}, self._num_particles), "fit 1")]
         while self._goes_on(attempts):
             plan = next_plan(attempts, seed, num_fits)
             if plan is None:
@@ -177,7 +191,8 @@ def next_plan(attempts: list[Attempt], seed: int | None, num_fits: int | None) -
         is_enough = is_good or is_settled(attempts) or len(attempts) >= _MAX_FITS or is_hopeless
     if is_enough:
         return None
-    return Plan(next_seed, last.plan.widths, _NUM_PARTICLES if is_usable else _MORE_PARTICLES)
+    num_particles = attempts[0].plan.num_particles if is_witness(last) else _MORE_PARTICLES
+    return Plan(next_seed, last.plan.widths, num_particles)
 
 
 def _work(attempts: list[Attempt]) -> float:

@@ -10,10 +10,11 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine import Trace
 
 from pyro_adaann.checks import check_callable
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
-from pyro_adaann.diagnostics.model_and_guide import latent_names, plate_nesting
+from pyro_adaann.diagnostics.model_and_guide import latent_names
 from pyro_adaann.objectives.lenient import run_leniently
 from pyro_adaann.objectives.one_by_one import one_by_one
 from pyro_adaann.objectives.traces import subsampled_plate
@@ -27,8 +28,8 @@ _NUM_DRAWS = 11
 _SAME = 1e-3
 
 
-def check_model(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Run a model once and return how many plates it nests.
+def check_model(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    """Return the trace of one run of a model that `fit` can take.
 
     :raises ValueError: if it cannot be called, subsamples a plate, has parameters to learn, discrete sites
         that it does not enumerate, no continuous latent site, or one whose density repeats.
@@ -78,7 +79,7 @@ def check_model(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
             f'a = pyro.sample("a", dist.Uniform(-math.pi, math.pi)); '
             f'pyro.factor("a_prior", dist.VonMises(loc, concentration).log_prob(a)).'
         )
-    return plate_nesting(trace)
+    return trace
 
 
 def for_many_draws(

@@ -24,7 +24,15 @@ from pyro_adaann.objectives.sites import PARTICLE_PLATE
 from pyro_adaann.objectives.traces import with_num_particles
 from pyro_adaann.processes.group import process_count
 
-__all__ = ["TooLarge", "join_rows", "most_draws", "refuse_large", "rows_of", "run_in_rows"]
+__all__ = [
+    "TooLarge",
+    "join_rows",
+    "most_draws",
+    "numbers_per_draw",
+    "refuse_large",
+    "rows_of",
+    "run_in_rows",
+]
 
 #: Numbers of a model's sites that are made at a time. Twice as many are slower on a CPU: they leave its
 #: caches. A graphics card takes as many as its memory holds.
@@ -50,6 +58,12 @@ def most_draws(numbers_per_draw: int, device: torch.device) -> int:
     """Return how many draws a model should be run on at a time."""
     most = _MAX_NUMBERS if device.type == "cpu" else _MAX_NUMBERS_ELSEWHERE
     return max(_MIN_DRAWS, most // max(numbers_per_draw, 1)) * process_count()
+
+
+def numbers_per_draw(trace: Trace) -> int:
+    """Return how many numbers the sites of a model have, by the trace of one run."""
+    fns = [site["fn"] for site in trace.nodes.values() if site["type"] == "sample"]
+    return sum(fn.shape().numel() for fn in fns if isinstance(fn, TorchDistributionMixin))
 
 
 def refuse_large(model: Callable[..., Any]) -> Callable[..., Any]:
