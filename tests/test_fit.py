@@ -468,8 +468,6 @@ def test_fewer_draws_make_a_step_where_one_takes_long():
         z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         x = dist.Normal(z.sum(-1), 1.0).expand([num_rows]).to_event(1)
         pyro.sample("x", x, obs=torch.zeros(num_rows))
-            "x", dist.Normal(z.sum(-1), 1.0).expand([num_rows]).to_event(1), obs=torch.zeros(num_rows)
-        )
 
     few, many = (check_model(rows, (num,), {}) for num in (4000, 5000))
     assert draws_of_step(rows, few, 3, 500) == 500

@@ -152,7 +152,7 @@ def test_rows_of_one_process_are_watched_too():
     assert torch.isfinite(density).tolist() == [True, False]
     assert watch.violated == {"y": "concentration is not GreaterThan(lower_bound=0.0) in the Gamma"}
     # A latent value has the rows of all processes.
-    own = dist.Gamma(torch.tensor([2.0, 1.0]), 1.0)
+    own = dist.LogNormal(torch.tensor([2.0, 1.0]), 1.0, validate_args=False)
     shared = SplitDistribution("z", own, Rows(total=4, start=2, stop=4, dim=-1))
     value = torch.tensor([0.0, 1.0, 0.0, 1.0])
     watch._pyro_post_sample({"name": "z", "fn": shared, "is_observed": False, "value": value})
