@@ -482,11 +482,11 @@ def test_a_second_seed_follows_where_the_first_is_not_good():
     # A third one where the second finds more, until two agree, six in all.
     assert next_plan([made(-0.7), made(0.0)], 0, None) == Plan(2, {}, 500)
     assert next_plan([made(-0.1 * i) for i in range(6)], 0, None) is None
-    # None after 600 steps in all and a fit that is not usable, unless it is asked for.
-    slow = [made(0.0, num_steps=301), made(k_hat=0.9, ess=3000.0, num_steps=300)]
+    # None after 500 steps in all and a fit that is not usable, unless it is asked for.
+    slow = [made(0.0, num_steps=251), made(k_hat=0.9, ess=3000.0, num_steps=250)]
     assert next_plan(slow, 0, None) is None
     assert next_plan(slow, 0, 3) == Plan(2, {}, 500)
-    assert next_plan([made(-0.7, num_steps=301), made(0.0, num_steps=300)], 0, None) == Plan(2, {}, 500)
+    assert next_plan([made(-0.7, num_steps=251), made(0.0, num_steps=250)], 0, None) == Plan(2, {}, 500)
 
 
 def test_fits_that_do_not_agree_are_an_alarm_until_two_hold_everything():

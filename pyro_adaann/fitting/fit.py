@@ -46,7 +46,7 @@ _MIN_ESS_SHARE = 0.01
 _MAX_FITS = 6
 #: After so many steps of `_NUM_PARTICLES` draws in all no fit follows one that is not usable: more of a guide
 #: that follows slowly would change little, and take minutes.
-_MAX_STEPS = 600
+_MAX_STEPS = 500
 #: Draws of every fit behind draws, verdict and evidence.
 _NUM_SAMPLES = 10_000
 
@@ -67,7 +67,7 @@ def fit(
     natural steps (:func:`~pyro_adaann.natural_svi`) and diagnosed (:func:`~pyro_adaann.diagnose`). Where
     posterior is or may be out of reach of its base, the base is widened, up to three times. Where the first
     fit is not GOOD, more are made from other seeds until a usable one and another, usable or nearly so, agree
-    on the evidence and on every mean and sd, six fits at most, and none after 600 steps in all where the last
+    on the evidence and on every mean and sd, six fits at most, and none after 500 steps in all where the last
     one is not usable. The draws are those of all fits that count, weighted against the mixture of their
     guides. What remains is said in the verdict.
 
