@@ -9,6 +9,7 @@ with::
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from typing import Any
 
@@ -19,9 +20,9 @@ from smc_problems import eight_schools, eight_schools_exactly, funnel
 from pyro_adaann import AutoSpline, natural_svi, polish
 
 
-def fitted(name: str) -> Any:
+def fitted(name: str, seed: int) -> Any:
     pyro.clear_param_store()
-    pyro.set_rng_seed(0)
+    pyro.set_rng_seed(seed)
     if name == "funnel":
         svi = natural_svi(funnel, AutoSpline(funnel, base_scale=3.0))
     else:
@@ -34,13 +35,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", nargs="+", default=["funnel", "eight schools"])
     parser.add_argument("--num-samples", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args(argv)
-    for name in args.targets:
+    for name, seed in itertools.product(args.targets, args.seeds):
         start = time.process_time()
-        svi = fitted(name)
+        svi = fitted(name, seed)
         fit_seconds = time.process_time() - start
-        chains = polish(svi, num_samples=args.num_samples, seed=args.seed, progress_bar=False)
+        chains = polish(svi, num_samples=args.num_samples, seed=seed, progress_bar=False)
         seconds = time.process_time() - start - fit_seconds
         data = chains.to_arviz()
         bulk, tail = (float(arviz.ess(data, method=kind).to_array().min()) for kind in ("bulk", "tail"))
@@ -50,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
             exact = eight_schools_exactly()[1]
             known = f"mean log tau {float(chains.samples['tau'].log().mean()):.3f}, exactly {exact:.3f}"
         print(
-            f"{name}: R-hat {chains.max_r_hat:.4f}, ESS {bulk:.0f} and in tails {tail:.0f}, {seconds:.0f} "
-            f"CPU seconds and {fit_seconds:.0f} of the fit, {chains.num_evaluations:,} evaluations, {known}",
+            f"{name}, seed {seed}: R-hat {chains.max_r_hat:.4f}, ESS {bulk:.0f} and in tails {tail:.0f}, "
+            f"{seconds:.0f} CPU seconds and {fit_seconds:.0f} of the fit, {chains.num_evaluations:,} evaluations, {known}",
             flush=True,
         )
 

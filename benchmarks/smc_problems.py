@@ -168,16 +168,26 @@ def reference(name: str) -> dict[str, Any]:
     return posteriors
 
 
+def lorenz_problem(variance: float) -> Problem:
+    exact = reference("lorenz")[f"{variance:g}"]
+    r = exact["names"].index("r")
+    return Problem(
+        lorenz.model,
+        exact["log_evidence"],
+        Check("mean r", lambda s: (s["r"] - exact["mean"][r]) / exact["sd"][r], 0.0, 0.05),
+        dist.Normal(10.0, 4.0),
+        (lorenz.simulate(variance, lorenz.DATA_SEED).float(), variance),
+    )
+
+
 def problems() -> dict[str, Problem]:
     schools = eight_schools_exactly()
     slopes = regression_exactly()
     hiv_modes = reference("hiv").values()
-    lorenz_mode = reference("lorenz")["0.2"]
     right = log_integral(lambda z: torch.where(z > 0, log_well(z), -torch.inf), -4, 4)
     well = log_integral(log_well, -4.0, 4.0)
     gaussian = 0.5 * math.log(2 * math.pi)
     wide = dist.Normal(torch.zeros(10), torch.tensor([3.0] + [10.0] * 9)).to_event(1)
-    r = lorenz_mode["names"].index("r")
     return {
         "regression": Problem(
             regression,
@@ -197,13 +207,8 @@ def problems() -> dict[str, Problem]:
             dist.Normal(0.0, 2.0),
             (hiv.simulate(hiv.DATA_SEED).float(),),
         ),
-        "Lorenz 0.2": Problem(
-            lorenz.model,
-            lorenz_mode["log_evidence"],
-            Check("mean r", lambda s: (s["r"] - lorenz_mode["mean"][r]) / lorenz_mode["sd"][r], 0.0, 0.05),
-            dist.Normal(10.0, 4.0),
-            (lorenz.simulate(0.2, lorenz.DATA_SEED).float(), 0.2),
-        ),
+        "Lorenz 0.2": lorenz_problem(0.2),
+        "Lorenz 0.001": lorenz_problem(0.001),
         "eight schools, centered": Problem(
             eight_schools,
             schools[0],
