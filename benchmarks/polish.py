@@ -50,9 +50,10 @@ def main(argv: list[str] | None = None) -> None:
         else:
             exact = eight_schools_exactly()[1]
             known = f"mean log tau {float(chains.samples['tau'].log().mean()):.3f}, exactly {exact:.3f}"
+        cost = f"{seconds:.0f} CPU seconds and {fit_seconds:.0f} of the fit"
         print(
             f"{name}, seed {seed}: R-hat {chains.max_r_hat:.4f}, ESS {bulk:.0f} and in tails {tail:.0f}, "
-            f"{seconds:.0f} CPU seconds and {fit_seconds:.0f} of the fit, {chains.num_evaluations:,} evaluations, {known}",
+            f"{cost}, {chains.num_evaluations:,} evaluations, {known}",
             flush=True,
         )
 
