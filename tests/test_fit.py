@@ -438,17 +438,29 @@ def moments_with(sd: float) -> Moments:
 
 
 def made(
-    log_evidence=0.0, *, ess=9000.0, k_hat=0.3, width=None, share=0.0, reach_ess=9000.0, num_steps=80, sd=1.0
+    log_evidence=0.0,
+    *,
+    ess=9000.0,
+    k_hat=0.3,
+    gap=0.01,
+    width=None,
+    share=0.0,
+    reach_ess=9000.0,
+    num_steps=80,
+    sd=1.0,
 ) -> Attempt:
     """An attempt whose diagnosis has these numbers."""
     reach = Reach(share, 0.1 * share, ("z",) if share else (), 1.6, log_evidence, 0.001, reach_ess, 0.3)
-    diagnosis = Diagnosis(10_000, 0, k_hat, ess, log_evidence, 0.001, log_evidence - 0.01, 0.001, reach=reach)
+    diagnosis = Diagnosis(10_000, 0, k_hat, ess, log_evidence, 0.001, log_evidence - gap, 0.001, reach=reach)
     widths = {} if width is None else {"z": width}
     return Attempt(Plan(0, widths, 500), StubSVI(num_steps), None, diagnosis, moments_with(sd), End.DONE, 1.0)
 
 
 def test_a_good_fit_is_the_last_one_unless_more_are_asked_for():
     assert next_plan([made()], 0, None) is None
+    # Usable with weights, of which one in 200 is zero, and the others are equal: outliers of the guide.
+    assert next_plan([made(gap=1.7, ess=9950.0)], 0, None) is None
+    assert next_plan([made(gap=1.7, ess=9800.0)], 0, None) == Plan(1, {}, 500)
     assert next_plan([made()], 0, 2) == Plan(1, {}, 500)
     assert next_plan([made(), made()], 0, 2) is None
 

@@ -16,7 +16,16 @@ from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.fitting.attempts import Attempt, End
 from pyro_adaann.fitting.moments import Moments
 
-__all__ = ["choose", "finds_more", "is_settled", "is_witness", "judge", "summary_findings", "tail_findings"]
+__all__ = [
+    "choose",
+    "finds_more",
+    "is_good_alone",
+    "is_settled",
+    "is_witness",
+    "judge",
+    "summary_findings",
+    "tail_findings",
+]
 
 #: A fit is left out of the mixture if it has less than this part of the best one's effective draws, and does
 #: not see more evidence.
@@ -25,6 +34,8 @@ _MIN_PART = 0.1
 _NUM_ERRORS, _NEGLIGIBLE_SHARE = 3.0, 0.02
 #: Shape of the tail up to which a fit is a witness of others, where this share of its draws counts.
 _MAX_SHAPE, _MIN_ESS_SHARE = 1.0, 0.1
+#: Bound on the change of a mean by the weights, in sds, up to which they hardly differ.
+_SMALL_SHIFT = 0.1
 #: Numbers that are named in a sentence.
 _MAX_NAMES = 4
 
@@ -48,6 +59,15 @@ def finds_more(attempt: Attempt, other: Attempt) -> bool:
     if _excess(attempt.diagnosis, other.diagnosis) > 0:
         return True
     return _is_usable(attempt) and bool(other.moments.lacks(attempt.moments))
+
+
+def is_good_alone(attempt: Attempt) -> bool:
+    """Whether the draws of a fit are good as they are, or with weights that hardly differ.
+
+    Some outliers of a guide put its mean log weight nats below the evidence, and have no weight.
+    """
+    found = attempt.diagnosis
+    return found.level == Level.GOOD or (_is_usable(attempt) and found.largest_shift <= _SMALL_SHIFT)
 
 
 def is_settled(attempts: Sequence[Attempt]) -> bool:

@@ -17,6 +17,7 @@ from pyro_adaann.fitting.clock import Clock
 from pyro_adaann.fitting.combine import (
     choose,
     finds_more,
+    is_good_alone,
     is_settled,
     is_witness,
     judge,
@@ -66,10 +67,10 @@ def fit(
     sixteen latents on, mean and 1.5 times the width of particles of :class:`AnnealedSMC`; it is annealed by
     natural steps (:func:`~pyro_adaann.natural_svi`) and diagnosed (:func:`~pyro_adaann.diagnose`). Where
     posterior is or may be out of reach of its base, the base is widened, up to three times. Where the first
-    fit is not GOOD, more are made from other seeds until a usable one and another, usable or nearly so, agree
-    on the evidence and on every mean and sd, six fits at most, and none after 500 steps in all where the last
-    one is not usable. The draws are those of all fits that count, weighted against the mixture of their
-    guides. What remains is said in the verdict.
+    fit is neither GOOD nor has weights that hardly differ, more are made from other seeds until a usable one
+    and another, usable or nearly so, agree on the evidence and on every mean and sd, six fits at most, and
+    none after 500 steps in all where the last one is not usable. The draws are those of all fits that count,
+    weighted against the mixture of their guides. What remains is said in the verdict.
 
     :param model: a Pyro model. One that does not run for many draws at once, under an outermost plate, is run
         for one after the other (:func:`one_by_one`), with a warning, since it takes many times as long.
@@ -186,7 +187,7 @@ def next_plan(attempts: list[Attempt], seed: int | None, num_fits: int | None) -
     if num_fits is not None:
         is_enough = bases.count(last.plan.widths) >= num_fits
     else:
-        is_good = last.diagnosis.level == Level.GOOD and len(attempts) == 1
+        is_good = is_good_alone(last) and len(attempts) == 1
         is_hopeless = not is_usable and _work(attempts) > _MAX_STEPS
         is_enough = is_good or is_settled(attempts) or len(attempts) >= _MAX_FITS or is_hopeless
     if is_enough:
