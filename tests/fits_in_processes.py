@@ -50,12 +50,13 @@ def double(*values: float) -> Tensor:
 
 
 def regression() -> None:
-    """A prior that depends on another site, a positive site, and a plate."""
+    """A prior that depends on another site, a positive site, a plate, and a factor."""
     scale = pyro.sample("scale", dist.HalfCauchy(double(1.0)))
     a = pyro.sample("a", dist.Normal(double(0.0), 3.0))
     b = pyro.sample("b", dist.Normal(a, 1.0))
     with pyro.plate("rows", len(X), dim=-1):
         pyro.sample("y", dist.Normal(a + b.abs() * X, scale + 0.1), obs=Y)
+    pyro.factor("near", -((a - b) ** 2) / 500)
 
 
 def unusual() -> None:

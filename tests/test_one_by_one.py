@@ -37,6 +37,7 @@ def at_once(y=Y):
     mean = pyro.deterministic("mean", (X * beta.unsqueeze(-2)).sum(-1))
     with pyro.plate("data", 4), poutine.scale(scale=2.0), poutine.mask(mask=MASK):
         pyro.sample("y", dist.Normal(mean, sigma), obs=y)
+    pyro.factor("near", -(sigma**2))
 
 
 def alone(y=Y):
@@ -47,6 +48,7 @@ def alone(y=Y):
     mean = pyro.deterministic("mean", X @ beta.reshape(2))
     with pyro.plate("data", 4), poutine.scale(scale=2.0), poutine.mask(mask=MASK):
         pyro.sample("y", dist.Normal(mean, sigma), obs=y)
+    pyro.factor("near", -(sigma**2))
 
 
 def traces(model):
@@ -62,7 +64,7 @@ def test_sites_are_those_of_the_model_that_vectorizes():
     expected, _ = traces(at_once)
     pyro.set_rng_seed(0)
     got, _ = traces(alone)
-    for name in ("beta", "sigma", "y"):
+    for name in ("beta", "sigma", "y", "near"):
         torch.testing.assert_close(got.nodes[name]["log_prob"], expected.nodes[name]["log_prob"])
         value = got.nodes[name]["value"]
         torch.testing.assert_close(value, expected.nodes[name]["value"].expand(value.shape))

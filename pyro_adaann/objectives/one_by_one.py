@@ -239,7 +239,8 @@ class _OfRows(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         full = value.expand(self.batch_shape + self.event_shape)
-        values = full.movedim(self._dim - len(self.event_shape), 0).reshape(-1, *self._fn.shape())
+        by_row = full.movedim(self._dim - len(self.event_shape), 0)
+        values = by_row.reshape(len(self.rows), *self._fn.shape())  # that of a factor has no numbers
         rows = [fn.log_prob(own) for fn, own in zip(self.rows, values, strict=True)]
         return torch.stack([row.expand(self._fn.batch_shape) for row in rows]).reshape(self.batch_shape)
 
