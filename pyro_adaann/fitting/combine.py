@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from itertools import permutations
 
+import torch
 from torch import Tensor
 
 from pyro_adaann.diagnostics.diagnose import statistics
@@ -140,11 +141,14 @@ def judge(
     return diagnosis, [Finding(Level.USABLE_WITH_WEIGHTS, sentence)]
 
 
-def tail_findings(moments: Moments) -> list[Finding]:
-    """Return which standard deviations the draws do not determine."""
-    names = [
-        name for name, known in zip(moments.names, moments.is_determined.tolist(), strict=True) if not known
-    ]
+def tail_findings(found: Sequence[Moments]) -> list[Finding]:
+    """Return which standard deviations the draws do not determine.
+
+    :param found: moments of the same numbers: those of every fit, and of all of them together. A guide that
+        lacks a tail may hide it in one of them.
+    """
+    known = torch.stack([moments.is_determined for moments in found]).all(0)
+    names = [name for name, is_known in zip(found[0].names, known.tolist(), strict=True) if not is_known]
     if not names:
         return []
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""

@@ -236,7 +236,7 @@ def _result(
     diagnosis, remarks = judge(chosen, mixture.log_weights, moments)
     agreements = dict(zip(map(id, chosen), compare_fits(mixture.draws, mixture.own_log_weights), strict=True))
     if diagnosis.level <= Level.USABLE_WITH_WEIGHTS:
-        remarks = [*remarks, *tail_findings(moments)]
+        remarks = [*remarks, *tail_findings([moments, *(attempt.moments for attempt in chosen)])]
     best = max(chosen, key=lambda a: a.diagnosis.ess)
     return FitResult(
         draws=mixture.draws,
