@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["check_callable", "check_count", "kind_of"]
+__all__ = ["check_callable", "check_count", "kind_of", "sampling_priors"]
 
 
 def check_count(name: str, value: int | None, minimum: int) -> None:
@@ -32,3 +34,21 @@ def kind_of(value: Any) -> str:
         return repr(value)
     name = getattr(value, "__name__", None)
     return type(value).__name__ if name is None else f"the function {name}"
+
+
+@contextmanager
+def sampling_priors() -> Iterator[None]:
+    """Run a model for its sites, and say what to write where a prior cannot be sampled.
+
+    :raises NotImplementedError: if it has an ``ImproperUniform`` prior.
+    """
+    try:
+        yield
+    except NotImplementedError as error:
+        if "ImproperUniform" not in str(error):
+            raise
+        raise NotImplementedError(
+            "Expected priors that can be sampled, since the model is run once to learn its sites; got an "
+            "ImproperUniform. For a flat prior use a proper distribution with the same support and switch "
+            "its density off, for example `dist.Normal(0, 10).mask(False)`."
+        ) from error

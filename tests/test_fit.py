@@ -37,7 +37,7 @@ from pyro_adaann import (
 from pyro_adaann.diagnostics.model_and_guide import plate_nesting
 from pyro_adaann.diagnostics.reach import Reach
 from pyro_adaann.diagnostics.rules import Finding, Level
-from pyro_adaann.fitting.attempts import Attempt, End, Plan, draws_of_step
+from pyro_adaann.fitting.attempts import Attempt, End, Plan, few_draws_of_step, takes_long
 from pyro_adaann.fitting.combine import choose, is_settled, judge, tail_findings
 from pyro_adaann.fitting.compare import compare_fits
 from pyro_adaann.fitting.fit import next_plan
@@ -482,9 +482,10 @@ def test_fewer_draws_make_a_step_where_one_takes_long():
         pyro.sample("x", x, obs=torch.zeros(num_rows))
 
     few, many = (check_model(rows, (num,), {}) for num in (4000, 5000))
-    assert draws_of_step(rows, few, 3, 500) == 500
-    assert [draws_of_step(rows, many, num, 500) for num in (3, 10, 30)] == [200, 250, 500]
-    assert draws_of_step(one_by_one(rows), few, 3, 500) == 200
+    assert not takes_long(rows, few)
+    assert takes_long(rows, many)
+    assert takes_long(one_by_one(rows), few)
+    assert [few_draws_of_step(num, 500) for num in (3, 10, 30)] == [200, 250, 500]
 
 
 def test_a_second_seed_follows_where_the_first_is_not_good():

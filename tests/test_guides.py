@@ -25,7 +25,7 @@ from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_adaann import AutoPlanar, AutoRealNVP, AutoSpline, AutoZuko
+from pyro_adaann import AnnealedSMC, AutoPlanar, AutoRealNVP, AutoSpline, AutoZuko, fit
 from pyro_adaann.transforms import planar, realnvp
 from pyro_adaann.transforms.kernels.coupling import by_layer, couple
 from pyro_adaann.transforms.kernels.planar import layer_by_layer
@@ -499,6 +499,8 @@ def improper() -> None:
         (lambda: AutoSpline(plated, num_bins=0), ValueError, "Expected `num_bins`.*got 0"),
         (lambda: AutoSpline(plated, hidden_dims=[]), ValueError, "hidden_dims"),
         (lambda: AutoPlanar(improper, 2)(), NotImplementedError, "mask\\(False\\)"),
+        (lambda: fit(improper, progress_bar=False), NotImplementedError, "mask\\(False\\)"),
+        (lambda: AnnealedSMC(improper).run(), NotImplementedError, "mask\\(False\\)"),
         (lambda: AutoPlanar(lambda: None, 2)(), RuntimeError, "no latent variables"),
     ],
 )

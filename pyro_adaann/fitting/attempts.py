@@ -32,12 +32,13 @@ from pyro_adaann.state.interrupt import InterruptGuard
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.weights import finite_or_no_weight
 
-__all__ = ["BATCH_SIZE", "Attempt", "End", "Plan", "attempt", "draws_of_step", "make_guide"]
+__all__ = ["BATCH_SIZE", "Attempt", "End", "Plan", "attempt", "few_draws_of_step", "make_guide", "takes_long"]
 
 #: How many draws are weighed at a time.
 BATCH_SIZE = 1000
-#: Draws of a step for each latent, and fewest, where the model takes long for a draw.
-_DRAWS_PER_LATENT, _FEWEST_DRAWS = 25, 200
+#: A model takes long for a draw if fewer than so many are made at a time. Draws of a step for each latent
+#: then, and fewest.
+_CHEAP_DRAWS, _DRAWS_PER_LATENT, _FEWEST_DRAWS = 500, 25, 200
 
 
 class End(Enum):
@@ -154,17 +155,17 @@ def make_guide(
     return AutoSpline(continuous_part(model), base_loc=loc, base_scale=scale).initialize(*args, **kwargs)
 
 
-def draws_of_step(model: Callable[..., Any], trace: Trace, num_latents: int, usual: int) -> int:
-    """Return the draws of a natural step: fewer for few latents of a model that takes long for each draw.
+def takes_long(model: Callable[..., Any], trace: Trace) -> bool:
+    """Whether a model takes so long for a draw that some hundred of them are dear.
 
     :param trace: of one run of the model.
-    :param num_latents: unconstrained numbers.
-    :param usual: as many are so cheap that fewer save nothing.
     """
     device = trace.nodes[trace.stochastic_nodes[0]]["value"].device
-    most = most_draws(numbers_per_draw(trace), device)
-    if most >= usual and not is_one_by_one(model):
-        return usual
+    return is_one_by_one(model) or most_draws(numbers_per_draw(trace), device) < _CHEAP_DRAWS
+
+
+def few_draws_of_step(num_latents: int, usual: int) -> int:
+    """Return the draws of a natural step that have to do where a draw takes long."""
     return min(max(_DRAWS_PER_LATENT * num_latents, _FEWEST_DRAWS), usual)
 
 

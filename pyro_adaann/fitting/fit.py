@@ -5,14 +5,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 
 from pyro_adaann.checks import check_count
 from pyro_adaann.diagnostics.model_and_guide import plate_nesting
 from pyro_adaann.diagnostics.rules import Level
-from pyro_adaann.fitting.attempts import BATCH_SIZE, Attempt, End, Plan, attempt, draws_of_step, make_guide
+from pyro_adaann.fitting.attempts import (
+    BATCH_SIZE,
+    Attempt,
+    End,
+    Plan,
+    attempt,
+    few_draws_of_step,
+    make_guide,
+    takes_long,
+)
 from pyro_adaann.fitting.clock import Clock
 from pyro_adaann.fitting.combine import (
     choose,
@@ -48,8 +57,8 @@ _MAX_FITS = 6
 #: After so many steps of `_NUM_PARTICLES` draws in all no fit follows one that is not usable: more of a guide
 #: that follows slowly would change little, and take minutes.
 _MAX_STEPS = 500
-#: Draws of every fit behind draws, verdict and evidence.
-_NUM_SAMPLES = 10_000
+#: Draws of every fit behind draws, verdict and evidence, and where a draw takes long.
+_NUM_SAMPLES, _FEW_SAMPLES = 10_000, 4000
 
 
 def fit(
@@ -77,13 +86,15 @@ def fit(
     :param args: its arguments, with ``kwargs``.
     :param seed: of all random generators; they are as before afterwards. Without one they go on.
     :param budget: seconds for the steps. At the end of them the fit stops where it is and is diagnosed, which
-        takes some seconds more.
+        takes some seconds more, or as long as some 20,000 draws where the model takes long for each.
     :param num_fits: how many fits from different seeds; by default one that is GOOD, or as above.
     :param progress_bar: whether to show the phase, the step and the inverse temperature.
     :return: a :class:`FitResult`; print it.
     :raises ValueError: if an argument is out of range, if the model has parameters to learn, subsamples a
         plate, has discrete sites that it does not enumerate or no continuous ones, or runs neither for many
         draws at once nor for one after the other. :class:`~pyro_adaann.AdaAnnSVI` takes such models.
+    :raises NotImplementedError: if a prior cannot be sampled (``ImproperUniform``); the message says what to
+        write.
 
     The parameter store is left as it is. Ctrl-C ends the fit after the present step, and returns what there
     is.
@@ -114,15 +125,30 @@ def fit(
             with pyro.get_param_store().scope():
                 guide = make_guide(model, {}, args, kwargs)
                 model = for_many_draws(model, guide, args, kwargs)
-            num_particles = draws_of_step(model, trace, guide.latent_dim, _NUM_PARTICLES)
-            watch = progress, clock, interrupt
-            fitter = _Fitter(model, args, kwargs, plate_nesting(trace), num_particles, watch)
+            size = _Size(plate_nesting(trace), _NUM_PARTICLES, _NUM_SAMPLES)
+            if takes_long(model, trace):
+                few = few_draws_of_step(guide.latent_dim, _NUM_PARTICLES)
+                size = size._replace(num_particles=few, num_samples=_FEW_SAMPLES)
+            fitter = _Fitter(model, args, kwargs, size, (progress, clock, interrupt))
             attempts = fitter.run(seed, num_fits)
             progress.phase("draws")
-            return _result(model, args, kwargs, attempts, clock)
+            return _result(model, args, kwargs, attempts, size.num_samples, clock)
     finally:
         if random is not None:
             set_random_states(random)
+
+
+class _Size(NamedTuple):
+    """What fits of a model need to know of it.
+
+    :param nesting: how many plates it nests.
+    :param num_particles: draws of a natural step of the first fit.
+    :param num_samples: draws behind draws, verdict and evidence.
+    """
+
+    nesting: int
+    num_particles: int
+    num_samples: int
 
 
 class _Fitter:
@@ -131,8 +157,7 @@ class _Fitter:
     :param model: the model.
     :param args: its arguments.
     :param kwargs: its keyword arguments.
-    :param nesting: how many plates it nests.
-    :param num_particles: draws of a natural step of the first fit.
+    :param size: what there is to know of it.
     :param watch: progress, clock and Ctrl-C.
     """
 
@@ -141,17 +166,16 @@ class _Fitter:
         model: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        nesting: int,
-        num_particles: int,
+        size: _Size,
         watch: tuple[FitProgress, Clock, InterruptGuard],
     ) -> None:
         self._call = model, args, kwargs
-        self._nesting, self._num_particles = nesting, num_particles
+        self._size = size
         self._watch = watch
 
     def run(self, seed: int | None, num_fits: int | None) -> list[Attempt]:
         """Return all attempts, the first one first."""
-        attempts = [self._attempt(Plan(seed, {}, self._num_particles), "fit 1")]
+        attempts = [self._attempt(Plan(seed, {}, self._size.num_particles), "fit 1")]
         while self._goes_on(attempts):
             plan = next_plan(attempts, seed, num_fits)
             if plan is None:
@@ -171,7 +195,7 @@ class _Fitter:
         return last.end is End.DONE and not self._watch[2].requested and clock.has(last.seconds)
 
     def _attempt(self, plan: Plan, name: str) -> Attempt:
-        return attempt(*self._call, plan, self._nesting, _NUM_SAMPLES, self._watch, name)
+        return attempt(*self._call, plan, self._size.nesting, self._size.num_samples, self._watch, name)
 
 
 def next_plan(attempts: list[Attempt], seed: int | None, num_fits: int | None) -> Plan | None:
@@ -224,6 +248,7 @@ def _result(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     attempts: list[Attempt],
+    num_samples: int,
     clock: Clock,
 ) -> FitResult:
     chosen = choose(attempts)
@@ -231,7 +256,7 @@ def _result(
     if len(chosen) == 1:
         mixture = alone(chosen[0].draws)
     else:
-        mixture = weigh_guides(model, guides, args, kwargs, _NUM_SAMPLES, BATCH_SIZE)
+        mixture = weigh_guides(model, guides, args, kwargs, num_samples, BATCH_SIZE)
     moments = measure_moments(mixture.draws.samples, mixture.draws.log_weights)
     diagnosis, remarks = judge(chosen, mixture.log_weights, moments)
     agreements = dict(zip(map(id, chosen), compare_fits(mixture.draws, mixture.own_log_weights), strict=True))

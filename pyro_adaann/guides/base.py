@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_adaann.checks import check_count
+from pyro_adaann.checks import check_count, sampling_priors
 from pyro_adaann.guide_status import warn_of_draws
 from pyro_adaann.guides.continuous import check_whole_plates
 from pyro_adaann.guides.prior import prior_base
@@ -96,20 +96,10 @@ class AutoFlow(AutoContinuous):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            # Shapes and values alone are kept, so that a guide can be copied and pickled: no graph
-            # of the model's parameters, and none of the model's arguments.
-            with torch.no_grad():
-                super()._setup_prototype(*args, **kwargs)
-        except NotImplementedError as error:
-            if "ImproperUniform" not in str(error):
-                raise
-            raise NotImplementedError(
-                f"{type(self).__name__} runs the model once to learn its sites, and an "
-                f"ImproperUniform prior cannot be sampled ({error}). For a flat prior use a proper "
-                f"distribution with the same support and switch its density off, for example "
-                f"`dist.Normal(0, 10).mask(False)`."
-            ) from error
+        # Shapes and values alone are kept, so that a guide can be copied and pickled: no graph of the model's
+        # parameters, and none of the model's arguments.
+        with torch.no_grad(), sampling_priors():
+            super()._setup_prototype(*args, **kwargs)
         check_whole_plates(self.prototype_trace, type(self).__name__)
         for name in ("_INPUT", "_RETURN"):
             if name in self.prototype_trace:
