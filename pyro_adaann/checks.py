@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["check_callable", "check_count", "kind_of", "sampling_priors"]
+__all__ = ["check_callable", "check_count", "kind_of", "learning_sites"]
 
 
 def check_count(name: str, value: int | None, minimum: int) -> None:
@@ -37,18 +37,25 @@ def kind_of(value: Any) -> str:
 
 
 @contextmanager
-def sampling_priors() -> Iterator[None]:
-    """Run a model for its sites, and say what to write where a prior cannot be sampled.
+def learning_sites() -> Iterator[None]:
+    """Run a model for its sites, and say what to write where it has latent ones that cannot be used.
 
-    :raises NotImplementedError: if it has an ``ImproperUniform`` prior.
+    :raises NotImplementedError: if it has an ``ImproperUniform`` prior, or a latent variable that has no map
+        from real numbers, such as a positive definite matrix.
     """
     try:
         yield
     except NotImplementedError as error:
-        if "ImproperUniform" not in str(error):
-            raise
-        raise NotImplementedError(
-            "Expected priors that can be sampled, since the model is run once to learn its sites; got an "
-            "ImproperUniform. For a flat prior use a proper distribution with the same support and switch "
-            "its density off, for example `dist.Normal(0, 10).mask(False)`."
-        ) from error
+        if "ImproperUniform" in str(error):
+            raise NotImplementedError(
+                "Expected priors that can be sampled, since the model is run once to learn its sites; got "
+                "an ImproperUniform. For a flat prior use a proper distribution with the same support and "
+                "switch its density off, for example `dist.Normal(0, 10).mask(False)`."
+            ) from error
+        if "Cannot transform" in str(error):
+            raise NotImplementedError(
+                f"Expected latent variables whose support has a map from real numbers; got another one "
+                f"({str(error).splitlines()[0]}). For a covariance matrix sample its scales and a "
+                f"`dist.LKJCholesky`."
+            ) from error
+        raise

@@ -485,6 +485,10 @@ def improper() -> None:
     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
 
 
+def covariance() -> None:
+    pyro.sample("z", dist.Wishart(40.0, torch.eye(2)))
+
+
 @pytest.mark.parametrize(
     ("run", "error", "message"),
     [
@@ -499,6 +503,9 @@ def improper() -> None:
         (lambda: AutoSpline(plated, num_bins=0), ValueError, "Expected `num_bins`.*got 0"),
         (lambda: AutoSpline(plated, hidden_dims=[]), ValueError, "hidden_dims"),
         (lambda: AutoPlanar(improper, 2)(), NotImplementedError, "mask\\(False\\)"),
+        (lambda: AutoPlanar(covariance, 2)(), NotImplementedError, "LKJCholesky"),
+        (lambda: fit(covariance, progress_bar=False), NotImplementedError, "LKJCholesky"),
+        (lambda: AnnealedSMC(covariance).run(), NotImplementedError, "LKJCholesky"),
         (lambda: fit(improper, progress_bar=False), NotImplementedError, "mask\\(False\\)"),
         (lambda: AnnealedSMC(improper).run(), NotImplementedError, "mask\\(False\\)"),
         (lambda: AutoPlanar(lambda: None, 2)(), RuntimeError, "no latent variables"),

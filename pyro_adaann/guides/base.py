@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_adaann.checks import check_count, sampling_priors
+from pyro_adaann.checks import check_count, learning_sites
 from pyro_adaann.guide_status import warn_of_draws
 from pyro_adaann.guides.continuous import check_whole_plates
 from pyro_adaann.guides.prior import prior_base
@@ -98,7 +98,7 @@ class AutoFlow(AutoContinuous):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         # Shapes and values alone are kept, so that a guide can be copied and pickled: no graph of the model's
         # parameters, and none of the model's arguments.
-        with torch.no_grad(), sampling_priors():
+        with torch.no_grad(), learning_sites():
             super()._setup_prototype(*args, **kwargs)
         check_whole_plates(self.prototype_trace, type(self).__name__)
         for name in ("_INPUT", "_RETURN"):

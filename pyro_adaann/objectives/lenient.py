@@ -18,7 +18,7 @@ from torch.distributions.constraints import is_dependent
 from torch.distributions.utils import lazy_property
 from torch.overrides import TorchFunctionMode
 
-from pyro_adaann.checks import sampling_priors
+from pyro_adaann.checks import learning_sites
 from pyro_adaann.processes.errors import true_of_all_errors
 from pyro_adaann.processes.rows import SplitDistribution
 
@@ -119,7 +119,7 @@ class Leniency:
 
 def run_leniently(run: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
     """Run something once, for its sites and shapes, whatever its draw does to the model."""
-    with sampling_priors():
+    with learning_sites():
         return Leniency(validates=False).insist(lambda: run(*args, **kwargs))
 
 
