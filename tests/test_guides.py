@@ -489,6 +489,7 @@ def covariance() -> None:
     pyro.sample("z", dist.Wishart(40.0, torch.eye(2)))
 
 
+@pytest.mark.filterwarnings("ignore:Singular sample")  # of torch's Wishart
 @pytest.mark.parametrize(
     ("run", "error", "message"),
     [
