@@ -268,6 +268,9 @@ def test_one_percent_is_the_work_times_the_square_of_the_error():
     rows = [row("AnnealedSMC", e) for e in (0.02, -0.02, 0.02)] + [row("pocoMC", 0.01)] * 3
     line = report.one_percent(report.cells_of(rows)).splitlines()[-1]
     assert line == "| HIV | 20 s, 2.0 million (3 seeds) |  |  | 5 s, 0.5 million (3 seeds) |"
+    late = {"target": "HIV", "system": "PyMC SMC", "cannot": "not ended"}
+    line = report.one_percent(report.cells_of([*rows, late, {**late, "system": "pocoMC"}])).splitlines()[-1]
+    assert line == "| HIV | 20 s, 2.0 million (3 seeds) |  | not ended | 5 s, 0.5 million (3 seeds) |"
     assert "HIV" not in report.one_percent(report.cells_of([*rows, row("AnnealedSMC", 0.6)]))
     assert "HIV" not in report.one_percent(report.cells_of(rows[1:]))
 

@@ -213,11 +213,12 @@ def one_percent(cells: Cells) -> str:
     """Return what an error of 1 % in the evidence takes, by target and sampler, as a table.
 
     The seconds of a run times the square of the rms error over .01, of cells with three seeds and more and no
-    error above a half: larger ones do not fall with the work.
+    error above a half: larger ones do not fall with the work. A system that did not end says so.
     """
     found: dict[str, dict[str, str]] = {}
-    for (target, system), rows in cells.items():
-        errors = [row["evidence"] for row in rows if row.get("evidence") is not None]
+    for (target, system), all_rows in cells.items():
+        rows = [row for row in all_rows if row.get("evidence") is not None]
+        errors = [row["evidence"] for row in rows]
         if system not in SAMPLERS or len(errors) < MIN_SEEDS or max(map(abs, errors)) > MAX_ERROR:
             continue
         factor = statistics.fmean(error**2 for error in errors) / 0.01**2
@@ -228,8 +229,15 @@ def one_percent(cells: Cells) -> str:
     lines = [f"| posterior | {' | '.join(SAMPLERS)} |", "|---|" + "---|" * len(SAMPLERS)]
     for target in TARGETS:
         if len(found.get(target, {})) > 1 and SAMPLERS[0] in found[target]:
-            lines.append(f"| {target} | {' | '.join(found[target].get(s, '') for s in SAMPLERS)} |")
+            texts = [found[target].get(s) or _cannot(cells.get((target, s), [])) for s in SAMPLERS]
+            lines.append(f"| {target} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cannot(rows: list[Row]) -> str:
+    """Return why there is no result of any seed."""
+    reasons: list[str] = [row.get("cannot", "") for row in rows]
+    return reasons[0] if reasons and all(reasons) else ""
 
 
 def introduction(target: str) -> str:
