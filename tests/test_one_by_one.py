@@ -8,9 +8,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import Predictive, Trace_ELBO
+from pyro.infer import Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
+from pyro.ops.indexing import Vindex
 
 from pyro_adaann import (
     AdaAnnSVI,
@@ -18,11 +19,13 @@ from pyro_adaann import (
     ConstantSchedule,
     diagnose,
     fit,
+    importance_draws,
     natural_svi,
     one_by_one,
     to_arviz,
 )
 from pyro_adaann.fitting.models import for_many_draws
+from pyro_adaann.fitting.predictions import predict
 
 X = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0], [1.0, 4.0]])
 Y = torch.tensor([0.1, 0.8, 2.3, 3.9])
@@ -200,11 +203,10 @@ def test_what_cannot_be_put_together_is_refused():
         one_by_one(alone)()
 
 
-@pytest.mark.parametrize("mark", [{"enumerate": "parallel"}, None], ids=["enumerated", "drawn"])
-def test_discrete_latent_sites_are_refused(mark):
+def test_discrete_latent_sites_are_refused():
     def model():
         loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        which = pyro.sample("which", dist.Bernoulli(0.5), infer=mark)
+        which = pyro.sample("which", dist.Bernoulli(0.5))
         pyro.sample("x", dist.Normal(X[1] @ loc + which, 1.0), obs=torch.tensor(0.0))
 
     with (
@@ -212,10 +214,83 @@ def test_discrete_latent_sites_are_refused(mark):
         pyro.plate("draws", 5, dim=-1),
     ):
         one_by_one(model)()
-    with pytest.raises(
-        ValueError, match="Expected a model that runs for many draws" if mark else "Expected continuous"
-    ):
+    with pytest.raises(ValueError, match="Expected continuous"):
         fit(model, seed=0, progress_bar=False)
+
+
+def mixture(at_once: bool):
+    """That of Pyro's tutorial, whose index knows no further dimensions, and one that vectorizes."""
+    data = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0])
+
+    @config_enumerate
+    def model():
+        weights = pyro.sample("weights", dist.Dirichlet(0.5 * torch.ones(2)))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("components", 2), poutine.scale(scale=2.0):
+            locs = pyro.sample("locs", dist.Normal(5.0, 10.0))
+        with pyro.plate("data", len(data)):
+            k = pyro.sample("k", dist.Categorical(weights))
+            loc = Vindex(locs.unsqueeze(-2))[..., k] if at_once else locs[k]
+            pyro.sample("x", dist.Normal(loc, scale), obs=data)
+
+    return model if at_once else one_by_one(model)
+
+
+def test_enumerated_sites_are_summed_out():
+    found = []
+    for at_once in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = AutoSpline(poutine.block(mixture(True), hide=["k"]), base_scale=2.0).initialize()
+        model = mixture(at_once)
+        pyro.set_rng_seed(1)
+        draws = importance_draws((model, guide), num_samples=30)
+        pyro.set_rng_seed(1)
+        loss = TraceEnum_ELBO(
+            num_particles=5,
+            vectorize_particles=True,
+            max_plate_nesting=1,
+            strict_enumeration_warning=False,
+        )
+        value = loss.loss_and_grads(model, guide)
+        gradients = [p.grad for p in guide.parameters() if p.grad is not None]
+        pyro.set_rng_seed(1)
+        step = natural_svi(model, guide, num_particles=10).step()
+        found.append([draws.log_p, torch.tensor(value), *gradients, torch.tensor(step)])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_enumerated_sites_are_predicted_and_exported():
+    model = mixture(False)
+    guide = AutoSpline(poutine.block(mixture(True), hide=["k"]), base_scale=2.0).initialize()
+    draws = importance_draws((model, guide), num_samples=30)
+    predicted = predict(model, {name: value[:4] for name, value in draws.samples.items()}, (), {})
+    assert {name: tuple(value.shape) for name, value in predicted.items()} == {"k": (4, 5), "x": (4, 5)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a guide that is not fitted
+        data = to_arviz((model, guide), num_samples=200)
+    assert data["posterior_predictive"]["x"].shape[-1] == 5
+    assert data["log_likelihood"]["x"].shape[-1] == 5
+
+
+def test_continuous_sites_that_depend_on_enumerated_ones_are_refused():
+    @config_enumerate
+    def model():
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        z = pyro.sample("z", dist.Normal(k, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+
+    with pytest.raises(ValueError, match="Expected site 'z' with shape"), pyro.plate("draws", 5, dim=-1):
+        one_by_one(model)()
+
+
+@pytest.mark.slow
+def test_fit_takes_the_mixture_of_the_tutorial():
+    with pytest.warns(UserWarning, match="one after the other"):
+        result = fit(mixture(False)._model, seed=0, progress_bar=False)
+    expected = fit(mixture(True), seed=0, progress_bar=False)
+    assert abs(result.log_evidence - expected.log_evidence) < 0.1
 
 
 def learns(at_once: bool):

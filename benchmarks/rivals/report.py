@@ -224,7 +224,7 @@ def one_percent(cells: Cells) -> str:
         factor = statistics.fmean(error**2 for error in errors) / 0.01**2
         text = f"{factor * seconds(rows):,.0f} s"
         if evaluations := _evaluations(rows, factor / 1000, 1):
-            text += f", {evaluations} million"
+            text += f", {evaluations} million".replace(" 0.0 million", " less than 50,000")
         found.setdefault(target, {})[system] = f"{text} ({len(errors)} seeds)"
     lines = [f"| posterior | {' | '.join(SAMPLERS)} |", "|---|" + "---|" * len(SAMPLERS)]
     for target in TARGETS:

@@ -25,6 +25,7 @@ from pyro_adaann.export.arviz_groups import (
     observed_data,
     site_dims,
 )
+from pyro_adaann.objectives.one_by_one import is_one_by_one
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.version import __version__
 from pyro_adaann.weights import pareto_smooth, resample
@@ -113,6 +114,9 @@ def to_arviz(
     """
     sample_dims = _get_sample_dims(sample_dims)
     draws = GuideDraws(svi, args, kwargs, vectorize=vectorize)
+    if draws.enumerated_names and is_one_by_one(draws.model):  # whose observations are one factor in a batch
+        vectorize = False
+        draws = GuideDraws(svi, args, kwargs, vectorize=False)
     groups = collect_posterior(
         draws,
         num_samples,

@@ -98,7 +98,7 @@ def for_many_draws(
     got = got.splitlines()[0].rstrip(".") if got else str(error)
     advice = (
         "Let it index and sum its dimensions from the right: (x * beta).sum(-1) in place of x @ beta, "
-        "z[..., 0] in place of z[0]"
+        "z[..., 0] in place of z[0], Vindex(z.unsqueeze(-2))[..., k] in place of z[k] for an enumerated k"
     )
     alone = one_by_one(model)
     if process_count() > 1 or _error_at_once(alone, guide, args, kwargs) is not None:

@@ -10,11 +10,14 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Predictive
+from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_adaann.diagnostics.model_and_guide import plate_nesting
 from pyro_adaann.objectives.lenient import run_leniently
 from pyro_adaann.objectives.observed import DrawObserved
+from pyro_adaann.objectives.one_by_one import is_one_by_one
+from pyro_adaann.objectives.traces import sites_of
 
 __all__ = ["predict"]
 
@@ -30,21 +33,22 @@ def predict(
     :param kwargs: its keyword arguments.
     """
     with torch.no_grad(), pyro.get_param_store().scope():
-        places = _in_place(model, samples, args, kwargs)
-        found: dict[str, Tensor] = Predictive(DrawObserved()(model), places, parallel=True)(*args, **kwargs)
+        with poutine.block(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trace = run_leniently(poutine.trace(model).get_trace, *args, **kwargs)
+        # One that sums sites out for one draw after the other has observations outside of a batch alone.
+        is_alone = is_one_by_one(model) and any(site["infer"].get("enumerate") for site in sites_of(trace))
+        places = dict(samples) if is_alone else _in_place(trace, samples)
+        predictive = Predictive(DrawObserved()(model), places, parallel=not is_alone)
+        found: dict[str, Tensor] = predictive(*args, **kwargs)
     return found
 
 
-def _in_place(
-    model: Callable[..., Any], samples: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Tensor]:
+def _in_place(trace: Trace, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return draws with their first dimension to the left of all plates.
 
     Pyro would count the dimensions of an event, such as those of a matrix, as plates.
     """
-    with poutine.block(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trace = run_leniently(poutine.trace(model).get_trace, *args, **kwargs)
     nesting = plate_nesting(trace)
     places = {}
     for name, values in samples.items():

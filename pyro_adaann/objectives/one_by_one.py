@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution
 from pyro.poutine import Trace
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import get_plates
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.runtime import _ENUM_ALLOCATOR, get_plates
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
+
+from pyro_adaann.objectives.of_rows import OfRows
+from pyro_adaann.objectives.traces import marginal_log_density
 
 __all__ = ["is_one_by_one", "one_by_one"]
 
@@ -25,9 +30,13 @@ def one_by_one(model: Callable[..., Any]) -> Callable[..., Any]:
     call a module that knows no batches (``torch.nn.Linear`` with weights from a prior). Outside of a plate it
     is the model. Its time grows with the number of draws. :func:`fit` takes it by itself where it must.
 
-    :param model: a Pyro model whose sites are the same in every run, without discrete latent sites.
-    :raises ValueError: when it runs, if it has discrete latent sites, if sites, shapes or scales differ
-        between draws, or if it is in several plates.
+    Discrete sites that are marked for enumeration are summed out in every run. What is observed is then, with
+    them, one factor of a batch; predictions and exports run the model alone.
+
+    :param model: a Pyro model whose sites are the same in every run.
+    :raises ValueError: when it runs, if it has discrete latent sites that are not marked, if continuous ones
+        depend on those that are, if sites, shapes or scales differ between draws, or if it is in several
+        plates.
 
     Example::
 
@@ -48,6 +57,10 @@ def one_by_one(model: Callable[..., Any]) -> Callable[..., Any]:
 def is_one_by_one(model: Callable[..., Any]) -> bool:
     """Whether a model is one of :func:`one_by_one`."""
     return isinstance(model, _OneByOne)
+
+
+#: The site of all that is summed out or observed.
+_FACTOR = "summed_out"
 
 
 class _OneByOne:
@@ -81,6 +94,8 @@ class _Rows:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # the draws are as without it
             self._prototype = self._run_row({}, shows_parameters=False)
         _refuse_discrete(self._prototype)
+        #: Names of discrete sites that are summed out.
+        self._enumerated = {name for name, site in self._sites() if site["infer"].get("enumerate")}
         self._drawn: list[Trace] | None = None
 
     def run(self) -> None:
@@ -88,20 +103,26 @@ class _Rows:
         for frame in {frame for _, site in self._sites() for frame in site["cond_indep_stack"]}:
             pyro.plate(frame.name, frame.size, dim=frame.dim)  # which makes a site of its own
         values: dict[str, Tensor] = {}
-        latents: dict[str, _OfRows] = {}
+        latents: dict[str, OfRows] = {}
         for name, site in self._sites():
-            if not site["is_observed"]:
-                latents[name] = _OfRows(site, self._num_rows, self._dim, self._draw(name, values))
+            if not site["is_observed"] and name not in self._enumerated:
+                latents[name] = OfRows(site, self._num_rows, self._dim, self._draw(name, values))
                 values[name] = self._sample(site, latents[name])
-        traces = [self._run_row(row) for row in self._rows_of(values)]
+        is_summed = bool(self._enumerated)
+        traces = [self._run_row(row, enumerates=is_summed) for row in self._rows_of(values)]
         for trace in traces:
             _check_names(trace, self._prototype)
+        for name, fn in latents.items():
+            fn.rows = [_checked(trace, name, self._prototype.nodes[name])["fn"] for trace in traces]
+        if is_summed:
+            total = torch.stack([_log_likelihood(trace, latents) for trace in traces])
+            pyro.factor(_FACTOR, total.reshape(-1, *[1] * (-1 - self._dim)))
+            return
         for name, site in self._sites():
-            rows = [_checked(trace, name, site) for trace in traces]
             if name in latents:
-                latents[name].rows = [row["fn"] for row in rows]
                 continue
-            fn = _OfRows(site, self._num_rows, self._dim, None)
+            rows = [_checked(trace, name, site) for trace in traces]
+            fn = OfRows(site, self._num_rows, self._dim, None)
             fn.rows = [row["fn"] for row in rows]
             value = fn.join([row["value"] for row in rows])
             if site["infer"].get("_deterministic"):
@@ -116,25 +137,40 @@ class _Rows:
             if site["type"] == "sample" and not site_is_subsample(site)
         ]
 
-    def _sample(self, site: Any, fn: _OfRows, obs: Tensor | None = None) -> Tensor:
+    def _sample(self, site: Any, fn: OfRows, obs: Tensor | None = None) -> Tensor:
         infer = {key: value for key, value in site["infer"].items() if key == "is_auxiliary"}
         frames = tuple(frame for frame in site["cond_indep_stack"] if frame.vectorized)
         with poutine.scale(scale=site["scale"]), _Within(frames):
             value: Tensor = pyro.sample(site["name"], fn, obs=obs, infer=infer)
         return value
 
-    def _run_row(self, values: dict[str, Tensor], *, shows_parameters: bool = True) -> Trace:
+    def _run_row(
+        self, values: dict[str, Tensor], *, enumerates: bool = False, shows_parameters: bool = True
+    ) -> Trace:
         """Run the model for one draw, of whose sites nobody outside sees more than the parameters.
 
         :param values: of latent sites.
+        :param enumerates: whether discrete sites have all their values, and not one that is drawn.
         """
         seen = ["param"] if shows_parameters else []  # those that are seen are trained
-        with poutine.block(expose_types=seen), poutine.trace() as tracer, _Given(values):
+        enumerating = self._enumerating() if enumerates else nullcontext()
+        with poutine.block(expose_types=seen), poutine.trace() as tracer, enumerating, _Given(values):
             self._run()
         for site in tracer.trace.nodes.values():
             if site["type"] == "sample" and site["mask"] is not None:
                 site["fn"], site["mask"] = site["fn"].mask(site["mask"]), None
         return tracer.trace
+
+    @contextmanager
+    def _enumerating(self) -> Iterator[None]:
+        """Enumerate sites; the dimensions of an enumeration around it stay."""
+        frames = [frame for _, site in self._sites() for frame in site["cond_indep_stack"]]
+        before = copy.deepcopy(vars(_ENUM_ALLOCATOR))
+        try:
+            with EnumMessenger(first_available_dim=min([frame.dim for frame in frames], default=0) - 1):
+                yield
+        finally:
+            vars(_ENUM_ALLOCATOR).update(before)
 
     def _rows_of(self, values: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """Return the values of every draw."""
@@ -185,78 +221,30 @@ class _Given(Messenger):
             msg["value"], msg["done"] = self._values[msg["name"]], True
 
 
-class _OfRows(TorchDistribution):
-    """The distributions of one site in all runs.
-
-    :param site: the site in one run.
-    :param num_rows: number of draws.
-    :param dim: dimension of their plate.
-    :param draw: draws all rows, where they depend on what was not known when the site was made.
-    """
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-
-    def __init__(self, site: Any, num_rows: int, dim: int, draw: Callable[[], list[Tensor]] | None) -> None:
-        self._fn, self._dim, self._draw = site["fn"], dim, draw
-        self.rows: Sequence[Any] = ()
-        batch_shape = self._fn.batch_shape
-        free = -1 - dim - len(batch_shape)
-        if free < 0:
-            raise ValueError(
-                f"Expected every dimension of site {site['name']!r} to the right of dimension {dim} of the "
-                f"draws; got batch shape {tuple(batch_shape)}. Declare it by plates or by to_event."
-            )
-        super().__init__(
-            torch.Size([num_rows, *[1] * free, *batch_shape]), self._fn.event_shape, validate_args=False
-        )
-
-    @property
-    def support(self) -> Any:
-        return self._fn.support
-
-    @property
-    def has_rsample(self) -> bool:
-        return bool(self._fn.has_rsample)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
-        if torch.Size(batch_shape) != self.batch_shape:
-            raise ValueError(f"Expected batch shape {tuple(self.batch_shape)}; got {tuple(batch_shape)}.")
-        return self
-
-    def join(self, rows: Sequence[Tensor]) -> Tensor:
-        """Return values of all rows as a batch."""
-        value = torch.stack([row.expand(self._fn.shape()) for row in rows])
-        return value.reshape(self.batch_shape + self.event_shape)
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        if sample_shape:
-            raise ValueError(f"Expected one value of every draw; got sample_shape {tuple(sample_shape)}.")
-        return self.join(self._draw() if self._draw else [fn() for fn in self.rows])
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        with torch.no_grad():
-            return self.rsample(sample_shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        full = value.expand(self.batch_shape + self.event_shape)
-        by_row = full.movedim(self._dim - len(self.event_shape), 0)
-        values = by_row.reshape(len(self.rows), *self._fn.shape())  # that of a factor has no numbers
-        rows = [fn.log_prob(own) for fn, own in zip(self.rows, values, strict=True)]
-        return torch.stack([row.expand(self._fn.batch_shape) for row in rows]).reshape(self.batch_shape)
+def _log_likelihood(trace: Trace, latents: Iterable[str]) -> Tensor:
+    """Return the log density of a run but for that of its continuous sites, with discrete ones summed out."""
+    trace = prune_subsample_sites(trace)
+    trace.compute_log_prob()
+    trace.pack_tensors()
+    prior = sum(trace.nodes[name]["log_prob_sum"] for name in latents)
+    return (marginal_log_density(trace, Trace()) - prior).reshape(())
 
 
 def _refuse_discrete(trace: Trace) -> None:
-    """Refuse latent sites with discrete values, which would have to be summed out in every run."""
+    """Refuse latent sites with discrete values that are not to be summed out."""
     latents = [s for s in trace.nodes.values() if s["type"] == "sample" and not s["is_observed"]]
     names = [
         repr(site["name"])
         for site in latents
-        if not site_is_subsample(site) and (site["infer"].get("enumerate") or site["fn"].support.is_discrete)
+        if not site_is_subsample(site)
+        and site["infer"].get("enumerate") != "parallel"
+        and (site["infer"].get("enumerate") or site["fn"].support.is_discrete)
     ]
     if names:
         raise ValueError(
-            f"Expected continuous latent sites, in a model that runs for one draw after the other; got "
-            f"{', '.join(names)}. Sum discrete ones out by hand, or let the model run for many draws at once."
+            f"Expected continuous latent sites, or discrete ones that are summed out, in a model that runs "
+            f"for one draw after the other; got {', '.join(names)}. Mark them with "
+            f'infer={{"enumerate": "parallel"}}.'
         )
 
 
