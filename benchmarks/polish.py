@@ -19,14 +19,17 @@ from smc_problems import eight_schools, eight_schools_exactly, funnel
 
 from pyro_adaann import AutoSpline, natural_svi, polish
 
+#: Draws of a step. A guide of fewer loses the neck in one fit of five, and chains do not find it again.
+NUM_PARTICLES = 2000
 
-def fitted(name: str, seed: int) -> Any:
+
+def fitted(name: str, seed: int, num_particles: int) -> Any:
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     if name == "funnel":
-        svi = natural_svi(funnel, AutoSpline(funnel, base_scale=3.0))
+        svi = natural_svi(funnel, AutoSpline(funnel, base_scale=3.0), num_particles=num_particles)
     else:
-        svi = natural_svi(eight_schools, num_particles=1000)
+        svi = natural_svi(eight_schools, num_particles=num_particles)
     svi.run(progress_bar=False)
     return svi
 
@@ -35,11 +38,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", nargs="+", default=["funnel", "eight schools"])
     parser.add_argument("--num-samples", type=int, default=500)
+    parser.add_argument("--num-particles", type=int, default=NUM_PARTICLES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args(argv)
     for name, seed in itertools.product(args.targets, args.seeds):
         start = time.process_time()
-        svi = fitted(name, seed)
+        svi = fitted(name, seed, args.num_particles)
         fit_seconds = time.process_time() - start
         chains = polish(svi, num_samples=args.num_samples, seed=seed, progress_bar=False)
         seconds = time.process_time() - start - fit_seconds
