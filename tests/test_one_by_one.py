@@ -14,9 +14,11 @@ from pyro.nn import PyroModule, PyroSample
 from pyro.ops.indexing import Vindex
 
 from pyro_adaann import (
+    AdaAnnSchedule,
     AdaAnnSVI,
     AutoSpline,
     ConstantSchedule,
+    ESSStageRule,
     diagnose,
     fit,
     importance_draws,
@@ -259,6 +261,25 @@ def test_enumerated_sites_are_summed_out():
         found.append([draws.log_p, torch.tensor(value), *gradients, torch.tensor(step)])
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("path", ["bridge", "likelihood", "joint"])
+def test_enumerated_sites_are_tempered_on_every_path(path):
+    found = []
+    for at_once in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = AutoSpline(poutine.block(mixture(True), hide=["k"]), base_scale=2.0).initialize()
+        pyro.set_rng_seed(1)
+        schedule = AdaAnnSchedule(0.5, initial_inverse_temperature=0.01)
+        rule = ESSStageRule(0.01, max_num_steps=1)
+        svi = natural_svi(
+            mixture(at_once), guide, num_particles=20, path=path, schedule=schedule, stage_rule=rule
+        )
+        losses = [svi.step() for _ in range(4)]
+        found.append(torch.tensor([*losses, *(stage.inverse_temperature for stage in svi.history.stages)]))
+    assert len(found[0]) > 6  # the log factor has moved t
+    torch.testing.assert_close(*found, rtol=3e-3, atol=3e-3)
 
 
 def test_enumerated_sites_are_predicted_and_exported():
