@@ -132,7 +132,7 @@ def results(flow: FlowTransform, x: Tensor) -> dict[str, Tensor]:
     y, log_det = flow.forward_and_log_det(x)
     parameters = list(flow.parameters())
     gradients = torch.autograd.grad(y.square().sum() - log_det.sum(), parameters, allow_unused=True)
-    by_point = flow.point_gradients(x, x, -1.0)
+    by_point = flow.point_gradients(x, -x)
     return {
         "image": y.detach(),
         "log det": log_det.detach(),
@@ -169,7 +169,7 @@ def check_natural_step(device: torch.device) -> dict[str, float]:
 
 
 def natural(flow: FlowTransform, x: Tensor, log_weights: Tensor) -> dict[str, Tensor]:
-    gradients = flow.point_gradients(x, -flow.score(x, -x), -1.0).values()
+    gradients = flow.point_gradients(x, -x).values()
     scores: list[Any] = [[g] if isinstance(g, OuterProducts) else g for g in gradients]
     direction = NaturalDirection(scores, log_weights)
     return {"Gram matrix": direction._gram, "direction": direction.solve(0.1)[0]}

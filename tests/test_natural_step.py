@@ -132,7 +132,7 @@ def test_the_step_of_a_planar_flow_is_the_same_in_any_unit_of_the_latents():
         with torch.no_grad():
             stack.u.normal_().mul_(0.1 * unit)
         points = x * unit
-        grads = stack.point_gradients(points, -stack.score(points, -points / unit**2), -1.0)
+        grads = stack.point_gradients(points, -points / unit**2)
         scores = torch.cat([grad.flatten(1) for grad in grads.values()], dim=1)
         units = torch.cat([value.flatten() for value in stack.parameter_units().values()])
         step = NaturalDirection(scores, log_weights, units).solve(0.1)[0]

@@ -69,7 +69,7 @@ def all_of(flow, x):
     with torch.no_grad():
         plain = flow.forward_and_log_det(x)
         inverse = flow._inverse(y.detach())
-    points = flow.point_gradients(x, x, -1.0)
+    points = flow.point_gradients(x, -x)
     return [
         *(y.detach(), log_det.detach(), *plain, inverse, flow.score(x, -x)),
         *(torch.zeros(()) if g is None else g for g in gradients),

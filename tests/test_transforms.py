@@ -266,7 +266,7 @@ def test_units_of_an_affine_layer_make_its_fisher_information_even():
     with torch.no_grad():
         layer.factor.mul_(20)  # strong correlations
     x = torch.randn(100_000, 3, dtype=torch.float64)
-    gradients = layer.point_gradients(x, -layer.score(x, -x), -1.0)
+    gradients = layer.point_gradients(x, -x)
     for parameter, unit in layer.parameter_units().items():
         gradient = gradients[parameter]
         gradient = gradient.dense() if isinstance(gradient, OuterProducts) else gradient

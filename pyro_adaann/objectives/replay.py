@@ -58,7 +58,7 @@ class _Kept(NamedTuple):
 class Replayed:
     """Draws replayed under the present guide.
 
-    :param guide_trace: trace of the guide, with its graph.
+    :param guide_trace: trace of the guide, with its graph, log densities left out.
     :param log_weights: of the draws against the density at the present inverse temperature, shape ``(n,)``,
         up to the constant that the weights of the guide's own draws have too.
     """
@@ -124,16 +124,22 @@ class Replay:
                 fixed.add_node(name, name=name, type="sample", is_observed=False, infer={}, value=value)
             batch = with_num_particles(elbo, len(order))
             replayed = poutine.replay(batch._vectorized_num_particles(guide), trace=fixed)
-            trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-            trace.compute_log_prob(lambda name, site: name in fixed)
-            return trace
+            return poutine.trace(replayed).get_trace(*args, **kwargs)
 
         with torch.no_grad():
-            log_weights = log_p[order] - _log_density(trace_at(order))
+            sample = trace_at(order)
+            sample.compute_log_prob(lambda name, site: name in values)
+            log_weights = log_p[order] - _log_density(sample)
         lacks = (log_weights > log_mean + math.log(_MIN_LACK)).nonzero().squeeze(1)  # a card is asked once
         if not len(lacks):
             return None
-        return Replayed(trace_at(order[lacks]), log_weights[lacks])
+        lacking = trace_at(order[lacks])
+        with torch.no_grad():
+            for name, dim in earlier[0].dims.items():
+                # Their inverse, most of the work here, is known.
+                flow, value = flow_of(lacking.nodes[name]["fn"]), lacking.nodes[name]["value"]
+                flow.remember(flow.inv(sample.nodes[name]["value"]).index_select(dim, lacks), value)
+        return Replayed(lacking, log_weights[lacks])
 
     def forget(self) -> None:
         """Drop all draws, after the guide has been set back."""

@@ -22,13 +22,13 @@ _GROUP_COST = 8
 class MaskGroup:
     """Rows with the same ones, and the columns of these.
 
-    :param rows: indices of the rows.
-    :param columns: indices of the columns, without those of the group before if that one is contained.
+    :param rows: indices of the rows; a slice where they follow each other, which takes no copy.
+    :param columns: likewise of the columns, without those of the group before if that one is contained.
     :param is_nested: whether the ones of the group before are all among those of this one.
     """
 
-    rows: Tensor
-    columns: Tensor
+    rows: Tensor | slice
+    columns: Tensor | slice
     is_nested: bool
 
 
@@ -45,8 +45,8 @@ def mask_groups(mask: Tensor) -> tuple[list[MaskGroup], bool]:
 
         >>> import torch
         >>> groups, is_transposed = mask_groups(torch.ones(3, 2).tril())
-        >>> [(group.rows.tolist(), group.columns.tolist()) for group in groups]
-        [([0], [0]), ([1, 2], [1])]
+        >>> [(group.rows, group.columns) for group in groups]
+        [(slice(0, 1, None), slice(0, 1, None)), (slice(1, 3, None), slice(1, 2, None))]
     """
     version, result = _known.get(mask, (None, None))
     if version != mask._version:
@@ -64,7 +64,20 @@ def _cheaper_groups(mask: Tensor) -> tuple[list[MaskGroup], bool]:
 
 
 def _cost(groups: Sequence[MaskGroup]) -> int:
-    return sum(len(group.rows) + len(group.columns) + _GROUP_COST for group in groups)
+    return sum(_count(group.rows) + _count(group.columns) + _GROUP_COST for group in groups)
+
+
+def _count(indices: Tensor | slice) -> int:
+    return len(indices) if isinstance(indices, Tensor) else indices.stop - indices.start
+
+
+def _indices(chosen: Tensor) -> Tensor | slice:
+    """Return where a vector is true."""
+    indices = chosen.nonzero().squeeze(1)
+    if not len(indices):
+        return slice(0, 0)
+    first, last = indices[[0, -1]].tolist()
+    return slice(first, last + 1) if last - first + 1 == len(indices) else indices
 
 
 def _row_groups(mask: Tensor) -> list[MaskGroup]:
@@ -77,7 +90,6 @@ def _row_groups(mask: Tensor) -> list[MaskGroup]:
             continue
         is_nested = bool((pattern | ~before).all())
         columns = pattern & ~before if is_nested else pattern
-        rows = (which == index).nonzero().squeeze(1)
-        groups.append(MaskGroup(rows, columns.nonzero().squeeze(1), is_nested))
+        groups.append(MaskGroup(_indices(which == index), _indices(columns), is_nested))
         before = pattern
     return groups

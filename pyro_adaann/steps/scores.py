@@ -191,9 +191,7 @@ def _point_gradients(transform: Any, x: Tensor, base_score: Tensor) -> dict[Tens
     """Return the gradients of log q at fixed images of points; each process computes those of its share."""
 
     def run(x: Tensor, base_score: Tensor) -> dict[Tensor, Tensor | OuterProducts]:
-        found: dict[Tensor, Tensor | OuterProducts] = transform.point_gradients(
-            x, -transform.score(x, base_score), -1.0
-        )
+        found: dict[Tensor, Tensor | OuterProducts] = transform.point_gradients(x, base_score)
         return found
 
     x, base_score = (rows.reshape(-1, rows.shape[-1]) for rows in (x, base_score))

@@ -111,34 +111,44 @@ class FlowTransform(TransformModule):
             total = (base_score * inverse).sum() - log_det.sum()
             return torch.autograd.grad(total, y)[0]
 
-    def point_gradients(
-        self, x: Tensor, grad_y: Tensor, grad_log_det: float
-    ) -> dict[Tensor, Tensor | OuterProducts]:
-        r"""Return the gradient of every single point in every parameter.
+    def point_gradients(self, x: Tensor, base_score: Tensor) -> dict[Tensor, Tensor | OuterProducts]:
+        r"""Return the gradient of the log density at every image of a point, held fixed, in every parameter.
 
-        That is :math:`\nabla_\phi (g \cdot y_\phi(x) + c \log|\det J_\phi(x)|)`; autograd gives its sum over
-        points alone.
+        .. math:: \nabla_\phi \log q_\phi(y) = -\nabla_\phi (s \cdot y_\phi(x) + \log|\det J_\phi(x)|)
+
+        with s the :meth:`score`, held fixed too; autograd gives its sum over points alone.
 
         :param x: points, shape ``(..., d)``; n of them in all.
-        :param grad_y: g of every point, likewise.
-        :param grad_log_det: c.
+        :param base_score: :math:`\nabla_x \log q_0(x)`, likewise.
         :return: for every parameter that is trained a tensor of shape ``(n,) + its shape``; or, for the
             matrix of a linear map, the factors of one: :class:`~pyro_adaann.transforms.outer.OuterProducts`.
         """
         flat = x.detach().reshape(-1, self.input_dim)
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-        def run(x: Tensor, grad_y: Tensor) -> Results:
-            return self._point_gradients(x, grad_y, grad_log_det)
+        def run(x: Tensor, base_score: Tensor) -> Results:
+            return self._density_gradients(x, base_score)[1]
 
-        name = f"point gradients, {grad_log_det}"
-        found = self._by_row(name, run, flat, grad_y.detach().reshape(flat.shape))
+        found = self._by_row("point gradients", run, flat, base_score.detach().reshape(flat.shape))
         return {parameter: found[name] for name, parameter in trained.items()}
+
+    def _density_gradients(
+        self, x: Tensor, base_score: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor | OuterProducts]]:
+        """Do :meth:`score` and :meth:`point_gradients`, the latter by name, on a flat batch."""
+        score = self._score(x, base_score)
+        return score, self._point_gradients(x, -score, -1.0)
 
     def _point_gradients(
         self, x: Tensor, grad_y: Tensor, grad_log_det: float
     ) -> dict[str, Tensor | OuterProducts]:
-        """Do :meth:`point_gradients` on a flat batch, by name; with hooks unless a flow overrides it."""
+        r"""Return :math:`\nabla_\phi (g \cdot y_\phi(x) + c \log|\det J_\phi(x)|)` of every point, by name.
+
+        With hooks unless a flow overrides it.
+
+        :param grad_y: g of every point.
+        :param grad_log_det: c.
+        """
 
         def run() -> Tensor:
             y, log_det = self._define(x)
@@ -174,6 +184,12 @@ class FlowTransform(TransformModule):
         if y is not y_cached or self._cached_image is None or self._cached_log_det is None:
             return None
         return x_cached, self._cached_image.view(y.shape), self._cached_log_det
+
+    def remember(self, x: Tensor, y: Tensor) -> None:
+        """Take it that ``y`` is the image of ``x``, as if it had just been inverted without a graph."""
+        self._forget_if_updated()
+        self._cached_x_y = (x, y)
+        self._cached_image = self._cached_log_det = None
 
     def _inv_call(self, y: Tensor) -> Tensor:
         self._forget_if_updated()

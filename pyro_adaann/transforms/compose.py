@@ -76,17 +76,15 @@ class ComposedFlow(FlowTransform):
             base_score = part._score(point, base_score)
         return base_score
 
-    def _point_gradients(
-        self, x: Tensor, grad_y: Tensor, grad_log_det: float
-    ) -> dict[str, Tensor | OuterProducts]:
-        points = self._inputs(x)
+    def _density_gradients(
+        self, x: Tensor, base_score: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor | OuterProducts]]:
+        # What comes after a part has the gradient in the part's images that the density there has: its score.
         found: dict[str, Tensor | OuterProducts] = {}
-        for number, (part, point) in reversed(list(enumerate(zip(self._flows(), points, strict=True)))):
-            gradients = part._point_gradients(point, grad_y, grad_log_det)
+        for number, (part, point) in enumerate(zip(self._flows(), self._inputs(x), strict=True)):
+            base_score, gradients = part._density_gradients(point, base_score)
             found.update((f"parts.{number}.{name}", gradient) for name, gradient in gradients.items())
-            if number:
-                grad_y = _pull_back(part, point, grad_y, grad_log_det)
-        return found
+        return base_score, found
 
     def parameter_units(self) -> dict[Tensor, Tensor]:
         """Return the units of the parts."""
@@ -94,10 +92,3 @@ class ComposedFlow(FlowTransform):
             parameter: unit for part in self._flows() for parameter, unit in part.parameter_units().items()
         }
 
-
-def _pull_back(flow: FlowTransform, x: Tensor, grad_y: Tensor, grad_log_det: float) -> Tensor:
-    """Return the gradient of ``grad_y . y + grad_log_det * log_det`` in the points."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        y, log_det = flow._forward(x)
-        return torch.autograd.grad((grad_y * y).sum() + grad_log_det * log_det.sum(), x)[0]

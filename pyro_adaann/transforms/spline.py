@@ -123,40 +123,20 @@ class SplineStack(FlowTransform):
 
     @torch.no_grad()
     def _score(self, x: Tensor, base_score: Tensor) -> Tensor:
-        x, score = (x - self.loc) / self.scale, base_score * self.scale
-        for network in self._layers():
-            x, score = (part.flip(-1) for part in _score(network, x, score, self.num_bins))
-        score = score.flip(-1) if self.num_transforms % 2 else score
-        return score / self.scale
+        return self._density_gradients(x, base_score)[0]
 
-    def _point_gradients(
-        self, x: Tensor, grad_y: Tensor, grad_log_det: float
-    ) -> dict[str, Tensor | OuterProducts]:
-        with torch.enable_grad():
-            x = (x - self.loc) / self.scale
-            total, tapes, tables = x.new_zeros(()), [], []
-            for network in self._layers():
-                raw, tape = network(x)
-                # A leaf per layer for the values: the first coordinate's are not on the tape.
-                tapes.append(tape)
-                tables.append(raw)
-                x, log_slopes = apply_spline(x, raw, self.num_bins)
-                x, total = x.flip(-1), total + grad_log_det * log_slopes.sum()
-            total = total + (grad_y * self._leave(x)).sum()
-            hidden = [output for tape in tapes for output in tape.outputs[:-1]]
-            found = torch.autograd.grad(total, [*tables, *hidden])
-        grads = iter(found[len(tables) :])
+    @torch.no_grad()
+    def _density_gradients(
+        self, x: Tensor, base_score: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor | OuterProducts]]:
+        x, score = (x - self.loc) / self.scale, base_score * self.scale
         gradients: dict[str, Tensor | OuterProducts] = {}
-        for number, (network, tape) in enumerate(zip(self._layers(), tapes, strict=True)):
-            name, by_table = f"networks.{number}", found[number]
-            gradients[f"{name}.table"] = by_table
-            outputs = [next(grads) for _ in tape.outputs[:-1]]
-            for i, grad in enumerate(outputs):
-                gradients[f"{name}.biases.{i}"] = grad
-            for i, grad in enumerate([*outputs, by_table[:, 1:].flatten(1)][: len(tape.inputs)]):
-                left = tape.inputs[i].detach()
-                gradients[f"{name}.weights.{i}"] = OuterProducts(left, grad, network.mask(i))
-        return gradients
+        for number, network in enumerate(self._layers()):
+            x, score, found = _score(network, x, score, self.num_bins)
+            x, score = x.flip(-1), score.flip(-1)
+            gradients.update((f"networks.{number}.{name}", gradient) for name, gradient in found.items())
+        score = score.flip(-1) if self.num_transforms % 2 else score
+        return score / self.scale, gradients
 
 
 @torch.no_grad()
@@ -195,8 +175,12 @@ def _invert(network: MaskedNetwork, y: Tensor, num_bins: int) -> Tensor:
     return torch.stack(x, -1)
 
 
-def _score(network: MaskedNetwork, x: Tensor, score: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
-    """Return the images of ``x`` under a layer, and the score there; see the module's text."""
+def _score(
+    network: MaskedNetwork, x: Tensor, score: Tensor, num_bins: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor | OuterProducts]]:
+    """Return the images of ``x`` under a layer, the score there, and the gradients of log q at these images
+    in the parameters; see the module's text.
+    """
     values, tape = network(x)
     with torch.enable_grad():
         leaves = (x.detach().requires_grad_(), values.detach().requires_grad_())
@@ -204,21 +188,26 @@ def _score(network: MaskedNetwork, x: Tensor, score: Tensor, num_bins: int) -> t
         by_x, by_values = torch.autograd.grad(log_slopes.sum(), leaves, retain_graph=True)
         slopes, direct = torch.autograd.grad(y.sum(), leaves)
     new = (score - by_x) / slopes
-    if network.input_dim == 1:
-        return y.detach(), new
-    weights = network.masked_weights()
-    bends = [slope(output) for output in tape.outputs[:-1]]
-    # Gradients in the outputs of every layer, of the coordinates that are done.
-    deltas = [torch.zeros_like(output) for output in tape.outputs]
-    outputs = deltas[-1].view(x.shape[0], network.input_dim - 1, network.num_outputs)
-    for m, block in reversed(list(enumerate(_blocks(network)))):
-        new_score = new[:, m + 1 : m + 2]
-        outputs[:, m] = by_values[:, m + 1] + new_score * direct[:, m + 1]
-        for layer in range(len(weights) - 1, -1, -1):
-            rows, later = block[layer], block[layer + 1]
-            grad = deltas[layer][:, later.start :] @ weights[layer][rows, later.start :].t()
-            if layer:
-                deltas[layer - 1][:, rows] = grad * bends[layer - 1][:, rows]
-            else:
-                new[:, m] -= grad.squeeze(-1) / slopes[:, m]
-    return y.detach(), new
+    found: dict[str, Tensor | OuterProducts] = {}
+    first, rest = by_values[:, :1], by_values[:, 1:].flatten(1)
+    if network.input_dim > 1:
+        weights = network.masked_weights()
+        bends = [slope(output) for output in tape.outputs[:-1]]
+        # Gradients in the outputs of every matrix, of the coordinates that are done.
+        deltas = [*(torch.zeros_like(output) for output in tape.outputs[:-1]), rest]
+        outputs = rest.view(x.shape[0], network.input_dim - 1, network.num_outputs)
+        for m, block in reversed(list(enumerate(_blocks(network)))):
+            outputs[:, m].addcmul_(new[:, m + 1 : m + 2], direct[:, m + 1])
+            for layer in range(len(weights) - 1, -1, -1):
+                rows, later = block[layer], block[layer + 1]
+                grad = deltas[layer][:, later.start :] @ weights[layer][rows, later.start :].t()
+                if layer:
+                    deltas[layer - 1][:, rows] = grad * bends[layer - 1][:, rows]
+                else:
+                    new[:, m] -= grad.squeeze(-1) / slopes[:, m]
+        for i, (left, delta) in enumerate(zip(tape.inputs, deltas, strict=True)):
+            found[f"weights.{i}"] = OuterProducts(left, -delta, network.mask(i))
+        found.update((f"biases.{i}", -delta) for i, delta in enumerate(deltas[:-1]))
+    first = torch.addcmul(first, new[:, :1].unsqueeze(-1), direct[:, :1])
+    table = torch.cat([first, rest.view(x.shape[0], -1, network.num_outputs)], 1)
+    return y.detach(), new, {"table": -table, **found}
