@@ -14,7 +14,7 @@ from pyro_adaann.guides.spline import AutoSpline
 from pyro_adaann.steps.natural import NaturalStep
 from pyro_adaann.svi import AdaAnnSVI
 
-__all__ = ["natural_svi"]
+__all__ = ["natural_svi", "schedule_from"]
 
 #: Steps at inverse temperature 1, and the most of them while the loss falls. After 40 and 70 steps the
 #: effective sample size of a funnel in 10 dimensions was 84 and 97 %, of the eight schools 66 and 95 %.
@@ -36,7 +36,8 @@ def natural_svi(
 
     It anneals from the base of the guide (path ``"bridge"``) by :class:`~pyro_adaann.NaturalStep`. A stage
     ends when the effective sample size of the guide's draws is four fifths of their number, after four steps
-    one half (:class:`~pyro_adaann.ESSStageRule`); the next inverse temperature keeps a conditional
+    one half, or with 20 steps, 5 after eight such stages in a row
+    (:class:`~pyro_adaann.ESSStageRule`); the next inverse temperature keeps a conditional
     effective sample size of 97 % (:class:`~pyro_adaann.CESSSchedule`); a
     :class:`~pyro_adaann.Ladder` records the guide for :func:`diagnose`. A fit takes one to three hundred
     steps. It is meant for flow guides whose base covers the modes.
@@ -70,8 +71,8 @@ def natural_svi(
     """
     settings: dict[str, Any] = {
         "path": "bridge",
-        "schedule": CESSSchedule(0.97, initial_inverse_temperature=1e-8),
-        "stage_rule": ESSStageRule(0.8, max_num_steps=20, patience=4, least=0.5),
+        "schedule": schedule_from(1e-8),
+        "stage_rule": ESSStageRule(0.8, max_num_steps=20, patience=4, least=0.5, max_num_untracked=8),
         "ladder": Ladder(),
         "num_initial_steps": 1,
         "num_steps_per_stage": 1,
@@ -85,3 +86,8 @@ def natural_svi(
         settings["num_final_steps"] = num_final_steps
     step = NaturalStep(num_particles, max_kl, damping, max_plate_nesting)
     return AdaAnnSVI(model, guide, step, **settings)
+
+
+def schedule_from(inverse_temperature: float) -> CESSSchedule:
+    """Return the schedule of :func:`natural_svi` with another first inverse temperature."""
+    return CESSSchedule(0.97, initial_inverse_temperature=inverse_temperature)

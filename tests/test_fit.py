@@ -460,7 +460,7 @@ def test_a_good_fit_is_the_last_one_unless_more_are_asked_for():
     assert next_plan([made()], 0, None) is None
     # Usable with weights, of which one in 200 is zero, and the others are equal: outliers of the guide.
     assert next_plan([made(gap=1.7, ess=9950.0)], 0, None) is None
-    assert next_plan([made(gap=1.7, ess=9800.0)], 0, None) == Plan(1, {}, 500)
+    assert next_plan([made(gap=1.7, ess=9800.0)], 0, None) == Plan(1, {}, 500, is_check=True)
     assert next_plan([made()], 0, 2) == Plan(1, {}, 500)
     assert next_plan([made(), made()], 0, 2) is None
 
@@ -493,13 +493,14 @@ def test_a_second_seed_follows_where_the_first_is_not_good():
     agreeing = [made(k_hat=0.6, ess=3000.0), made(k_hat=0.6, ess=3000.0)]
     assert next_plan(agreeing, 0, None) is None
     # A third one where the second finds more, until two agree, six in all.
-    assert next_plan([made(-0.7), made(0.0)], 0, None) == Plan(2, {}, 500)
+    assert next_plan([made(-0.7), made(0.0)], 0, None) == Plan(2, {}, 500, is_check=True)
     assert next_plan([made(-0.1 * i) for i in range(6)], 0, None) is None
     # None after 500 steps in all and a fit that is not usable, unless it is asked for.
     slow = [made(0.0, num_steps=251), made(k_hat=0.9, ess=3000.0, num_steps=250)]
     assert next_plan(slow, 0, None) is None
     assert next_plan(slow, 0, 3) == Plan(2, {}, 500)
-    assert next_plan([made(-0.7, num_steps=251), made(0.0, num_steps=250)], 0, None) == Plan(2, {}, 500)
+    late = [made(-0.7, num_steps=251), made(0.0, num_steps=250)]
+    assert next_plan(late, 0, None) == Plan(2, {}, 500, is_check=True)
 
 
 def test_fits_that_do_not_agree_are_an_alarm_until_two_hold_everything():
@@ -524,8 +525,8 @@ def test_fits_that_do_not_agree_are_an_alarm_until_two_hold_everything():
 def test_fits_go_on_until_two_have_the_same_spread():
     first = made(k_hat=0.6, ess=3000.0)
     wider = made(k_hat=0.6, ess=3000.0, sd=1.25)
-    assert next_plan([first, wider], 0, None) == Plan(2, {}, 500)
-    assert next_plan([first, wider, first], 0, None) == Plan(3, {}, 500)  # two lack the same
+    assert next_plan([first, wider], 0, None) == Plan(2, {}, 500, is_check=True)
+    assert next_plan([first, wider, first], 0, None) == Plan(3, {}, 500, is_check=True)  # two lack the same
     assert next_plan([first, wider, wider], 0, None) is None
     # A fit whose tail is a little too heavy is a witness of a usable one, of the same evidence and spread.
     heavy = made(k_hat=0.9, ess=3000.0)

@@ -60,6 +60,26 @@ def test_a_rule_decides_how_long_a_stage_is():
     assert len(history.untracked) == 4
 
 
+def test_a_guide_that_has_fallen_behind_has_fewer_steps_until_it_is_tracked():
+    class Falls(ESSStageRule):
+        """Met in the stages of the given numbers alone."""
+
+        def is_met(self, ess: float) -> bool:
+            return len(svi.history.stages) in (4,)
+
+        def is_over(self, num_steps: int, ess: float) -> bool:
+            return num_steps >= self.max_num_steps
+
+    rule = Falls(0.9, max_num_steps=9, max_num_untracked=2)
+    svi = make_svi(stage_rule=rule, schedule=LinearSchedule(8))
+    history = svi.run(progress_bar=False)
+    # Two in a row ran out of nine steps; the fourth is tracked, so that two more have nine.
+    assert [stage.num_steps for stage in history.stages] == [9, 9, 3, 3, 9, 9, 3, 3, 4]
+    assert [stage.is_tracked for stage in history.stages][:4] == [False, False, False, True]
+    assert rule.max_num_steps == 9
+    assert ESSStageRule(0.5).after(1000).max_num_steps == 200
+
+
 def test_a_rule_that_is_met_at_once_changes_nothing():
     class Always(After):
         def is_met(self, ess: float) -> bool:

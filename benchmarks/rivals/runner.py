@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -106,6 +107,12 @@ def _run_child(command: list[str], limit: int) -> tuple[str, str]:
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         return "", f"not ended in {limit} s"
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        return "", lines[-1][:200]
+        return "", _message(done.stderr)
     return done.stdout, ""
+
+
+def _message(errors: str) -> str:
+    """Return the line of the last exception; some libraries write more lines behind it."""
+    lines = errors.strip().splitlines() or ["no message"]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (named or lines)[-1][:200]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from enum import Enum
@@ -236,6 +237,12 @@ class AnnealingHistory:
     def untracked(self) -> list[AnnealingStage]:
         """The stages of the present pass that ran out of steps before their stage rule was met."""
         return [stage for stage in self.present_pass if stage.is_tracked is False]
+
+    @property
+    def num_untracked_lately(self) -> int:
+        """How many stages in a row, up to the one before the present, ran out of steps."""
+        before = reversed(self.present_pass[:-1])
+        return sum(1 for _ in itertools.takewhile(lambda stage: stage.is_tracked is False, before))
 
     @property
     def stalled(self) -> list[AnnealingStage]:

@@ -10,6 +10,8 @@ Rules and schedules are independent of each other. To write another, subclass :c
 
 from __future__ import annotations
 
+import copy
+import math
 from abc import ABC, abstractmethod
 
 from pyro_adaann.checks import check_count
@@ -47,6 +49,10 @@ class StageRule(ABC):
         :param ess: as in :meth:`is_over`.
         """
 
+    def after(self, num_untracked: int) -> StageRule:
+        """Return the rule for a stage that follows so many in a row that ran out of steps; here this one."""
+        return self
+
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({arguments})"
@@ -67,6 +73,9 @@ class ESSStageRule(StageRule):
     :param patience: after how many steps a stage may end at ``least`` instead. With dozens of latent
         variables a guide comes near a target such as 0.8 in a few steps and to it in many. By default never.
     :param least: that share, from 0 to ``target``.
+    :param max_num_untracked: after so many stages in a row that ran out of steps a stage has a quarter of
+        them, until one is tracked again: a guide that has fallen so far behind cannot follow, and more steps
+        cost minutes. By default never.
     :raises ValueError: if one is out of range.
 
     Source: Chopin, *A sequential particle filter method for static models*, Biometrika 89 (2002), for the
@@ -86,11 +95,13 @@ class ESSStageRule(StageRule):
         max_num_steps: int = 200,
         patience: int | None = None,
         least: float | None = None,
+        max_num_untracked: int | None = None,
     ) -> None:
         if not 0 < target < 1:
             raise ValueError(f"Expected `target` in (0, 1); got {target}.")
         check_count("max_num_steps", max_num_steps, 1)
         check_count("patience", patience, 1)
+        check_count("max_num_untracked", max_num_untracked, 1)
         if (patience is None) != (least is None) or not (least is None or 0 < least <= target):
             raise ValueError(
                 f"Expected `least` above 0 and up to `target`, {target}, together with `patience`, or "
@@ -99,11 +110,20 @@ class ESSStageRule(StageRule):
         self.target = float(target)
         self.max_num_steps = max_num_steps
         self.patience, self.least = patience, least
+        self.max_num_untracked = max_num_untracked
 
     def is_over(self, num_steps: int, ess: float) -> bool:
         """Whether the target is reached, ``least`` after ``patience`` steps, or ``max_num_steps`` taken."""
         is_eased = self.patience is not None and num_steps >= self.patience
         return ess >= self.target or (is_eased and self.is_met(ess)) or num_steps >= self.max_num_steps
+
+    def after(self, num_untracked: int) -> ESSStageRule:
+        """Return the rule for a stage that follows so many in a row that ran out of steps."""
+        if self.max_num_untracked is None or num_untracked < self.max_num_untracked:
+            return self
+        shorter = copy.copy(self)
+        shorter.max_num_steps = math.ceil(self.max_num_steps / 4)
+        return shorter
 
     def is_met(self, ess: float) -> bool:
         """Whether the target is reached, or ``least`` where there is one."""

@@ -24,7 +24,7 @@ from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.continuous import continuous_part
 from pyro_adaann.guides.spline import AutoSpline
-from pyro_adaann.natural import natural_svi
+from pyro_adaann.natural import natural_svi, schedule_from
 from pyro_adaann.objectives.one_by_one import is_one_by_one
 from pyro_adaann.objectives.rows import most_draws, numbers_per_draw
 from pyro_adaann.processes.group import anywhere
@@ -39,6 +39,11 @@ BATCH_SIZE = 1000
 #: A model takes long for a draw if fewer than so many are made at a time. Draws of a step for each latent
 #: then, and fewest.
 _CHEAP_DRAWS, _DRAWS_PER_LATENT, _FEWEST_DRAWS = 500, 25, 200
+#: Steps at inverse temperature 1, and no more, of a fit that confirms another and of one of so many latents:
+#: there they are dear, and what they gain is draws that count a little more.
+_NUM_FINAL, _MANY_LATENTS = 60, 16
+#: First inverse temperature from particles of the posterior, which differ from it by nats, not millions.
+_NEAR = 1e-4
 
 
 class End(Enum):
@@ -56,11 +61,13 @@ class Plan:
     :param seed: of all random generators; None to go on as they are.
     :param widths: how many times as wide as that of the prior the base is, by site.
     :param num_particles: draws of a natural step.
+    :param is_check: whether the fit only has to confirm a usable one.
     """
 
     seed: int | None
     widths: dict[str, float]
     num_particles: int
+    is_check: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,10 @@ def attempt(
         start = pilot_base(model, args, kwargs, guide.latent_dim, plan.seed, watch)
         if plan.widths or start is not None:
             guide = make_guide(model, plan.widths, args, kwargs, start)
-        svi = natural_svi(model, guide, num_particles=plan.num_particles, max_plate_nesting=nesting)
+        settings = _settings(guide.latent_dim, is_check=plan.is_check, is_near=start is not None)
+        svi = natural_svi(
+            model, guide, num_particles=plan.num_particles, max_plate_nesting=nesting, **settings
+        )
         progress.phase(f"{name}: annealing")
         end = End.DONE
         while not svi.is_done:
@@ -129,6 +139,19 @@ def attempt(
         diagnosis = assess(svi, draws, log_weights, args, kwargs, BATCH_SIZE, vectorize=True)
         moments = measure_moments(weighted.samples, weighted.log_weights)
     return Attempt(plan, svi, weighted, diagnosis, moments, end, time.monotonic() - began)
+
+
+def _settings(num_latents: int, *, is_check: bool, is_near: bool) -> dict[str, Any]:
+    """Return what a fit sets otherwise than `natural_svi`.
+
+    :param is_near: whether the guide starts at particles of the posterior.
+    """
+    settings: dict[str, Any] = {}
+    if is_check or num_latents >= _MANY_LATENTS:
+        settings["max_num_final_steps"] = _NUM_FINAL
+    if is_near:
+        settings["schedule"] = schedule_from(_NEAR)
+    return settings
 
 
 def make_guide(

@@ -217,7 +217,7 @@ def next_plan(attempts: list[Attempt], seed: int | None, num_fits: int | None) -
     if is_enough:
         return None
     num_particles = attempts[0].plan.num_particles if is_witness(last) else _MORE_PARTICLES
-    return Plan(next_seed, last.plan.widths, num_particles)
+    return Plan(next_seed, last.plan.widths, num_particles, is_check=is_usable and num_fits is None)
 
 
 def _work(attempts: list[Attempt]) -> float:

@@ -125,9 +125,10 @@ class StageControl:
             return
         if self.stage_rule is not None:
             ess = number_from_first(self.objective.ess_share())
-            if not self.stage_rule.is_over(stage.num_steps, ess):
+            rule = self.stage_rule.after(self.history.num_untracked_lately)
+            if not rule.is_over(stage.num_steps, ess):
                 return
-            stage.is_tracked = self.stage_rule.is_met(ess)
+            stage.is_tracked = rule.is_met(ess)
         following = number_from_first(self._following(call))
         if self.rungs is not None and self.rungs.cover(stage, following):
             names = self.parameters.names_of_guide(call.args, call.kwargs)

@@ -91,4 +91,3 @@ class ComposedFlow(FlowTransform):
         return {
             parameter: unit for part in self._flows() for parameter, unit in part.parameter_units().items()
         }
-

@@ -32,8 +32,11 @@ def _run(target: Target, seed: int, guide_of: Any) -> Outcome:
     guide = guide_of(model)
     loss = Trace_ELBO(num_particles=NUM_PARTICLES, vectorize_particles=True)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": LEARNING_RATE}), loss)
-    for _ in range(NUM_STEPS):
-        svi.step()
+    for step in range(NUM_STEPS):
+        try:
+            svi.step()
+        except ValueError as error:  # Pyro's message ends in all values and shapes
+            raise RuntimeError(f"SVI has parameters that are nan after step {step}") from error
     with torch.no_grad():
         log_weights, guide_trace, _ = vectorized_importance_weights(
             model, guide, num_samples=NUM_DRAWS, max_plate_nesting=0, normalized=False
