@@ -74,8 +74,8 @@ def is_covered(row: Row) -> bool:
 
 
 def seconds(rows: list[Row]) -> float:
-    """Return the median of the processor's seconds."""
-    return statistics.median(row["seconds"] for row in rows)
+    """Return the median of the processor's seconds, divided by its pace at that time where it is known."""
+    return statistics.median(row["seconds"] / row.get("pace", 1.0) for row in rows)
 
 
 def beaten(target: str, cells: Cells) -> tuple[list[str], list[str]]:

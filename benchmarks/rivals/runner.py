@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import resource
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from .measures import measure
+from .pace import pace
 from .systems import SYSTEMS
 from .targets import TARGETS, Target, Truth
 
@@ -54,21 +56,23 @@ def run_cell(
 ) -> dict[str, Any]:
     """Return the record of one cell.
 
-    :param limit: seconds of the processor, imports included.
+    :param limit: seconds of the processor, imports included, times the :func:`~rivals.pace.pace`.
     :param folder: of the environments.
     :param known: targets with their truths, filled here.
     """
     row: dict[str, Any] = {"target": target, "system": system, "seed": seed}
     python = environment(SYSTEMS[system].environment, folder)
+    before_it = pace()
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "draws.npz"
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         text, error = _run_child(
-            [str(python), "-m", "rivals.cell", system, target, str(seed), str(path)], limit
+            [str(python), "-m", "rivals.cell", system, target, str(seed), str(path)], limit, before_it
         )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         row["process_seconds"] = round(used, 2)
+        row["pace"] = round((before_it + pace()) / 2, 2)
         if error:
             return {**row, "cannot": error}
         row |= json.loads(text.splitlines()[-1])
@@ -82,12 +86,16 @@ def run_cell(
     return row
 
 
-def _run_child(command: list[str], limit: int) -> tuple[str, str]:
-    """Return what a command prints, and in a few words why it failed, empty if it did not."""
+def _run_child(command: list[str], limit: int, slowness: float) -> tuple[str, str]:
+    """Return what a command prints, and in a few words why it failed, empty if it did not.
+
+    :param slowness: by how much more time it has than the limit says.
+    """
+    most = math.ceil(limit * slowness)
     paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 
     def limit_processor() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+        resource.setrlimit(resource.RLIMIT_CPU, (most, most + 5))
 
     with tempfile.TemporaryDirectory() as scratch:
         # PyTensor keeps what it has compiled; here every cell compiles for itself.
@@ -100,10 +108,10 @@ def _run_child(command: list[str], limit: int) -> tuple[str, str]:
                 capture_output=True,
                 text=True,
                 preexec_fn=limit_processor,
-                timeout=PATIENCE * limit,
+                timeout=PATIENCE * most,
             )
         except subprocess.TimeoutExpired:
-            return "", f"not ended in {PATIENCE * limit} s of wall time"
+            return "", f"not ended in {PATIENCE * most} s of wall time"
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         return "", f"not ended in {limit} s"
     if done.returncode:
