@@ -8,7 +8,8 @@ One line a model, kept in a file, so that a run goes on where it ended::
 
 Errors of means are in exact standard deviations, those of standard deviations relative, each the largest
 of all numbers of a model; both of weighted draws, without the sds of which the verdict says that the draws
-do not determine them. Seconds are those of the processor.
+do not determine them. Seconds are those of the processor, divided by its pace at that time (`rivals/pace.py`)
+where it is known.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import fit_targets_shapes
 import fit_targets_users
 import torch
 from fit_targets import FitTarget
+from rivals.pace import pace
 
 from pyro_adaann import FitResult, fit
 from pyro_adaann.diagnostics.numbers import labels
@@ -90,8 +92,9 @@ def is_right(found: dict[str, Any]) -> bool:
 def run(name: str, seed: int) -> dict[str, Any]:
     """Fit one model and return what is found."""
     target = TARGETS[name]()
-    start = time.process_time()
+    before, start = pace(), time.process_time()
     result = fit(target.model, *target.args, seed=seed, progress_bar=False)
+    seconds = time.process_time() - start
     return {
         "name": name,
         "seed": seed,
@@ -101,7 +104,8 @@ def run(name: str, seed: int) -> dict[str, Any]:
         "ess": result.draws.ess / len(result.draws.log_weights),
         "k_hat": result.draws.k_hat,
         "fits": len(result.fits),
-        "seconds": time.process_time() - start,
+        "seconds": seconds,
+        "pace": round((before + pace()) / 2, 2),
         "text": result.verdict,
     }
 
@@ -118,7 +122,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['name'].replace('_', ' ')} | {row['dim']} | {row['mean']:.3f} | {100 * row['sd']:.1f} | "
             f"{row['share']:.3f} | {evidence} | {row['verdict']} | {row['ess']:.2f} | {row['fits']} | "
-            f"{row['seconds']:.0f} | {mark(row)} |"
+            f"{row['seconds'] / row.get('pace', 1.0):.0f} | {mark(row)} |"
         )
     return "\n".join(lines)
 
