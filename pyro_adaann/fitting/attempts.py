@@ -39,9 +39,9 @@ BATCH_SIZE = 1000
 #: A model takes long for a draw if fewer than so many are made at a time. Draws of a step for each latent
 #: then, and fewest.
 _CHEAP_DRAWS, _DRAWS_PER_LATENT, _FEWEST_DRAWS = 500, 25, 200
-#: Steps at inverse temperature 1, and no more, of a fit that confirms another and of one of so many latents:
-#: there they are dear, and what they gain is draws that count a little more.
-_NUM_FINAL, _MANY_LATENTS = 60, 16
+#: Steps at inverse temperature 1, and no more, of a fit that confirms another. Where it is the first, those
+#: beyond them make usable what is not: sparse means (16 latents) ended UNRELIABLE after four fits of 60.
+_NUM_FINAL = 60
 #: First inverse temperature from particles of the posterior, which differ from it by nats, not millions.
 _NEAR = 1e-4
 
@@ -119,7 +119,7 @@ def attempt(
         start = pilot_base(model, args, kwargs, guide.latent_dim, plan.seed, watch)
         if plan.widths or start is not None:
             guide = make_guide(model, plan.widths, args, kwargs, start)
-        settings = _settings(guide.latent_dim, is_check=plan.is_check, is_near=start is not None)
+        settings = _settings(is_check=plan.is_check, is_near=start is not None)
         svi = natural_svi(
             model, guide, num_particles=plan.num_particles, max_plate_nesting=nesting, **settings
         )
@@ -141,13 +141,14 @@ def attempt(
     return Attempt(plan, svi, weighted, diagnosis, moments, end, time.monotonic() - began)
 
 
-def _settings(num_latents: int, *, is_check: bool, is_near: bool) -> dict[str, Any]:
+def _settings(*, is_check: bool, is_near: bool) -> dict[str, Any]:
     """Return what a fit sets otherwise than `natural_svi`.
 
+    :param is_check: whether it only has to confirm another.
     :param is_near: whether the guide starts at particles of the posterior.
     """
     settings: dict[str, Any] = {}
-    if is_check or num_latents >= _MANY_LATENTS:
+    if is_check:
         settings["max_num_final_steps"] = _NUM_FINAL
     if is_near:
         settings["schedule"] = schedule_from(_NEAR)
