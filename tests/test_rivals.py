@@ -23,6 +23,7 @@ from rivals.systems import OURS, SYSTEMS
 from rivals.systems.pyro_model import PyroModel
 from rivals.targets import QUICK, TARGETS
 from rivals.targets.bayesian import BROWNIAN, EFFECTS, ERRORS, SEEN
+from rivals.targets.importance import REFERENCE
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal, norm
 
@@ -50,7 +51,7 @@ def test_a_formula_is_the_same_in_every_library(known, name, library):
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     target, truth = known[name]
-    z = truth.draw(np.random.default_rng(0), 50)
+    z = target.prior_draws(0, 50) if truth.draw is None else truth.draw(np.random.default_rng(0), 50)
     xp = NAMESPACES[library]()
     if library == "torch":
         torch.set_default_dtype(torch.float64)
@@ -129,6 +130,9 @@ def test_the_prior_has_the_density_of_its_draws(known, name):
 def test_moments_and_shares_are_those_of_exact_draws(known, name):
     """Within five standard errors, with a fixed seed; among 600 numbers one is off in 3,000 seeds."""
     _, truth = known[name]
+    if truth.draw is None:
+        assert truth.quantities is not None
+        return
     n = 20_000
     z = truth.draw(np.random.default_rng(2), n)
     judged = ~np.isnan(truth.mean)
@@ -211,6 +215,29 @@ def test_truth_of_lotka_volterra_is_that_of_sbibm(known):
     off = (truth.mean - np.array([-0.3806, -2.2588, -0.1094, -2.1387])) / sds
     assert np.abs(off).max() < 0.04
     np.testing.assert_allclose(truth.sd, sds, rtol=0.05)
+
+
+def test_quantities_of_the_volatility_model_follow_its_recursion(known):
+    """A path computed by the definition, and the density with paths by a matrix of powers in place of a loop."""
+    target, truth = known["stochastic volatility, 103-D"]
+    z = target.prior_draws(5, 20)
+    z[:, 0], z[:, 2] = np.linspace(-1, 4, 20), np.linspace(-3, 0.5, 20)
+    found = truth.quantities(z)
+    assert found.shape == (20, 103) == (20, len(truth.mean))
+    returns = np.array(json.loads((REFERENCE / "stochastic_volatility.json").read_text())["returns"])
+    assert (len(returns), returns.mean()) == (100, pytest.approx(0.0, abs=1e-3))
+    for row, point in zip(found, z, strict=True):
+        persistence = np.tanh(point[0] / 2)
+        powers = np.tril(persistence ** np.abs(np.subtract.outer(np.arange(100), np.arange(100))))
+        shocks = np.exp(point[2]) * point[3:]
+        shocks[0] /= math.sqrt(1 - persistence**2)
+        expected = [persistence, point[1], math.exp(point[2]), *(point[1] + powers @ shocks)]
+        np.testing.assert_allclose(row, expected, rtol=1e-9)
+        likelihood = norm.logpdf(returns, 0, np.exp(row[3:] / 2)).sum()
+        assert float(target.log_likelihood(XP, point)) == pytest.approx(likelihood, rel=1e-9)
+    measured = measure(target, truth, z, np.zeros(20))
+    assert measured["wasserstein"] is None
+    assert score(measured) > 1
 
 
 def test_measures_of_exact_shifted_and_weighted_draws(known):

@@ -32,11 +32,14 @@ def sliced_wasserstein(x: Array, y: Array, seed: int = 0) -> float:
     return float(np.abs(np.sort(x @ directions, axis=0) - np.sort(y @ directions, axis=0)).mean())
 
 
-def wasserstein_ratio(draws: Array, log_weights: Array, truth: Truth) -> float:
+def wasserstein_ratio(draws: Array, log_weights: Array, truth: Truth) -> float | None:
     """Return the distance to exact draws as a multiple of that between two sets of exact draws.
 
-    Coordinates are divided by their interquartile ranges. The floor is the mean of five pairs.
+    Coordinates are divided by their interquartile ranges. The floor is the mean of five pairs. None where no
+    exact draws are to be had.
     """
+    if truth.draw is None:
+        return None
     rng = np.random.default_rng(0)
     exact = [truth.draw(rng, NUM_POINTS) for _ in range(6)]
     scale = np.subtract(*np.quantile(np.concatenate(exact), [0.75, 0.25], axis=0))
@@ -54,8 +57,9 @@ def measure(target: Target, truth: Truth, draws: Array, log_weights: Array) -> d
     draws, log_weights = draws[finite], log_weights[finite]
     weights = np.exp(log_weights - log_weights.max())
     weights /= weights.sum()
-    mean = weights @ draws
-    sd = np.sqrt(weights @ (draws - mean) ** 2)
+    values = draws if truth.quantities is None else truth.quantities(draws)
+    mean = weights @ values
+    sd = np.sqrt(weights @ (values - mean) ** 2)
     judged = ~np.isnan(truth.mean)
     off = np.abs(mean - truth.mean)[judged] / truth.sd[judged]
     ratio = np.abs(sd / truth.sd - 1)[judged]
@@ -75,7 +79,7 @@ def score(row: dict[str, Any]) -> float | None:
 
     A system that estimates no evidence is judged by its draws alone.
     """
-    if row.get("wasserstein") is None:
+    if row.get("mean") is None and row.get("share") is None:
         return None
     errors = [abs(row[name]) / limit for name, limit in LIMITS.items() if row.get(name) is not None]
     return max(errors)

@@ -16,6 +16,7 @@ from .synthetic import (
     student_mixture,
     two_modes_50,
 )
+from .volatility import stochastic_volatility
 
 __all__ = ["QUICK", "TARGETS", "Target", "Truth"]
 
@@ -35,6 +36,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "ill-conditioned, 100-D": ill_conditioned,
     "lynx and hare": lynx_hare,
     "Lotka-Volterra": lotka_volterra,
+    "stochastic volatility, 103-D": stochastic_volatility,
 }
 #: What ``--quick`` runs.
 QUICK = ("forty modes, 2-D", "funnel, 10-D", "eight schools, centered", "two moons")

@@ -24,22 +24,24 @@ LOG_2PI = math.log(2 * math.pi)
 class Truth:
     """What is known of a target, in the coordinates of its density.
 
-    :param draw: exact draws, ``draw(rng, n)`` of shape ``(n, dim)``.
-    :param log_evidence: log of the integral of prior times likelihood.
+    :param draw: exact draws, ``draw(rng, n)`` of shape ``(n, dim)``; None if there are none.
+    :param log_evidence: log of the integral of prior times likelihood; None if it is not known.
     :param mean: means, nan for a coordinate that is not judged by moments; shape ``(dim,)``.
     :param sd: standard deviations, likewise.
     :param shares: probabilities of regions, shape ``(k,)``; none for a target of one region.
     :param regions: whether points ``(n, dim)`` are in each region, shape ``(n, k)``.
     :param how: how it is known, in a few words.
+    :param quantities: what the moments are of, as a function of points ``(n, dim)``; by default these.
     """
 
-    draw: Callable[[np.random.Generator, int], Array]
-    log_evidence: float
+    draw: Callable[[np.random.Generator, int], Array] | None
+    log_evidence: float | None
     mean: Array
     sd: Array
     how: str
     shares: Array | None = None
     regions: Callable[[Array], NDArray[np.bool_]] | None = None
+    quantities: Callable[[Array], Array] | None = None
 
 
 @dataclass(frozen=True)
