@@ -218,7 +218,7 @@ def test_truth_of_lotka_volterra_is_that_of_sbibm(known):
 
 
 def test_quantities_of_the_volatility_model_follow_its_recursion(known):
-    """A path computed by the definition, and the density with paths by a matrix of powers in place of a loop."""
+    """Paths by a matrix of powers in place of a loop, and the likelihood from them."""
     target, truth = known["stochastic volatility, 103-D"]
     z = target.prior_draws(5, 20)
     z[:, 0], z[:, 2] = np.linspace(-1, 4, 20), np.linspace(-3, 0.5, 20)
