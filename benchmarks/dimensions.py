@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import pyro
 import torch
 from dimension_targets import TARGETS, DimensionTarget
-from rivals.pace import pace
+from rivals.pace import Pace
 
 from pyro_adaann import AutoSpline, diagnose, importance_draws, natural_svi
 
@@ -49,9 +48,8 @@ def fit(name: str, seed: int) -> dict[str, Any]:
     pyro.set_rng_seed(seed)
     guide = AutoSpline(target.model, base_loc=target.base_loc, base_scale=target.base_scale)
     svi = natural_svi(target.model, guide, **SETTINGS.get(name, {}))
-    before, start = pace(), time.process_time()
-    svi.run(progress_bar=False)
-    seconds = (time.process_time() - start) / ((before + pace()) / 2)
+    with Pace() as pace:
+        svi.run(progress_bar=False)
     draws = importance_draws(svi, num_samples=NUM_DRAWS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -63,7 +61,7 @@ def fit(name: str, seed: int) -> dict[str, Any]:
         "k_hat": draws.k_hat,
         "num_steps": svi.history.num_steps,
         "num_untracked": len(svi.history.untracked),
-        "seconds": round(seconds, 1),
+        "seconds": round(pace.seconds / pace.value, 1),
         "verdict": diagnosis.verdict.split(".")[0],
     }
     log_evidence = float(draws.log_weights.logsumexp(0)) - math.log(NUM_DRAWS)

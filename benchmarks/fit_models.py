@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ import fit_targets_shapes
 import fit_targets_users
 import torch
 from fit_targets import FitTarget
-from rivals.pace import pace
+from rivals.pace import Pace
 
 from pyro_adaann import FitResult, fit
 from pyro_adaann.diagnostics.numbers import labels
@@ -92,9 +91,8 @@ def is_right(found: dict[str, Any]) -> bool:
 def run(name: str, seed: int) -> dict[str, Any]:
     """Fit one model and return what is found."""
     target = TARGETS[name]()
-    before, start = pace(), time.process_time()
-    result = fit(target.model, *target.args, seed=seed, progress_bar=False)
-    seconds = time.process_time() - start
+    with Pace() as pace:
+        result = fit(target.model, *target.args, seed=seed, progress_bar=False)
     return {
         "name": name,
         "seed": seed,
@@ -104,8 +102,8 @@ def run(name: str, seed: int) -> dict[str, Any]:
         "ess": result.draws.ess / len(result.draws.log_weights),
         "k_hat": result.draws.k_hat,
         "fits": len(result.fits),
-        "seconds": seconds,
-        "pace": round((before + pace()) / 2, 2),
+        "seconds": pace.seconds,
+        "pace": round(pace.value, 2),
         "text": result.verdict,
     }
 

@@ -250,6 +250,21 @@ def test_inverse_of_a_layer_is_one_pass_through_its_network(monkeypatch):
     assert count <= sum(p.numel() for p in flow.parameters())
 
 
+def test_a_remembered_inverse_is_used_until_a_parameter_changes():
+    torch.manual_seed(0)
+    stack = SplineStack(3, 2, 8, [12]).double()
+    x = torch.randn(6, 3).double()
+    y, log_det = (part.detach().clone() for part in stack.forward_and_log_det(x))
+    stack.remember(x, y)
+    assert stack.inv(y) is x
+    torch.testing.assert_close(stack.log_abs_det_jacobian(x, y), log_det)
+    assert stack.recall(y) is None  # no pass has made it
+    with torch.no_grad():
+        stack.networks[0].table.add_(0.3 * torch.randn_like(stack.networks[0].table))
+    torch.testing.assert_close(stack(stack.inv(y).clone()), y)
+    assert float((stack.inv(y) - x).abs().max()) > 0.01
+
+
 @pytest.mark.parametrize("kind", ["triangular", "diagonal"])
 def test_affine_layer_is_its_formula(kind):
     layer = trained_flow(lambda: AffineLayer(3, kind, loc=1.0, scale=2.0))

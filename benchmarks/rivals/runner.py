@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .measures import measure
-from .pace import pace
+from .pace import Pace
 from .systems import SYSTEMS
 from .targets import TARGETS, Target, Truth
 
@@ -56,23 +56,21 @@ def run_cell(
 ) -> dict[str, Any]:
     """Return the record of one cell.
 
-    :param limit: seconds of the processor, imports included, times the :func:`~rivals.pace.pace`.
+    :param limit: seconds of the processor, imports included, times the pace at the start (:class:`~rivals.pace.Pace`).
     :param folder: of the environments.
     :param known: targets with their truths, filled here.
     """
     row: dict[str, Any] = {"target": target, "system": system, "seed": seed}
     python = environment(SYSTEMS[system].environment, folder)
-    before_it = pace()
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "draws.npz"
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        text, error = _run_child(
-            [str(python), "-m", "rivals.cell", system, target, str(seed), str(path)], limit, before_it
-        )
+        with Pace() as pace:
+            command = [str(python), "-m", "rivals.cell", system, target, str(seed), str(path)]
+            text, error = _run_child(command, limit, pace.value)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        row["process_seconds"] = round(used, 2)
-        row["pace"] = round((before_it + pace()) / 2, 2)
+        row |= {"process_seconds": round(used, 2), "pace": round(pace.value, 2)}
         if error:
             return {**row, "cannot": error}
         row |= json.loads(text.splitlines()[-1])
