@@ -56,7 +56,8 @@ def run_cell(
 ) -> dict[str, Any]:
     """Return the record of one cell.
 
-    :param limit: seconds of the processor, imports included, times the pace at the start (:class:`~rivals.pace.Pace`).
+    :param limit: seconds of the processor, imports included, times the pace at the start
+        (:class:`~rivals.pace.Pace`).
     :param folder: of the environments.
     :param known: targets with their truths, filled here.
     """
