@@ -25,7 +25,7 @@ from pyro_adaann import (
     natural_svi,
     one_by_one,
 )
-from pyro_adaann.fitting.attempts import Plan, attempt
+from pyro_adaann.fitting import attempts
 from pyro_adaann.fitting.clock import Clock
 from pyro_adaann.fitting.pilot import pilot_base
 from pyro_adaann.fitting.progress import FitProgress
@@ -126,13 +126,17 @@ def test_a_pilot_takes_a_quarter_of_the_time_that_is_left():
     assert not Clock(100.0).part(0.25, 120.0).has(25.0)
 
 
-def test_from_particles_the_temperatures_start_later_and_a_confirming_fit_ends_earlier():
-    target = wide(20, 10)
-    plans = [Plan(0, {}, 100), Plan(0, {}, 100, is_check=True)]
-    fits = [attempt(target.model, target.args, {}, plan, 0, 500, WATCH, "fit") for plan in plans]
-    assert [made.svi.history.stages[0].inverse_temperature for made in fits] == [1e-4, 1e-4]
-    assert [made.svi.max_num_final_steps for made in fits] == [180, 60]
-    assert [made.svi.num_final_steps for made in fits] == [60, 60]
+@pytest.mark.parametrize("start", [None, (LOC, FACTOR)])
+@pytest.mark.parametrize("is_check", [False, True])
+def test_from_particles_temperatures_start_later_and_a_confirming_fit_ends_earlier(
+    start, is_check, monkeypatch
+):
+    monkeypatch.setattr(attempts, "pilot_base", lambda *_: start)
+    watch: Any = (*WATCH[:2], SimpleNamespace(requested=True))  # ends after a step
+    made = attempts.attempt(model, (), {}, attempts.Plan(0, {}, 100, is_check), 0, 500, watch, "fit")
+    first = 1e-8 if start is None else 1e-4
+    assert made.svi.history.stages[0].inverse_temperature == first
+    assert (made.svi.num_final_steps, made.svi.max_num_final_steps) == (60, 60 if is_check else 180)
 
 
 @pytest.mark.slow

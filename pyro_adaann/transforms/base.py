@@ -46,6 +46,7 @@ class FlowTransform(TransformModule):
     #: alone and can be recorded on a graphics card.
     is_recordable = False
 
+    _cached_x_y: Any
     _cached_log_det: Tensor | None
     _cached_image: Tensor | None
 

@@ -35,8 +35,8 @@ def _run(target: Target, seed: int, guide_of: Any) -> Outcome:
     for step in range(NUM_STEPS):
         try:
             svi.step()
-        except ValueError as error:  # Pyro's message ends in all values and shapes
-            raise RuntimeError(f"SVI has parameters that are nan after step {step}") from error
+        except ValueError as cause:  # Pyro's message ends in all values and shapes
+            raise RuntimeError(f"SVI has parameters that are nan after step {step}") from cause
     with torch.no_grad():
         log_weights, guide_trace, _ = vectorized_importance_weights(
             model, guide, num_samples=NUM_DRAWS, max_plate_nesting=0, normalized=False
