@@ -115,6 +115,7 @@ def test_affine_layer_behind_the_flow(affine, names):
 
 
 def test_affine_layer_takes_correlation_and_scale():
+    """Of eight seeds the worst correlation was -.99966, the median -.9998."""
     scale_tril = torch.tensor([[100.0, 0.0], [-3.3, 0.05]])  # correlation -.9999
 
     def model() -> None:
@@ -122,8 +123,8 @@ def test_affine_layer_takes_correlation_and_scale():
 
     guide = AutoPlanar(model, 2, base_loc=0.0, base_scale=torch.tensor([100.0, 3.0])).initialize()
     elbo = Trace_ELBO(num_particles=50, vectorize_particles=True)
-    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.985}), elbo)
-    for _ in range(350):
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.99}), elbo)
+    for _ in range(600):
         svi.step()
     covariance = guide.sample_posterior(20_000)["z"].T.cov()
     correlation = covariance[0, 1] / covariance.diagonal().prod().sqrt()
