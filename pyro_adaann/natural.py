@@ -14,11 +14,13 @@ from pyro_adaann.guides.spline import AutoSpline
 from pyro_adaann.steps.natural import NaturalStep
 from pyro_adaann.svi import AdaAnnSVI
 
-__all__ = ["natural_svi", "schedule_from"]
+__all__ = ["NUM_BEHIND", "natural_svi", "schedule_from"]
 
 #: Steps at inverse temperature 1, and the most of them while the loss falls. After 40 and 70 steps the
 #: effective sample size of a funnel in 10 dimensions was 84 and 97 %, of the eight schools 66 and 95 %.
 _NUM_FINAL, _MAX_NUM_FINAL = 60, 180
+#: After so many stages in a row that ran out of steps the guide has fallen behind.
+NUM_BEHIND = 8
 
 
 def natural_svi(
@@ -72,7 +74,9 @@ def natural_svi(
     settings: dict[str, Any] = {
         "path": "bridge",
         "schedule": schedule_from(1e-8),
-        "stage_rule": ESSStageRule(0.8, max_num_steps=20, patience=4, least=0.5, max_num_untracked=8),
+        "stage_rule": ESSStageRule(
+            0.8, max_num_steps=20, patience=4, least=0.5, max_num_untracked=NUM_BEHIND
+        ),
         "ladder": Ladder(),
         "num_initial_steps": 1,
         "num_steps_per_stage": 1,

@@ -426,9 +426,9 @@ def test_one_can_go_on():
 class StubSVI:
     """A driver whose guide has one site."""
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, num_steps: int, num_untracked: int) -> None:
         self.guide = SimpleNamespace(_unconstrained_shapes={"z": torch.Size([])})
-        self.history = SimpleNamespace(num_steps=num_steps)
+        self.history = SimpleNamespace(num_steps=num_steps, num_untracked_lately=num_untracked)
 
 
 def moments_with(sd: float) -> Moments:
@@ -447,13 +447,15 @@ def made(
     share=0.0,
     reach_ess=9000.0,
     num_steps=80,
+    num_untracked=0,
     sd=1.0,
 ) -> Attempt:
     """An attempt whose diagnosis has these numbers."""
     reach = Reach(share, 0.1 * share, ("z",) if share else (), 1.6, log_evidence, 0.001, reach_ess, 0.3)
     diagnosis = Diagnosis(10_000, 0, k_hat, ess, log_evidence, 0.001, log_evidence - gap, 0.001, reach=reach)
     widths = {} if width is None else {"z": width}
-    return Attempt(Plan(0, widths, 500), StubSVI(num_steps), None, diagnosis, moments_with(sd), End.DONE, 1.0)
+    svi = StubSVI(num_steps, num_untracked)
+    return Attempt(Plan(0, widths, 500), svi, None, diagnosis, moments_with(sd), End.DONE, 1.0)
 
 
 def test_a_good_fit_is_the_last_one_unless_more_are_asked_for():
@@ -499,6 +501,9 @@ def test_a_second_seed_follows_where_the_first_is_not_good():
     slow = [made(0.0, num_steps=251), made(k_hat=0.9, ess=3000.0, num_steps=250)]
     assert next_plan(slow, 0, None) is None
     assert next_plan(slow, 0, 3) == Plan(2, {}, 500)
+    # Nor after one that has fallen behind its temperatures.
+    assert next_plan([made(k_hat=1.1, ess=3000.0, num_untracked=8)], 0, None) is None
+    assert next_plan([made(k_hat=1.1, ess=3000.0, num_untracked=7)], 0, None) is not None
     late = [made(-0.7, num_steps=251), made(0.0, num_steps=250)]
     assert next_plan(late, 0, None) == Plan(2, {}, 500, is_check=True)
 

@@ -39,6 +39,7 @@ from pyro_adaann.fitting.models import check_model, for_many_draws
 from pyro_adaann.fitting.moments import measure_moments
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.fitting.result import FitResult, FitSummary
+from pyro_adaann.natural import NUM_BEHIND
 from pyro_adaann.state.interrupt import InterruptGuard
 from pyro_adaann.state.random_states import get_random_states, set_random_states
 
@@ -54,8 +55,9 @@ _WIDENING = 2.0
 _MIN_ESS_SHARE = 0.01
 #: Fits in all.
 _MAX_FITS = 6
-#: After so many steps of `_NUM_PARTICLES` draws in all no fit follows one that is not usable: more of a guide
-#: that follows slowly would change little, and take minutes.
+#: After so many steps of `_NUM_PARTICLES` draws in all, or one that has fallen behind its temperatures for good,
+#: no fit follows one that is not usable: more of a guide that follows slowly would change little, and take
+#: minutes.
 _MAX_STEPS = 500
 #: Draws of every fit behind draws, verdict and evidence, and where a draw takes long.
 _NUM_SAMPLES, _FEW_SAMPLES = 10_000, 4000
@@ -78,7 +80,7 @@ def fit(
     posterior is or may be out of reach of its base, the base is widened, up to three times. Where the first
     fit is neither GOOD nor has weights that hardly differ, more are made from other seeds until a usable one
     and another, usable or nearly so, agree on the evidence and on every mean and sd, six fits at most, and
-    none after 500 steps in all where the last one is not usable. The draws are those of all fits that count,
+    none after one that is not usable and has fallen behind its temperatures, or after 500 steps. The draws are those of all fits that count,
     weighted against the mixture of their guides. What remains is said in the verdict.
 
     :param model: a Pyro model. One that does not run for many draws at once, under an outermost plate, is run
@@ -212,7 +214,8 @@ def next_plan(attempts: list[Attempt], seed: int | None, num_fits: int | None) -
         is_enough = bases.count(last.plan.widths) >= num_fits
     else:
         is_good = is_good_alone(last) and len(attempts) == 1
-        is_hopeless = not is_usable and _work(attempts) > _MAX_STEPS
+        is_behind = last.svi.history.num_untracked_lately >= NUM_BEHIND
+        is_hopeless = not is_usable and (is_behind or _work(attempts) > _MAX_STEPS)
         is_enough = is_good or is_settled(attempts) or len(attempts) >= _MAX_FITS or is_hopeless
     if is_enough:
         return None
