@@ -55,7 +55,7 @@ _WIDENING = 2.0
 _MIN_ESS_SHARE = 0.01
 #: Fits in all.
 _MAX_FITS = 6
-#: After so many steps of `_NUM_PARTICLES` draws in all, or one that has fallen behind its temperatures for good,
+#: After so many steps of `_NUM_PARTICLES` draws in all, or after one that has fallen behind its temperatures,
 #: no fit follows one that is not usable: more of a guide that follows slowly would change little, and take
 #: minutes.
 _MAX_STEPS = 500
@@ -80,8 +80,9 @@ def fit(
     posterior is or may be out of reach of its base, the base is widened, up to three times. Where the first
     fit is neither GOOD nor has weights that hardly differ, more are made from other seeds until a usable one
     and another, usable or nearly so, agree on the evidence and on every mean and sd, six fits at most, and
-    none after one that is not usable and has fallen behind its temperatures, or after 500 steps. The draws are those of all fits that count,
-    weighted against the mixture of their guides. What remains is said in the verdict.
+    none after one that is not usable and has fallen behind its temperatures, or after 500 steps. The draws
+    are those of all fits that count, weighted against the mixture of their guides. What remains is said in
+    the verdict.
 
     :param model: a Pyro model. One that does not run for many draws at once, under an outermost plate, is run
         for one after the other (:func:`one_by_one`), with a warning, since it takes many times as long.
