@@ -426,8 +426,8 @@ def test_one_can_go_on():
 class StubSVI:
     """A driver whose guide has one site."""
 
-    def __init__(self, num_steps: int, num_untracked: int) -> None:
-        self.guide = SimpleNamespace(_unconstrained_shapes={"z": torch.Size([])})
+    def __init__(self, num_steps: int, num_untracked: int, num_latents: int) -> None:
+        self.guide = SimpleNamespace(_unconstrained_shapes={"z": torch.Size([])}, latent_dim=num_latents)
         self.history = SimpleNamespace(num_steps=num_steps, num_untracked_lately=num_untracked)
 
 
@@ -448,13 +448,14 @@ def made(
     reach_ess=9000.0,
     num_steps=80,
     num_untracked=0,
+    num_latents=1,
     sd=1.0,
 ) -> Attempt:
     """An attempt whose diagnosis has these numbers."""
     reach = Reach(share, 0.1 * share, ("z",) if share else (), 1.6, log_evidence, 0.001, reach_ess, 0.3)
     diagnosis = Diagnosis(10_000, 0, k_hat, ess, log_evidence, 0.001, log_evidence - gap, 0.001, reach=reach)
     widths = {} if width is None else {"z": width}
-    svi = StubSVI(num_steps, num_untracked)
+    svi = StubSVI(num_steps, num_untracked, num_latents)
     return Attempt(Plan(0, widths, 500), svi, None, diagnosis, moments_with(sd), End.DONE, 1.0)
 
 
@@ -475,6 +476,10 @@ def test_a_base_is_widened_where_posterior_is_or_may_be_out_of_reach():
     assert next_plan(rising, 0, None) == Plan(2, {"z": 4.0}, 500)
     widest = [made(-0.4 + 0.1 * i, width=2.0**i, share=0.1) for i in range(4)]
     assert next_plan(widest, 0, None).widths == {"z": 8.0}
+    # A guide of many latents starts at particles, and takes long: not after 500 steps.
+    for num_latents, is_widened in ((15, True), (16, False), (200, False), (201, True)):
+        short = [made(share=0.1, num_steps=600, num_latents=num_latents)]
+        assert (next_plan(short, 0, None) is not None) == is_widened
 
 
 def test_fewer_draws_make_a_step_where_one_takes_long():

@@ -37,6 +37,7 @@ from pyro_adaann.fitting.compare import Agreement, compare_fits
 from pyro_adaann.fitting.mixture import alone, weigh_guides
 from pyro_adaann.fitting.models import check_model, for_many_draws
 from pyro_adaann.fitting.moments import measure_moments
+from pyro_adaann.fitting.pilot import has_pilot
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.fitting.result import FitResult, FitSummary
 from pyro_adaann.natural import NUM_BEHIND
@@ -208,15 +209,19 @@ def next_plan(attempts: list[Attempt], seed: int | None, num_fits: int | None) -
     next_seed = None if seed is None else seed + len(attempts)
     bases = [attempt.plan.widths for attempt in attempts]
     num_widenings = sum(a != b for a, b in pairwise(bases))
-    widths = _widths(attempts)
-    if widths is not None and num_widenings < _MAX_WIDENINGS and len(attempts) < _MAX_FITS:
-        return Plan(next_seed, widths, last.plan.num_particles)
+    is_long = _work(attempts) > _MAX_STEPS
+    may_widen = num_widenings < _MAX_WIDENINGS and len(attempts) < _MAX_FITS
+    # A guide that starts at particles is not widened for minutes.
+    if may_widen and not (is_long and has_pilot(last.svi.guide.latent_dim)):
+        widths = _widths(attempts)
+        if widths is not None:
+            return Plan(next_seed, widths, last.plan.num_particles)
     if num_fits is not None:
         is_enough = bases.count(last.plan.widths) >= num_fits
     else:
         is_good = is_good_alone(last) and len(attempts) == 1
         is_behind = last.svi.history.num_untracked_lately >= NUM_BEHIND
-        is_hopeless = not is_usable and (is_behind or _work(attempts) > _MAX_STEPS)
+        is_hopeless = not is_usable and (is_behind or is_long)
         is_enough = is_good or is_settled(attempts) or len(attempts) >= _MAX_FITS or is_hopeless
     if is_enough:
         return None

@@ -24,7 +24,7 @@ from pyro_adaann.processes.group import process_count
 from pyro_adaann.sampling.smc import AnnealedSMC
 from pyro_adaann.state.interrupt import InterruptGuard
 
-__all__ = ["pilot_base"]
+__all__ = ["has_pilot", "pilot_base"]
 
 #: Latents from which on a pilot is worth its time, and up to which it has enough particles.
 _LEAST_LATENTS, _MOST_LATENTS = 16, 200
@@ -38,6 +38,11 @@ _MAX_MOVES = 6
 _MAX_SECONDS, _MAX_SHARE = 120.0, 0.25
 #: Of every variance, added to it: no factor is singular.
 _JITTER = 1e-4
+
+
+def has_pilot(num_latents: int) -> bool:
+    """Whether a guide of so many unconstrained numbers starts at particles."""
+    return _LEAST_LATENTS <= num_latents <= _MOST_LATENTS
 
 
 def pilot_base(
@@ -58,8 +63,7 @@ def pilot_base(
     :param seed: of the particles.
     :param watch: progress, clock and Ctrl-C.
     """
-    is_fit = _LEAST_LATENTS <= num_latents <= _MOST_LATENTS
-    if not is_fit or process_count() > 1 or is_one_by_one(model):
+    if not has_pilot(num_latents) or process_count() > 1 or is_one_by_one(model):
         return None
     progress, clock, interrupt = watch
     num = max(_NUM_PARTICLES, 16 * round(_PARTICLES_PER_LATENT * num_latents / 16))
