@@ -14,11 +14,11 @@ from pyro_adaann.guides.spline import AutoSpline
 from pyro_adaann.steps.natural import NaturalStep
 from pyro_adaann.svi import AdaAnnSVI
 
-__all__ = ["NUM_BEHIND", "natural_svi", "schedule_from"]
+__all__ = ["NUM_BEHIND", "NUM_FINAL", "natural_svi", "schedule_from"]
 
 #: Steps at inverse temperature 1, and the most of them while the loss falls. After 40 and 70 steps the
 #: effective sample size of a funnel in 10 dimensions was 84 and 97 %, of the eight schools 66 and 95 %.
-_NUM_FINAL, _MAX_NUM_FINAL = 60, 180
+NUM_FINAL, _MAX_NUM_FINAL = 60, 180
 #: After so many stages in a row that ran out of steps the guide has fallen behind.
 NUM_BEHIND = 8
 
@@ -85,7 +85,7 @@ def natural_svi(
     if guide is None:
         guide = AutoSpline(continuous_part(model), base_loc="prior", base_scale="prior")
     if num_final_steps is None:
-        settings = {"num_final_steps": _NUM_FINAL, "max_num_final_steps": _MAX_NUM_FINAL, **settings}
+        settings = {"num_final_steps": NUM_FINAL, "max_num_final_steps": _MAX_NUM_FINAL, **settings}
     else:
         settings["num_final_steps"] = num_final_steps
     step = NaturalStep(num_particles, max_kl, damping, max_plate_nesting)

@@ -24,7 +24,7 @@ from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.continuous import continuous_part
 from pyro_adaann.guides.spline import AutoSpline
-from pyro_adaann.natural import natural_svi, schedule_from
+from pyro_adaann.natural import NUM_FINAL, natural_svi, schedule_from
 from pyro_adaann.objectives.one_by_one import is_one_by_one
 from pyro_adaann.objectives.rows import most_draws, numbers_per_draw
 from pyro_adaann.processes.group import anywhere
@@ -39,9 +39,6 @@ BATCH_SIZE = 1000
 #: A model takes long for a draw if fewer than so many are made at a time. Draws of a step for each latent
 #: then, and fewest.
 _CHEAP_DRAWS, _DRAWS_PER_LATENT, _FEWEST_DRAWS = 500, 25, 200
-#: Steps at inverse temperature 1, and no more, of a fit that confirms another. Where it is the first, those
-#: beyond them make usable what is not: sparse means (16 latents) ended UNRELIABLE after four fits of 60.
-_NUM_FINAL = 60
 #: First inverse temperature from particles of the posterior, which differ from it by nats, not millions.
 _NEAR = 1e-4
 
@@ -149,7 +146,8 @@ def _settings(*, is_check: bool, is_near: bool) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     if is_check:
-        settings["max_num_final_steps"] = _NUM_FINAL
+        # A first fit goes on while the loss falls: without that sparse means (16 latents) ended UNRELIABLE.
+        settings["max_num_final_steps"] = NUM_FINAL
     if is_near:
         settings["schedule"] = schedule_from(_NEAR)
     return settings

@@ -79,7 +79,7 @@ class ComposedFlow(FlowTransform):
     def _density_gradients(
         self, x: Tensor, base_score: Tensor
     ) -> tuple[Tensor, dict[str, Tensor | OuterProducts]]:
-        # What comes after a part has the gradient in the part's images that the density there has: its score.
+        # At the images of a part, what flows back from the later parts is the score of the density there.
         found: dict[str, Tensor | OuterProducts] = {}
         for number, (part, point) in enumerate(zip(self._flows(), self._inputs(x), strict=True)):
             base_score, gradients = part._density_gradients(point, base_score)
