@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_adaann.annealing.schedules import AdaAnnSchedule
 from pyro_adaann.fitting.clock import Clock
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.objectives.one_by_one import is_one_by_one
@@ -34,6 +35,8 @@ _NUM_PARTICLES, _PARTICLES_PER_LATENT = 1024, 32
 _WIDTH = 1.5
 #: Moves at every inverse temperature: particles that have not forgotten all know mean and width well enough.
 _MAX_MOVES = 6
+#: Tolerance of its temperatures: half as many as by default, and mean and width as good.
+_TOLERANCE = 0.6
 #: Seconds after which the pilot is given up, and share of what is left of a budget.
 _MAX_SECONDS, _MAX_SHARE = 120.0, 0.25
 #: Of every variance, added to it: no factor is singular.
@@ -69,7 +72,8 @@ def pilot_base(
     num = max(_NUM_PARTICLES, 16 * round(_PARTICLES_PER_LATENT * num_latents / 16))
     own = clock.part(_MAX_SHARE, _MAX_SECONDS)
     try:
-        smc = AnnealedSMC(model, num_particles=num, max_moves=_MAX_MOVES, seed=seed)
+        schedule = AdaAnnSchedule(_TOLERANCE)
+        smc = AnnealedSMC(model, schedule=schedule, num_particles=num, max_moves=_MAX_MOVES, seed=seed)
         sampler = smc._make_sampler(args, kwargs)
         while not sampler.is_done:
             progress.particles(sampler.step())

@@ -40,7 +40,7 @@ _MAX_NUMBERS, _MAX_NUMBERS_ELSEWHERE = 2**21, 2**28
 #: Fewest draws at a time. A single one would look like a dimension that broadcasts.
 _MIN_DRAWS = 2
 #: Draws from which on a guide's time grows with their number.
-_MIN_JOINED = 500
+_MIN_JOINED = 2500
 
 
 class TooLarge(Exception):

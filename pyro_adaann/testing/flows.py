@@ -77,7 +77,11 @@ class FlowLaws:
         x = points(flow, 10_000)
         with torch.no_grad():
             y = flow(x).clone()
-            assert (flow.inv(y) - x).abs().max() < 1e-6
+            back = flow.inv(y)
+            assert (back - x).abs().max() < 1e-6
+            # It may have been found on the way back.
+            log_det = flow.log_abs_det_jacobian(back, y)
+            torch.testing.assert_close(log_det, flow.forward_and_log_det(x)[1], rtol=1e-5, atol=1e-5)
 
     def test_gradients_of_image_and_log_det(self, flow: FlowTransform) -> None:
         x = points(flow, 3).requires_grad_()

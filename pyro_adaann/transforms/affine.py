@@ -84,13 +84,19 @@ class AffineLayer(FlowTransform):
             y = torch.addmm(offset, centered, matrix.t())
         else:
             y = torch.addcmul(offset, centered, scales)
-        return y, self.log_scale.sum().expand(x.shape[0])
+        return y, self._log_det(x)
 
     def _backward_map(self, y: Tensor) -> Tensor:
         x = (y - self.loc) / self.scale - self.shift
         if self._is_triangular:
             x = torch.linalg.solve_triangular(self._matrix(), x.t(), upper=False, unitriangular=True).t()
         return self.loc + self.scale * x * torch.exp(-self.log_scale)
+
+    def _backward_with_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._backward_map(y), self._log_det(y)
+
+    def _log_det(self, points: Tensor) -> Tensor:
+        return self.log_scale.sum().expand(points.shape[0])
 
     def _matrix(self) -> Tensor:
         return self.factor.tril(-1) + self._eye()

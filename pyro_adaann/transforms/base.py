@@ -63,6 +63,10 @@ class FlowTransform(TransformModule):
     def _backward_map(self, y: Tensor) -> Tensor:
         """Return the point ``(num_points, d)`` whose image is ``y``."""
 
+    def _backward_with_log_det(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Do :meth:`_backward_map`; also return ``log|det dy/dx|`` there if that is cheaper than a pass."""
+        return self._backward_map(y), None
+
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``x`` of shape ``(..., d)``; also return ``log|det dy/dx|`` of shape ``(...)``."""
         y, log_det = self._map(x.reshape(-1, self.input_dim))
@@ -128,17 +132,19 @@ class FlowTransform(TransformModule):
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
 
         def run(x: Tensor, base_score: Tensor) -> Results:
-            return self._density_gradients(x, base_score)[1]
+            return self._density_gradients(x, base_score)[2]
 
         found = self._by_row("point gradients", run, flat, base_score.detach().reshape(flat.shape))
         return {parameter: found[name] for name, parameter in trained.items()}
 
     def _density_gradients(
         self, x: Tensor, base_score: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor | OuterProducts]]:
-        """Do :meth:`score` and :meth:`point_gradients`, the latter by name, on a flat batch."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor | OuterProducts]]:
+        """Return the images of a flat batch, the :meth:`score` there and :meth:`point_gradients` by name."""
+        with torch.no_grad():
+            y = self._forward(x)[0]
         score = self._score(x, base_score)
-        return score, self._point_gradients(x, -score, -1.0)
+        return y, score, self._point_gradients(x, -score, -1.0)
 
     def _point_gradients(
         self, x: Tensor, grad_y: Tensor, grad_log_det: float
@@ -201,8 +207,15 @@ class FlowTransform(TransformModule):
         flat = y.reshape(-1, self.input_dim)
         if torch.is_grad_enabled() or not self.has_closed_inverse:
             return self._backward_map(flat).reshape(y.shape)
-        found = self._by_row("inverse", lambda y: {"x": self._backward_map(y)}, flat)
-        return cast(Tensor, found["x"]).reshape(y.shape)
+
+        def run(y: Tensor) -> Results:
+            x, log_det = self._backward_with_log_det(y)
+            return {"x": x} if log_det is None else {"x": x, "log_det": log_det}
+
+        found = cast(dict[str, Tensor], self._by_row("inverse", run, flat))
+        if "log_det" in found:
+            self._cached_log_det = found["log_det"].reshape(y.shape[:-1])
+        return found["x"].reshape(y.shape)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``log|det dy/dx|`` of shape ``(...)`` for points of shape ``(..., d)``."""

@@ -63,28 +63,31 @@ class ComposedFlow(FlowTransform):
             y = part._backward_map(y)
         return y
 
-    @torch.no_grad()
-    def _inputs(self, x: Tensor) -> list[Tensor]:
-        """Return the points that enter every part."""
-        points = [x]
-        for part in self._flows()[:-1]:
-            points.append(part._forward(points[-1])[0])
-        return points
+    def _backward_with_log_det(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        log_dets = []
+        for part in reversed(self._flows()):
+            y, log_det = part._backward_with_log_det(y)
+            log_dets.append(log_det)
+        known = [log_det for log_det in log_dets if log_det is not None]
+        return y, torch.stack(known).sum(0) if len(known) == len(log_dets) else None
 
     def _score(self, x: Tensor, base_score: Tensor) -> Tensor:
-        for part, point in zip(self._flows(), self._inputs(x), strict=True):
-            base_score = part._score(point, base_score)
+        for number, part in enumerate(self._flows(), start=1):
+            base_score = part._score(x, base_score)
+            if number < len(self.parts):
+                with torch.no_grad():
+                    x = part._forward(x)[0]
         return base_score
 
     def _density_gradients(
         self, x: Tensor, base_score: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor | OuterProducts]]:
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor | OuterProducts]]:
         # At the images of a part, what flows back from the later parts is the score of the density there.
         found: dict[str, Tensor | OuterProducts] = {}
-        for number, (part, point) in enumerate(zip(self._flows(), self._inputs(x), strict=True)):
-            base_score, gradients = part._density_gradients(point, base_score)
+        for number, part in enumerate(self._flows()):
+            x, base_score, gradients = part._density_gradients(x, base_score)
             found.update((f"parts.{number}.{name}", gradient) for name, gradient in gradients.items())
-        return base_score, found
+        return x, base_score, found
 
     def parameter_units(self) -> dict[Tensor, Tensor]:
         """Return the units of the parts."""

@@ -49,10 +49,16 @@ class FixedAffine(FlowTransform):
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = torch.addmm(self.start_loc, x, self.start_factor.t())
-        return y, self.start_factor.diagonal().log().sum().expand(x.shape[0])
+        return y, self._log_det(x)
 
     def _backward_map(self, y: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self.start_factor, (y - self.start_loc).t(), upper=False).t()
+
+    def _backward_with_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._backward_map(y), self._log_det(y)
+
+    def _log_det(self, points: Tensor) -> Tensor:
+        return self.start_factor.diagonal().log().sum().expand(points.shape[0])
 
     @torch.no_grad()
     def _score(self, x: Tensor, base_score: Tensor) -> Tensor:

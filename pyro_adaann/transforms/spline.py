@@ -115,20 +115,25 @@ class SplineStack(FlowTransform):
         return self.loc + self.scale * x
 
     def _backward_map(self, y: Tensor) -> Tensor:
+        return self._backward_with_log_det(y)[0]
+
+    def _backward_with_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
         y = (y - self.loc) / self.scale
         y = y.flip(-1) if self.num_transforms % 2 else y
+        log_det = y.new_zeros(y.shape[0])
         for network in reversed(self._layers()):
-            y = _invert(network, y.flip(-1), self.num_bins)
-        return self.loc + self.scale * y
+            y, log_slopes = _invert(network, y.flip(-1), self.num_bins)
+            log_det = log_det + log_slopes.sum(-1)
+        return self.loc + self.scale * y, log_det
 
     @torch.no_grad()
     def _score(self, x: Tensor, base_score: Tensor) -> Tensor:
-        return self._density_gradients(x, base_score)[0]
+        return self._density_gradients(x, base_score)[1]
 
     @torch.no_grad()
     def _density_gradients(
         self, x: Tensor, base_score: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor | OuterProducts]]:
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor | OuterProducts]]:
         x, score = (x - self.loc) / self.scale, base_score * self.scale
         gradients: dict[str, Tensor | OuterProducts] = {}
         for number, network in enumerate(self._layers()):
@@ -136,7 +141,7 @@ class SplineStack(FlowTransform):
             x, score = x.flip(-1), score.flip(-1)
             gradients.update((f"networks.{number}.{name}", gradient) for name, gradient in found.items())
         score = score.flip(-1) if self.num_transforms % 2 else score
-        return score / self.scale, gradients
+        return self._leave(x), score / self.scale, gradients
 
 
 @torch.no_grad()
@@ -155,24 +160,27 @@ def _blocks(network: MaskedNetwork) -> list[list[slice]]:
     return [[slice(s[m], s[m + 1]) for s in starts] for m in range(1, network.input_dim)]
 
 
-def _invert(network: MaskedNetwork, y: Tensor, num_bins: int) -> Tensor:
-    """Return the points that a layer maps to ``y``, coordinate by coordinate in one pass."""
-    weights = network.masked_weights()
-    raw = network.table[0].expand(y.shape[0], network.num_outputs)
-    x = [invert_spline(y[:, 0], raw, num_bins)]
+def _invert(network: MaskedNetwork, y: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
+    """Return the points that a layer maps to ``y``, coordinate by coordinate in one pass, and log slopes.
+
+    Units and parameters lie in rows, those of all points side by side.
+    """
+    weights = [weight.t() for weight in network.masked_weights()]
+    biases = [bias.unsqueeze(1) for bias in (*network.biases, network.table[1:].flatten())]
+    y = y.t().contiguous()
+    found = [invert_spline(y[0], network.table[0].unsqueeze(1).expand(-1, y.shape[1]), num_bins)]
     known: list[list[Tensor]] = [[] for _ in weights]
-    biases = [*network.biases, network.table[1:].flatten()]
     for m, block in enumerate(_blocks(network), start=1):
-        value = x[-1].unsqueeze(-1)
+        value = found[-1][0].unsqueeze(0)
         for layer, weight in enumerate(weights):
             known[layer].append(value)
             rows, columns = block[layer], block[layer + 1]
-            inputs = torch.cat(known[layer], -1)
-            value = torch.addmm(biases[layer][columns], inputs, weight[: rows.stop, columns])
+            value = torch.addmm(biases[layer][columns], weight[columns, : rows.stop], torch.cat(known[layer]))
             if layer < len(weights) - 1:
                 value = activate(value)
-        x.append(invert_spline(y[:, m], value, num_bins))
-    return torch.stack(x, -1)
+        found.append(invert_spline(y[m], value, num_bins))
+    x, log_slopes = (torch.stack(parts, -1) for parts in zip(*found, strict=True))
+    return x, log_slopes
 
 
 def _score(

@@ -66,26 +66,27 @@ def apply_spline(x: Tensor, raw: Tensor, num_bins: int, *, plain: bool = False) 
     :param num_bins: K.
     :param plain: whether to use ordinary operations alone, which function transforms of torch see through.
     """
-    spline = _locate(x, raw, num_bins)[0] if plain else Bin(*_Locate.apply(x, raw, num_bins))
+    spline = _locate(x, raw.movedim(-1, 0), num_bins)[0] if plain else Bin(*_Locate.apply(x, raw, num_bins))
     inside = x.clamp(-_REACH, _REACH)
-    slope, left, right = _slopes(spline)
+    slopes = _slopes(spline)
     xi = (inside - spline.left) / spline.width
-    rest = xi * (1 - xi)
-    denominator = slope + (right + left - 2 * slope) * rest
-    y = spline.bottom + spline.height * (slope * xi * xi + left * rest) / denominator
-    numerator = right * xi * xi + 2 * slope * rest + left * (1 - xi).square()
+    rest, denominator, log_slope = _bend(xi, slopes)
+    y = spline.bottom + spline.height * (slopes[0] * xi * xi + slopes[1] * rest) / denominator
     log_scale = _log_scale(spline)
-    log_slope = 2 * (slope / denominator).log() + numerator.log() + log_scale
-    return spline.shift + log_scale.exp() * (y + (x - inside)), log_slope
+    return spline.shift + log_scale.exp() * (y + (x - inside)), log_slope + log_scale
 
 
-def invert_spline(y: Tensor, raw: Tensor, num_bins: int) -> Tensor:
-    """Return the numbers whose images are ``y``, differentiably in both arguments; shapes as above."""
-    split = _affine_part(raw)
-    y = (y - split[1]) * torch.exp(-_MAX_LOG_SCALE * torch.tanh(split[0] / _MAX_LOG_SCALE))
+def invert_spline(y: Tensor, raw: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
+    """Return the numbers whose images are ``y``, and the log slopes there, differentiably in both arguments.
+
+    :param y: any shape.
+    :param raw: the parameters, shape ``(3 K + 1,) + y.shape``: those of many numbers lie side by side.
+    :param num_bins: K.
+    """
+    y = (y - raw[-1]) * torch.exp(-_MAX_LOG_SCALE * torch.tanh(raw[-2] / _MAX_LOG_SCALE))
     spline = _locate(y, raw, num_bins, by_height=True)[0]
     inside = y.clamp(-_REACH, _REACH)
-    slope, left, right = _slopes(spline)
+    slopes = slope, left, right = _slopes(spline)
     above = inside - spline.bottom
     bend = above * (right + left - 2 * slope)
     # The root in [0, 1] of a xi^2 + b xi = c, in the form that does not cancel.
@@ -93,7 +94,8 @@ def invert_spline(y: Tensor, raw: Tensor, num_bins: int) -> Tensor:
     root = (b * b + 4 * a * c).clamp(min=torch.finfo(y.dtype).tiny).sqrt()
     is_falling = b < 0  # then a > 0
     xi = torch.where(is_falling, root - b, 2 * c) / torch.where(is_falling, 2 * a, root + b)
-    return spline.left + spline.width * xi + (y - inside)
+    x = spline.left + spline.width * xi + (y - inside)
+    return x, _bend(xi, slopes)[2] + _log_scale(spline)
 
 
 def _slopes(spline: Bin) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,34 +105,39 @@ def _slopes(spline: Bin) -> tuple[Tensor, Tensor, Tensor]:
     return spline.height / spline.width, left, right
 
 
+def _bend(xi: Tensor, slopes: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return xi (1 - xi), the denominator N and the log slope of a place in a bin."""
+    slope, left, right = slopes
+    rest = xi * (1 - xi)
+    denominator = slope + (right + left - 2 * slope) * rest
+    numerator = right * xi * xi + 2 * slope * rest + left * (1 - xi).square()
+    return rest, denominator, 2 * (slope / denominator).log() + numerator.log()
+
+
 def _log_scale(spline: Bin) -> Tensor:
     return _MAX_LOG_SCALE * torch.tanh(spline.free_log_scale / _MAX_LOG_SCALE)
-
-
-def _affine_part(raw: Tensor) -> tuple[Tensor, ...]:
-    return raw[..., -2:].unbind(-1)
 
 
 def _locate(
     x: Tensor, raw: Tensor, num_bins: int, *, by_height: bool = False
 ) -> tuple[Bin, tuple[Tensor, ...]]:
-    """Return the bin of every number, found among its knots or among their images; and what led there."""
-    logits = raw[..., : 2 * num_bins].unflatten(-1, (2, num_bins))
-    # torch's softmax of a few entries is several times as fast along the first dimension as along the last.
-    shares = logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1)
+    """Return the bin of every number, found among its knots or among their images; and what led there.
+
+    :param raw: the parameters, shape ``(3 K + 1,) + x.shape``. torch's softmax of a few entries is several
+        times as fast along the first dimension as along the last.
+    """
+    shares = raw[: 2 * num_bins].unflatten(0, (2, num_bins)).softmax(1)
     sizes = 2 * _REACH * (_MIN_SHARE + (1 - num_bins * _MIN_SHARE) * shares)
-    # Knots from the second to the last but one; the outermost are -B and B, whatever the rounding.
-    starts = F.pad(sizes[..., :-1].cumsum(-1) - _REACH, (1, 0), value=-_REACH)
-    found = starts[..., int(by_height), 1:] <= x.unsqueeze(-1)
-    index = found.sum(-1, keepdim=True)
-    both = index.unsqueeze(-2).expand(*index.shape[:-1], 2, 1)
-    (left, bottom), (width, height) = (
-        part.gather(-1, both).squeeze(-1).unbind(-1) for part in (starts, sizes)
-    )
-    slopes = F.pad(raw[..., 2 * num_bins : -2], (1, 1))
-    slope_left, slope_right = (slopes.gather(-1, index + i).squeeze(-1) for i in range(2))
-    spline = Bin(left, width, bottom, height, slope_left, slope_right, *_affine_part(raw))
-    return spline, (index, shares)
+    # Knots from the first to the last but one; the outermost are -B and B, whatever the rounding.
+    first = torch.full_like(sizes[:, :1], -_REACH)
+    starts = torch.cat([first, sizes[:, :-1].cumsum(1) - _REACH], 1)
+    index = (starts[int(by_height), 1:] <= x).sum(0, keepdim=True)
+    both = index.expand(2, 1, *x.shape)
+    (left, bottom), (width, height) = (part.gather(1, both).squeeze(1).unbind(0) for part in (starts, sizes))
+    end = torch.zeros_like(raw[:1])
+    slopes = torch.cat([end, raw[2 * num_bins : -2], end])
+    slope_left, slope_right = (slopes.gather(0, index + i).squeeze(0) for i in range(2))
+    return Bin(left, width, bottom, height, slope_left, slope_right, raw[-2], raw[-1]), (index, shares)
 
 
 class _Locate(torch.autograd.Function):
@@ -142,7 +149,7 @@ class _Locate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, raw: Tensor, num_bins: int) -> tuple[Tensor, ...]:
-        spline, (index, shares) = _locate(x, raw, num_bins)
+        spline, (index, shares) = _locate(x, raw.movedim(-1, 0), num_bins)
         ctx.save_for_backward(index, shares)
         return tuple(part.clone() for part in spline)
 
@@ -150,18 +157,17 @@ class _Locate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
         index, shares = ctx.saved_tensors
-        num_bins = shares.shape[-1]
+        num_bins = shares.shape[1]
         g = Bin(*grads)
         factor = 2 * _REACH * (1 - num_bins * _MIN_SHARE)
-        start = (factor * torch.stack([g.left, g.bottom], -1)).unsqueeze(-1)
-        size = (factor * torch.stack([g.width, g.height], -1)).unsqueeze(-1)
-        place = torch.arange(num_bins, device=index.device)
-        both = index.unsqueeze(-2)
-        terms = torch.where(place < both, start, torch.where(place == both, size, 0.0)).mul_(shares)
-        logits = torch.addcmul(terms, shares, terms.sum(-1, keepdim=True), value=-1).flatten(-2)
-        slopes = shares.new_zeros(*index.shape[:-1], num_bins + 1)
+        start = (factor * torch.stack([g.left, g.bottom])).unsqueeze(1)
+        size = (factor * torch.stack([g.width, g.height])).unsqueeze(1)
+        place = torch.arange(num_bins, device=index.device).view(-1, *[1] * (index.dim() - 1))
+        terms = torch.where(place < index, start, torch.where(place == index, size, 0.0)).mul_(shares)
+        logits = torch.addcmul(terms, shares, terms.sum(1, keepdim=True), value=-1).flatten(0, 1)
+        slopes = shares.new_zeros(num_bins + 1, *index.shape[1:])
         # Out of place, which the function transforms of torch see through.
-        slopes = slopes.scatter(-1, index, g.free_slope_left.unsqueeze(-1))
-        slopes = slopes.scatter(-1, index + 1, g.free_slope_right.unsqueeze(-1))
-        affine = torch.stack([g.free_log_scale, g.shift], -1)
-        return None, torch.cat([logits, slopes[..., 1:-1], affine], -1), None
+        slopes = slopes.scatter(0, index, g.free_slope_left.unsqueeze(0))
+        slopes = slopes.scatter(0, index + 1, g.free_slope_right.unsqueeze(0))
+        raw = torch.cat([logits, slopes[1:-1], torch.stack([g.free_log_scale, g.shift])])
+        return None, raw.movedim(0, -1).contiguous(), None
