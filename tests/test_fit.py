@@ -40,9 +40,9 @@ from pyro_adaann.diagnostics.rules import Finding, Level
 from pyro_adaann.fitting.attempts import Attempt, End, Plan, few_draws_of_step, takes_long
 from pyro_adaann.fitting.combine import choose, is_settled, judge, tail_findings
 from pyro_adaann.fitting.compare import compare_fits
-from pyro_adaann.fitting.fit import next_plan
 from pyro_adaann.fitting.models import check_model
 from pyro_adaann.fitting.moments import Moments, measure_moments
+from pyro_adaann.fitting.plans import next_plan
 from pyro_adaann.fitting.summary import site_rows
 
 #: One process has all of them, so that the fits that several share are made once.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pyro
@@ -23,43 +22,20 @@ from pyro_adaann.fitting.attempts import (
     takes_long,
 )
 from pyro_adaann.fitting.clock import Clock
-from pyro_adaann.fitting.combine import (
-    choose,
-    finds_more,
-    is_good_alone,
-    is_settled,
-    is_witness,
-    judge,
-    summary_findings,
-    tail_findings,
-)
+from pyro_adaann.fitting.combine import choose, judge, summary_findings, tail_findings
 from pyro_adaann.fitting.compare import Agreement, compare_fits
 from pyro_adaann.fitting.mixture import alone, weigh_guides
 from pyro_adaann.fitting.models import check_model, for_many_draws
 from pyro_adaann.fitting.moments import measure_moments
-from pyro_adaann.fitting.pilot import has_pilot
+from pyro_adaann.fitting.plans import NUM_PARTICLES, next_plan
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.fitting.result import FitResult, FitSummary
-from pyro_adaann.natural import NUM_BEHIND
+from pyro_adaann.objectives.missing import without_missing
 from pyro_adaann.state.interrupt import InterruptGuard
 from pyro_adaann.state.random_states import get_random_states, set_random_states
 
-__all__ = ["fit", "next_plan"]
+__all__ = ["fit"]
 
-#: Draws of a natural step, at first and where a fit was far from reliable.
-_NUM_PARTICLES, _MORE_PARTICLES = 500, 1000
-#: How often a base is widened, and by what at least and at most.
-_MAX_WIDENINGS, _MIN_WIDENING, _MAX_WIDENING = 3, 1.5, 4.0
-#: By what where nothing says how much.
-_WIDENING = 2.0
-#: Where less than this share of the draws counts, another seed comes before a wider base.
-_MIN_ESS_SHARE = 0.01
-#: Fits in all.
-_MAX_FITS = 6
-#: After so many steps of `_NUM_PARTICLES` draws in all, or after one that has fallen behind its temperatures,
-#: no fit follows one that is not usable: more of a guide that follows slowly would change little, and take
-#: minutes.
-_MAX_STEPS = 500
 #: Draws of every fit behind draws, verdict and evidence, and where a draw takes long.
 _NUM_SAMPLES, _FEW_SAMPLES = 10_000, 4000
 
@@ -122,6 +98,7 @@ def fit(
         raise ValueError(f"Expected `budget` to be a positive number of seconds; got {budget!r}.")
     random = None if seed is None else get_random_states()
     try:
+        model = without_missing(model, args, kwargs)
         trace = check_model(model, args, kwargs)
         with FitProgress(progress_bar) as progress, InterruptGuard() as interrupt:
             clock = Clock(budget)
@@ -129,9 +106,9 @@ def fit(
             with pyro.get_param_store().scope():
                 guide = make_guide(model, {}, args, kwargs)
                 model = for_many_draws(model, guide, args, kwargs)
-            size = _Size(plate_nesting(trace), _NUM_PARTICLES, _NUM_SAMPLES)
+            size = _Size(plate_nesting(trace), NUM_PARTICLES, _NUM_SAMPLES)
             if takes_long(model, trace):
-                few = few_draws_of_step(guide.latent_dim, _NUM_PARTICLES)
+                few = few_draws_of_step(guide.latent_dim, NUM_PARTICLES)
                 size = size._replace(num_particles=few, num_samples=_FEW_SAMPLES)
             fitter = _Fitter(model, args, kwargs, size, (progress, clock, interrupt))
             attempts = fitter.run(seed, num_fits)
@@ -200,56 +177,6 @@ class _Fitter:
 
     def _attempt(self, plan: Plan, name: str) -> Attempt:
         return attempt(*self._call, plan, self._size.nesting, self._size.num_samples, self._watch, name)
-
-
-def next_plan(attempts: list[Attempt], seed: int | None, num_fits: int | None) -> Plan | None:
-    """Return how to go on: from a wider base, from another seed, or, where none is needed, not at all."""
-    last = attempts[-1]
-    is_usable = last.diagnosis.level <= Level.USABLE_WITH_WEIGHTS
-    next_seed = None if seed is None else seed + len(attempts)
-    bases = [attempt.plan.widths for attempt in attempts]
-    num_widenings = sum(a != b for a, b in pairwise(bases))
-    is_long = _work(attempts) > _MAX_STEPS
-    may_widen = num_widenings < _MAX_WIDENINGS and len(attempts) < _MAX_FITS
-    # A guide that starts at particles is not widened for minutes.
-    if may_widen and not (is_long and has_pilot(last.svi.guide.latent_dim)):
-        widths = _widths(attempts)
-        if widths is not None:
-            return Plan(next_seed, widths, last.plan.num_particles)
-    if num_fits is not None:
-        is_enough = bases.count(last.plan.widths) >= num_fits
-    else:
-        is_good = is_good_alone(last) and len(attempts) == 1
-        is_behind = last.svi.history.num_untracked_lately >= NUM_BEHIND
-        is_hopeless = not is_usable and (is_behind or is_long)
-        is_enough = is_good or is_settled(attempts) or len(attempts) >= _MAX_FITS or is_hopeless
-    if is_enough:
-        return None
-    num_particles = attempts[0].plan.num_particles if is_witness(last) else _MORE_PARTICLES
-    return Plan(next_seed, last.plan.widths, num_particles, is_check=is_usable and num_fits is None)
-
-
-def _work(attempts: list[Attempt]) -> float:
-    """Return the steps of all attempts, in steps of the usual number of draws."""
-    return sum(a.svi.history.num_steps * a.plan.num_particles / _NUM_PARTICLES for a in attempts)
-
-
-def _widths(attempts: list[Attempt]) -> dict[str, float] | None:
-    """Return how wide the base is to be where posterior is, or may be, out of reach; None where it is not."""
-    last = attempts[-1]
-    diagnosis, before = last.diagnosis, last.plan.widths
-    reach = diagnosis.reach
-    names = tuple(last.svi.guide._unconstrained_shapes)
-    if reach is not None and reach.is_short:
-        names = reach.sites or names
-        factor = min(max(1.25 * reach.factor, _MIN_WIDENING), _MAX_WIDENING)
-    elif reach is not None and not reach.is_known and diagnosis.ess > _MIN_ESS_SHARE * diagnosis.num_samples:
-        factor = _WIDENING  # wider draws see something, and cannot tell how much
-    elif len(attempts) > 1 and attempts[-2].plan.widths != before and finds_more(last, attempts[-2]):
-        factor = _WIDENING  # what the last widening has brought may not be all
-    else:
-        return None
-    return before | {name: factor * before.get(name, 1.0) for name in names}
 
 
 def _result(

@@ -25,6 +25,7 @@ from pyro_adaann.fitting.storage import read_result, write_result
 from pyro_adaann.fitting.stored import StoredDraws
 from pyro_adaann.fitting.summary import FitSummary, site_rows
 from pyro_adaann.guides.base import AutoFlow
+from pyro_adaann.objectives.missing import without_missing
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.weights import weighted_mean
 
@@ -208,6 +209,8 @@ class FitResult:
         :param args: its arguments, with ``kwargs``.
         :raises ValueError: if the file is damaged, another kind of file, or of another model.
         """
+        if model is not None:
+            model = without_missing(model, args, kwargs)
         parts, guides = read_result(path, model, args, kwargs)
         if model is not None:
             model = for_many_draws(model, guides[0], args, kwargs)

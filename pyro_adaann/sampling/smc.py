@@ -25,6 +25,7 @@ import torch
 from pyro_adaann.annealing.paths import Path, get_path
 from pyro_adaann.annealing.schedules import AdaAnnSchedule, AnnealingSchedule
 from pyro_adaann.checks import check_count
+from pyro_adaann.objectives.missing import without_missing
 from pyro_adaann.sampling.density import UnconstrainedModel
 from pyro_adaann.sampling.flow import guide_flow
 from pyro_adaann.sampling.moves import Move, get_kernel
@@ -192,7 +193,9 @@ class AnnealedSMC:
 
     def _make_sampler(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sampler:
         seed = int(torch.randint(2**62, (), device="cpu")) if self.seed is None else self.seed
-        model = UnconstrainedModel(self.model, args, kwargs, vectorize=self.vectorize)
+        # A guide draws what is missing, too.
+        own = without_missing(self.model, args, kwargs) if self.guide is None else self.model
+        model = UnconstrainedModel(own, args, kwargs, vectorize=self.vectorize)
         base = self.base
         flow = None
         if self.guide is not None:
