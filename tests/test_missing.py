@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_adaann import AnnealedSMC, FitResult, fit
-from pyro_adaann.objectives.missing import without_missing
+from pyro_adaann.sampling.missing import without_missing
 
 NAN = float("nan")
 BAR = {"progress_bar": False}

@@ -30,7 +30,7 @@ from pyro_adaann.fitting.moments import measure_moments
 from pyro_adaann.fitting.plans import NUM_PARTICLES, next_plan
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.fitting.result import FitResult, FitSummary
-from pyro_adaann.objectives.missing import without_missing
+from pyro_adaann.sampling.missing import without_missing
 from pyro_adaann.state.interrupt import InterruptGuard
 from pyro_adaann.state.random_states import get_random_states, set_random_states
 

@@ -25,7 +25,7 @@ from pyro_adaann.fitting.storage import read_result, write_result
 from pyro_adaann.fitting.stored import StoredDraws
 from pyro_adaann.fitting.summary import FitSummary, site_rows
 from pyro_adaann.guides.base import AutoFlow
-from pyro_adaann.objectives.missing import without_missing
+from pyro_adaann.sampling.missing import without_missing
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.weights import weighted_mean
 

@@ -25,9 +25,9 @@ import torch
 from pyro_adaann.annealing.paths import Path, get_path
 from pyro_adaann.annealing.schedules import AdaAnnSchedule, AnnealingSchedule
 from pyro_adaann.checks import check_count
-from pyro_adaann.objectives.missing import without_missing
 from pyro_adaann.sampling.density import UnconstrainedModel
 from pyro_adaann.sampling.flow import guide_flow
+from pyro_adaann.sampling.missing import without_missing
 from pyro_adaann.sampling.moves import Move, get_kernel
 from pyro_adaann.sampling.result import SMCResult, SMCStage
 from pyro_adaann.sampling.resume import restore, state_of

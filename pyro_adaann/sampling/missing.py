@@ -24,6 +24,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 
 from pyro_adaann.objectives.lenient import run_leniently
+from pyro_adaann.state.random_states import get_random_states, set_random_states
 
 __all__ = ["without_missing"]
 
@@ -35,7 +36,7 @@ def without_missing(
 ) -> Callable[..., Any]:
     """Return a model of the same posterior of all other sites, in which missing values are proper.
 
-    That is the model itself where nothing is missing.
+    That is the model itself where nothing is missing. Random generators are as before afterwards.
 
     Example::
 
@@ -54,17 +55,18 @@ def without_missing(
     def run(model: Callable[..., Any]) -> Trace:
         return run_leniently(poutine.trace(model).get_trace, *args, **kwargs)
 
+    random = get_random_states()
     with poutine.block(), torch.no_grad(), warnings.catch_warnings(), pyro.validation_enabled(False):
         warnings.simplefilter("ignore")
         try:
             trace = run(model)
+            names = [name for name in trace.stochastic_nodes if _is_of_mask(name, trace)]
+            used = {name for name in names if _is_used(name, trace, lambda t: run(poutine.replay(model, t)))}
         except Exception:  # said where the model is checked
             return model
-        names = [name for name in trace.stochastic_nodes if _is_of_mask(name, trace)]
-        if not names:
-            return model
-        used = {name for name in names if _is_used(name, trace, lambda t: run(poutine.replay(model, t)))}
-    return _Missing(names, used)(model)
+        finally:
+            set_random_states(random)
+    return _Missing(names, used)(model) if names else model
 
 
 def _is_of_mask(name: str, trace: Trace) -> bool:
