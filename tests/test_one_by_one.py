@@ -42,6 +42,7 @@ def at_once(y=Y):
     mean = pyro.deterministic("mean", (X * beta.unsqueeze(-2)).sum(-1))
     with pyro.plate("data", 4), poutine.scale(scale=2.0), poutine.mask(mask=MASK):
         pyro.sample("y", dist.Normal(mean, sigma), obs=y)
+        pyro.deterministic("size", mean.abs(), event_dim=0)
     pyro.factor("near", -(sigma**2))
 
 
@@ -53,6 +54,7 @@ def alone(y=Y):
     mean = pyro.deterministic("mean", X @ beta.reshape(2))
     with pyro.plate("data", 4), poutine.scale(scale=2.0), poutine.mask(mask=MASK):
         pyro.sample("y", dist.Normal(mean, sigma), obs=y)
+        pyro.deterministic("size", mean.abs(), event_dim=0)
     pyro.factor("near", -(sigma**2))
 
 

@@ -143,7 +143,7 @@ def test_a_pilot_takes_a_quarter_of_the_time_that_is_left():
 
 @pytest.mark.parametrize("start", [None, (LOC, FACTOR)])
 @pytest.mark.parametrize("is_check", [False, True])
-def test_from_particles_temperatures_start_later_and_a_confirming_fit_ends_earlier(
+def test_from_particles_temperatures_start_later_and_steps_at_1_end_earlier(
     start, is_check, monkeypatch
 ):
     monkeypatch.setattr(attempts, "pilot_base", lambda *_: start)
@@ -151,7 +151,8 @@ def test_from_particles_temperatures_start_later_and_a_confirming_fit_ends_earli
     made = attempts.attempt(model, (), {}, attempts.Plan(0, {}, 100, is_check), 0, 500, watch, "fit")
     first = 1e-8 if start is None else 1e-4
     assert made.svi.history.stages[0].inverse_temperature == first
-    assert (made.svi.num_final_steps, made.svi.max_num_final_steps) == (60, 60 if is_check else 180)
+    is_short = is_check or start is not None
+    assert (made.svi.num_final_steps, made.svi.max_num_final_steps) == (60, 60 if is_short else 180)
 
 
 @pytest.mark.slow

@@ -145,8 +145,8 @@ def _settings(*, is_check: bool, is_near: bool) -> dict[str, Any]:
     :param is_near: whether the guide starts at particles of the posterior.
     """
     settings: dict[str, Any] = {}
-    if is_check:
-        # A first fit goes on while the loss falls: without that sparse means (16 latents) ended UNRELIABLE.
+    if is_check or is_near:
+        # Others go on while the loss falls: without that sparse means (16 latents) ended UNRELIABLE.
         settings["max_num_final_steps"] = NUM_FINAL
     if is_near:
         settings["schedule"] = schedule_from(_NEAR)

@@ -126,7 +126,8 @@ class _Rows:
             fn.rows = [row["fn"] for row in rows]
             value = fn.join([row["value"] for row in rows])
             if site["infer"].get("_deterministic"):
-                pyro.deterministic(name, value, event_dim=site["fn"].event_dim)
+                with self._plates_of(site):
+                    pyro.deterministic(name, value, event_dim=site["fn"].event_dim)
             else:
                 self._sample(site, fn, obs=value)
 
@@ -139,10 +140,13 @@ class _Rows:
 
     def _sample(self, site: Any, fn: OfRows, obs: Tensor | None = None) -> Tensor:
         infer = {key: value for key, value in site["infer"].items() if key == "is_auxiliary"}
-        frames = tuple(frame for frame in site["cond_indep_stack"] if frame.vectorized)
-        with poutine.scale(scale=site["scale"]), _Within(frames):
+        with poutine.scale(scale=site["scale"]), self._plates_of(site):
             value: Tensor = pyro.sample(site["name"], fn, obs=obs, infer=infer)
         return value
+
+    @staticmethod
+    def _plates_of(site: Any) -> _Within:
+        return _Within(tuple(frame for frame in site["cond_indep_stack"] if frame.vectorized))
 
     def _run_row(
         self, values: dict[str, Tensor], *, enumerates: bool = False, shows_parameters: bool = True
