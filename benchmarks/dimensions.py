@@ -36,7 +36,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "twenty bimodal coordinates": {"num_particles": 2000},
     "forty modes, 2-D": {"num_particles": 2000},
     "two modes, 50-D": {"num_particles": 1000},
-    "eight schools, centered": {"num_particles": 1000},
+    "eight schools, centered": {"num_particles": 2000},
+    "collinear regression": {"num_particles": 1000},
 }
 
 
