@@ -143,9 +143,7 @@ def test_a_pilot_takes_a_quarter_of_the_time_that_is_left():
 
 @pytest.mark.parametrize("start", [None, (LOC, FACTOR)])
 @pytest.mark.parametrize("is_check", [False, True])
-def test_from_particles_temperatures_start_later_and_steps_at_1_end_earlier(
-    start, is_check, monkeypatch
-):
+def test_from_particles_temperatures_start_later_and_steps_at_1_end_earlier(start, is_check, monkeypatch):
     monkeypatch.setattr(attempts, "pilot_base", lambda *_: start)
     watch: Any = (*WATCH[:2], SimpleNamespace(requested=True))  # ends after a step
     made = attempts.attempt(model, (), {}, attempts.Plan(0, {}, 100, is_check), 0, 500, watch, "fit")
