@@ -99,6 +99,20 @@ class FlowLaws:
 
         assert torch.autograd.gradcheck(run, (y, *flow.parameters()), fast_mode=True, atol=1e-4)
 
+    def test_what_is_remembered_without_a_graph_hides_no_gradient(self, flow: FlowTransform) -> None:
+        y, parameters = flow._forward(points(flow, 3))[0].detach(), list(flow.parameters())
+
+        def gradients(y: Tensor) -> tuple[Tensor, ...]:
+            x = flow.inv(y)
+            total = -0.5 * x.square().sum() - flow.log_abs_det_jacobian(x, y).sum()
+            return torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+
+        expected = gradients(y.clone())
+        with torch.no_grad():
+            x = flow.inv(y)
+            flow.log_abs_det_jacobian(x, y)
+        torch.testing.assert_close(gradients(y), expected)
+
     def test_score_is_the_gradient_of_the_log_density(self, flow: FlowTransform) -> None:
         x = points(flow)
         y = flow._forward(x)[0].detach().requires_grad_()

@@ -29,8 +29,8 @@ class FlowTransform(TransformModule):
     the points and in the parameters.
 
     The last pair (x, y) and its log-determinant are remembered, so that sampling and scoring a
-    draw costs one pass. The memory is dropped when a parameter changes, and is neither copied nor
-    pickled.
+    draw costs one pass. The memory is dropped when a parameter changes, or where gradients are wanted
+    of what was computed without a graph, and is neither copied nor pickled.
 
     :param input_dim: the dimension d of the points.
     """
@@ -49,6 +49,7 @@ class FlowTransform(TransformModule):
     _cached_x_y: Any
     _cached_log_det: Tensor | None
     _cached_image: Tensor | None
+    _cached_with_graph: bool
 
     def __init__(self, input_dim: int) -> None:
         super().__init__(cache_size=1)
@@ -178,6 +179,7 @@ class FlowTransform(TransformModule):
     def _call(self, x: Tensor) -> Tensor:
         image, log_det = self._map(x.reshape(-1, self.input_dim))
         self._cached_image, self._cached_log_det = image, log_det.reshape(x.shape[:-1])
+        self._cached_with_graph = torch.is_grad_enabled()
         return image.view(x.shape)
 
     def recall(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -197,6 +199,7 @@ class FlowTransform(TransformModule):
         self._forget_if_updated()
         self._cached_x_y = (x, y)
         self._cached_image = self._cached_log_det = None
+        self._cached_with_graph = False
 
     def _inv_call(self, y: Tensor) -> Tensor:
         self._forget_if_updated()
@@ -204,6 +207,7 @@ class FlowTransform(TransformModule):
 
     def _inverse(self, y: Tensor) -> Tensor:
         self._cached_image = self._cached_log_det = None
+        self._cached_with_graph = torch.is_grad_enabled()
         flat = y.reshape(-1, self.input_dim)
         if torch.is_grad_enabled() or not self.has_closed_inverse:
             return self._backward_map(flat).reshape(y.shape)
@@ -228,6 +232,7 @@ class FlowTransform(TransformModule):
     def _forget(self) -> None:
         self._cached_x_y = (None, None)
         self._cached_image = self._cached_log_det = None
+        self._cached_with_graph = False
         self._cached_versions: tuple[int, ...] = ()
 
     def _forget_if_updated(self) -> None:
@@ -239,7 +244,8 @@ class FlowTransform(TransformModule):
             for parameter in module._parameters.values()
             if parameter is not None
         )
-        if versions != self._cached_versions:
+        is_bare = torch.is_grad_enabled() and not self._cached_with_graph
+        if versions != self._cached_versions or is_bare:
             self._forget()
             self._cached_versions = versions
 
@@ -252,6 +258,7 @@ class FlowTransform(TransformModule):
             _cached_x_y=(None, None),
             _cached_image=None,
             _cached_log_det=None,
+            _cached_with_graph=False,
             _cached_versions=(),
         )
         for name in ("_parameters", "_modules"):
