@@ -47,9 +47,9 @@ def without_missing(
         ...         pyro.sample("y", dist.Normal(z, 1.0), obs=y, obs_mask=mask)
         >>> data = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([True, True, False])
         >>> list(poutine.trace(model).get_trace(*data).stochastic_nodes)
-        ['data', 'z', 'y_unobserved']
+        ['z', 'data', 'y_unobserved']
         >>> list(poutine.trace(without_missing(model, data, {})).get_trace(*data).stochastic_nodes)
-        ['data', 'z']
+        ['z', 'data']
     """
 
     def run(model: Callable[..., Any]) -> Trace:
