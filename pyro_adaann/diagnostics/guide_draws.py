@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -197,15 +198,11 @@ class GuideDraws:
         inverse of a flow, which in single precision fails at some draws.
         """
         finite = torch.isfinite(batch.log_p + batch.log_q).nonzero().reshape(-1).tolist()
-        first = ""
-        for index in finite[:: max(len(finite) // _NUM_CHECKED, 1)]:
-            difference = self._difference(batch, index)
-            if not difference:
-                self._is_checked = True
-                return
-            first = first or difference
-        if first:
-            raise _does_not_vectorize(first)
+        finite = finite[:: max(len(finite) // _NUM_CHECKED, 1)]
+        differences = list(takewhile(bool, (self._difference(batch, index) for index in finite)))
+        if finite and len(differences) == len(finite):
+            raise _does_not_vectorize(differences[0])
+        self._is_checked = self._is_checked or bool(finite)
 
     def _difference(self, batch: DrawBatch, index: int) -> str:
         """Return how a draw of a batch differs from a run of its own, nothing if it does not."""

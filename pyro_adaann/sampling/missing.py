@@ -29,6 +29,8 @@ from pyro_adaann.state.random_states import get_random_states, set_random_states
 __all__ = ["without_missing"]
 
 _MISSING, _KNOWN = "_unobserved", "_observed"
+#: Other values that are tried: a model may use them in a part of their range alone.
+_NUM_TRIED = 10
 
 
 def without_missing(
@@ -83,14 +85,16 @@ def _is_used(name: str, trace: Trace, run: Callable[[Trace], Trace]) -> bool:
 
     :param run: runs the model with the values of a trace.
     """
-    other = trace.copy()
-    fn = trace.nodes[name]["fn"]
-    other.nodes[name] = {**trace.nodes[name], "value": fn.sample()}
+    other, fn = trace.copy(), trace.nodes[name]["fn"]
     try:
-        densities = [_densities(found, name) for found in (run(trace), run(other))]
+        densities = _densities(run(trace), name)
+        for _ in range(_NUM_TRIED):
+            other.nodes[name] = {**trace.nodes[name], "value": fn.sample()}
+            if _densities(run(other), name) != densities:
+                return True
     except Exception:  # a value that the model cannot take
         return True
-    return densities[0] != densities[1]
+    return False
 
 
 def _densities(trace: Trace, name: str) -> dict[str, float]:
