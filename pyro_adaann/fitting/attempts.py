@@ -17,10 +17,8 @@ from pyro_adaann.diagnostics.diagnose import assess
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
 from pyro_adaann.diagnostics.importance import WeightedDraws, weigh_draws
 from pyro_adaann.diagnostics.verdict import Diagnosis
-from pyro_adaann.fitting.clock import Clock
 from pyro_adaann.fitting.moments import Moments, measure_moments
-from pyro_adaann.fitting.pilot import pilot_base
-from pyro_adaann.fitting.progress import FitProgress
+from pyro_adaann.fitting.pilot import Watch, pilot_base
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.continuous import continuous_part
 from pyro_adaann.guides.spline import AutoSpline
@@ -28,7 +26,6 @@ from pyro_adaann.natural import NUM_FINAL, natural_svi, schedule_from
 from pyro_adaann.objectives.one_by_one import is_one_by_one
 from pyro_adaann.objectives.rows import most_draws, numbers_per_draw
 from pyro_adaann.processes.group import anywhere
-from pyro_adaann.state.interrupt import InterruptGuard
 from pyro_adaann.svi import AdaAnnSVI
 from pyro_adaann.weights import finite_or_no_weight
 
@@ -59,12 +56,14 @@ class Plan:
     :param widths: how many times as wide as that of the prior the base is, by site.
     :param num_particles: draws of a natural step.
     :param is_check: whether the fit only has to confirm a usable one.
+    :param start: location and factor of the base, if particles are at hand.
     """
 
     seed: int | None
     widths: dict[str, float]
     num_particles: int
     is_check: bool = False
+    start: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,9 @@ def attempt(
     plan: Plan,
     nesting: int,
     num_samples: int,
-    watch: tuple[FitProgress, Clock, InterruptGuard],
+    watch: Watch,
     name: str,
+    restore: Callable[[WeightedDraws], WeightedDraws] = lambda draws: draws,
 ) -> Attempt:
     """Fit a guide as planned and diagnose it, in a parameter store of its own.
 
@@ -105,6 +105,7 @@ def attempt(
     :param num_samples: draws of the diagnosis.
     :param watch: progress, clock and Ctrl-C.
     :param name: what the progress calls it.
+    :param restore: makes draws of the sites of the user's model of those of the fitted one.
     """
     progress, clock, interrupt = watch
     began = time.monotonic()
@@ -113,7 +114,7 @@ def attempt(
     with pyro.get_param_store().scope():
         progress.phase(f"{name}: base")
         guide = make_guide(model, {}, args, kwargs)
-        start = pilot_base(model, args, kwargs, guide.latent_dim, plan.seed, watch)
+        start = plan.start or pilot_base(model, args, kwargs, guide.latent_dim, plan.seed, watch)
         if plan.widths or start is not None:
             guide = make_guide(model, plan.widths, args, kwargs, start)
         settings = _settings(is_check=plan.is_check, is_near=start is not None)
@@ -134,6 +135,7 @@ def attempt(
         weighted = weigh_draws(draws, num_samples, BATCH_SIZE)
         log_weights = finite_or_no_weight(weighted.log_p - weighted.log_q)
         diagnosis = assess(svi, draws, log_weights, args, kwargs, BATCH_SIZE, vectorize=True)
+        weighted = restore(weighted)
         moments = measure_moments(weighted.samples, weighted.log_weights)
     return Attempt(plan, svi, weighted, diagnosis, moments, end, time.monotonic() - began)
 

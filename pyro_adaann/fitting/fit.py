@@ -24,9 +24,12 @@ from pyro_adaann.fitting.attempts import (
 from pyro_adaann.fitting.clock import Clock
 from pyro_adaann.fitting.combine import choose, judge, summary_findings, tail_findings
 from pyro_adaann.fitting.compare import Agreement, compare_fits
+from pyro_adaann.fitting.coordinates import Coordinates
+from pyro_adaann.fitting.decentering import Start, choose_coordinates
 from pyro_adaann.fitting.mixture import alone, weigh_guides
 from pyro_adaann.fitting.models import check_model, for_many_draws
 from pyro_adaann.fitting.moments import measure_moments
+from pyro_adaann.fitting.pilot import Watch
 from pyro_adaann.fitting.plans import NUM_PARTICLES, next_plan
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.fitting.result import FitResult, FitSummary
@@ -51,6 +54,8 @@ def fit(
 ) -> FitResult:
     r"""Fit a model with nothing to choose; return weighted posterior draws, log evidence and a verdict.
 
+    Numbers whose scale is itself a latent variable, as in a hierarchy, are fitted decentered where the data
+    say little of them; the result is of the model's own sites.
     The guide is an :class:`~pyro_adaann.AutoSpline` whose base has location and scale of prior draws or, from
     sixteen latents on, mean and 1.5 times the width of particles of :class:`AnnealedSMC`; it is annealed by
     natural steps (:func:`~pyro_adaann.natural_svi`) and diagnosed (:func:`~pyro_adaann.diagnose`). Where
@@ -106,14 +111,15 @@ def fit(
             with pyro.get_param_store().scope():
                 guide = make_guide(model, {}, args, kwargs)
                 model = for_many_draws(model, guide, args, kwargs)
+                watch = progress, clock, interrupt
+                start = choose_coordinates(model, args, kwargs, guide, seed, watch)
             size = _Size(plate_nesting(trace), NUM_PARTICLES, _NUM_SAMPLES)
             if takes_long(model, trace):
                 few = few_draws_of_step(guide.latent_dim, NUM_PARTICLES)
                 size = size._replace(num_particles=few, num_samples=_FEW_SAMPLES)
-            fitter = _Fitter(model, args, kwargs, size, (progress, clock, interrupt))
-            attempts = fitter.run(seed, num_fits)
+            attempts = _Fitter(start, size, watch).run(seed, num_fits)
             progress.phase("draws")
-            return _result(model, args, kwargs, attempts, size.num_samples, clock)
+            return _result(model, start.coordinates, attempts, size.num_samples, clock)
     finally:
         if random is not None:
             set_random_states(random)
@@ -135,28 +141,19 @@ class _Size(NamedTuple):
 class _Fitter:
     """Makes one attempt after the other until what there is will do.
 
-    :param model: the model.
-    :param args: its arguments.
-    :param kwargs: its keyword arguments.
+    :param start: the coordinates in which the model is fitted, and where the first attempt starts.
     :param size: what there is to know of it.
     :param watch: progress, clock and Ctrl-C.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        size: _Size,
-        watch: tuple[FitProgress, Clock, InterruptGuard],
-    ) -> None:
-        self._call = model, args, kwargs
+    def __init__(self, start: Start, size: _Size, watch: Watch) -> None:
+        self._coordinates, self._base = start
         self._size = size
         self._watch = watch
 
     def run(self, seed: int | None, num_fits: int | None) -> list[Attempt]:
         """Return all attempts, the first one first."""
-        attempts = [self._attempt(Plan(seed, {}, self._size.num_particles), "fit 1")]
+        attempts = [self._attempt(Plan(seed, {}, self._size.num_particles, start=self._base), "fit 1")]
         while self._goes_on(attempts):
             plan = next_plan(attempts, seed, num_fits)
             if plan is None:
@@ -176,23 +173,35 @@ class _Fitter:
         return last.end is End.DONE and not self._watch[2].requested and clock.has(last.seconds)
 
     def _attempt(self, plan: Plan, name: str) -> Attempt:
-        return attempt(*self._call, plan, self._size.nesting, self._size.num_samples, self._watch, name)
+        own = self._coordinates
+        return attempt(
+            own.model,
+            own.args,
+            own.kwargs,
+            plan,
+            self._size.nesting,
+            self._size.num_samples,
+            self._watch,
+            name,
+            own.restore,
+        )
 
 
 def _result(
     model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    coordinates: Coordinates,
     attempts: list[Attempt],
     num_samples: int,
     clock: Clock,
 ) -> FitResult:
+    args, kwargs = coordinates.args, coordinates.kwargs
     chosen = choose(attempts)
     guides = [attempt.svi.guide for attempt in chosen]
     if len(chosen) == 1:
         mixture = alone(chosen[0].draws)
     else:
-        mixture = weigh_guides(model, guides, args, kwargs, num_samples, BATCH_SIZE)
+        mixture = weigh_guides(coordinates.model, guides, args, kwargs, num_samples, BATCH_SIZE)
+        mixture = mixture._replace(draws=coordinates.restore(mixture.draws))
     moments = measure_moments(mixture.draws.samples, mixture.draws.log_weights)
     diagnosis, remarks = judge(chosen, mixture.log_weights, moments)
     agreements = dict(zip(map(id, chosen), compare_fits(mixture.draws, mixture.own_log_weights), strict=True))
@@ -208,6 +217,7 @@ def _result(
         guides=tuple(guides),
         svi=best.svi,
         call=(model, args, kwargs),
+        centered=coordinates.centered,
     )
 
 

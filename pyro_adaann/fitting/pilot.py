@@ -12,7 +12,7 @@ and is annealed from there. With w above 1 that covers the modes between which S
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,10 +22,14 @@ from pyro_adaann.fitting.clock import Clock
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.objectives.one_by_one import is_one_by_one
 from pyro_adaann.processes.group import process_count
+from pyro_adaann.sampling.result import SMCResult
 from pyro_adaann.sampling.smc import AnnealedSMC
 from pyro_adaann.state.interrupt import InterruptGuard
 
-__all__ = ["has_pilot", "pilot_base"]
+__all__ = ["Watch", "base_at", "has_pilot", "pilot_base", "run_particles"]
+
+#: Progress, clock and Ctrl-C of a fit.
+Watch: TypeAlias = tuple[FitProgress, Clock, InterruptGuard]
 
 #: Latents from which on a pilot is worth its time, and up to which it has enough particles.
 _LEAST_LATENTS, _MOST_LATENTS = 16, 200
@@ -51,26 +55,24 @@ def has_pilot(num_latents: int) -> bool:
     return _LEAST_LATENTS <= num_latents <= _MOST_LATENTS
 
 
-def pilot_base(
+def run_particles(
     model: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     num_latents: int,
     seed: int | None,
-    watch: tuple[FitProgress, Clock, InterruptGuard],
-) -> tuple[Tensor, Tensor] | None:
-    """Return location m and factor L of the normal distribution at which a guide is to start.
+    watch: Watch,
+) -> SMCResult | None:
+    """Return particles of the posterior that cost seconds.
 
-    None where the prior will do or particles will not: for few latents or very many, with several processes,
-    for models that run for one draw after the other, if the moves of the latest temperatures still carry all
-    particles the same way, if they do not arrive in two minutes or a quarter of the budget, or lose their
-    weights.
+    None for very many latents, with several processes, for models that run for one draw after the other, or
+    if they do not arrive in two minutes or a quarter of the budget, or lose their weights.
 
     :param num_latents: unconstrained numbers of the model.
     :param seed: of the particles.
     :param watch: progress, clock and Ctrl-C.
     """
-    if not has_pilot(num_latents) or process_count() > 1 or is_one_by_one(model):
+    if num_latents > _MOST_LATENTS or process_count() > 1 or is_one_by_one(model):
         return None
     progress, clock, interrupt = watch
     num = max(_NUM_PARTICLES, 16 * round(_PARTICLES_PER_LATENT * num_latents / 16))
@@ -85,7 +87,37 @@ def pilot_base(
                 return None
     except (ValueError, RuntimeError):  # no density, gradient or memory for so many particles
         return None
-    result = sampler.result()
+    return sampler.result()
+
+
+def pilot_base(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_latents: int,
+    seed: int | None,
+    watch: Watch,
+) -> tuple[Tensor, Tensor] | None:
+    """Return location m and factor L of the normal distribution at which a guide is to start.
+
+    None where the prior will do or particles will not: for few latents, without particles
+    (:func:`run_particles`), or if they lag (:func:`base_at`).
+
+    :param num_latents: unconstrained numbers of the model.
+    :param seed: of the particles.
+    :param watch: progress, clock and Ctrl-C.
+    """
+    if not has_pilot(num_latents):
+        return None
+    result = run_particles(model, args, kwargs, num_latents, seed, watch)
+    return None if result is None else base_at(result)
+
+
+def base_at(result: SMCResult) -> tuple[Tensor, Tensor] | None:
+    """Return location and factor by particles.
+
+    None if the moves of the latest temperatures still carry all of them the same way.
+    """
     lag = sum(shift for shift, _ in (stage.shift for stage in result.stages[-_NUM_LATEST:]))
     if not abs(lag) <= _MAX_LAG:
         return None

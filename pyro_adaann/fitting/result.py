@@ -6,7 +6,7 @@ import html
 import math
 import os
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +19,11 @@ from pyro_adaann.diagnostics.numbers import nats, percent, rounded
 from pyro_adaann.diagnostics.rules import Finding, Level, findings
 from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.fitting.chains import export_by_fit
+from pyro_adaann.fitting.coordinates import Coordinates
 from pyro_adaann.fitting.models import for_many_draws
 from pyro_adaann.fitting.predictions import predict
 from pyro_adaann.fitting.storage import read_result, write_result
-from pyro_adaann.fitting.stored import StoredDraws
+from pyro_adaann.fitting.stored import StoredDraws, draws_by_guide
 from pyro_adaann.fitting.summary import FitSummary, site_rows
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.sampling.missing import without_missing
@@ -47,6 +48,9 @@ class FitResult:
     :param guides: the guides whose draws they are, each with the same number of draws.
     :param svi: the driver of the best of these, for those who want to go on; None after :meth:`load`.
     :param call: model and arguments; None after :meth:`load` without a model.
+    :param centered: for sites of which guides have numbers decentered, a tensor of the site's shape that is 0
+        for these and 1 for others. Guides and ``svi`` have a site ``"theta_decentered"`` in place of such a
+        ``"theta"``; everything else here is of the model's own sites.
 
     Example::
 
@@ -70,6 +74,7 @@ class FitResult:
     guides: tuple[AutoFlow, ...] = ()
     svi: AdaAnnSVI | None = None
     call: Call | None = field(default=None)
+    centered: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def level(self) -> Level:
@@ -133,12 +138,13 @@ class FitResult:
 
         :raises ValueError: after :meth:`load` without a model, or if a site is missing.
         """
-        _, args, kwargs = self._call("a density")
+        model, args, kwargs = self._call("a density")
+        values, log_scales = Coordinates(model, args, kwargs, self.centered).enter(values)
         densities = [guide.log_prob(values, *args, **kwargs) for guide in self.guides]
         # A point out of reach of a guide's inverse has no density there.
         found = torch.stack(densities)
         found = torch.where(found.isnan(), -torch.inf, found)
-        return found.logsumexp(0) - math.log(len(densities))
+        return found.logsumexp(0) - math.log(len(densities)) - log_scales
 
     def predictive(self, *args: Any, num_samples: int = 1000, **kwargs: Any) -> dict[str, Tensor]:
         """Return posterior predictive draws: new data, and what the model computes (`pyro.deterministic`).
@@ -169,8 +175,12 @@ class FitResult:
         settings = {"weighted": weighted, "diagnosis": self.diagnosis, **kwargs}
         with pyro.get_param_store().scope():
             if by_fit:
-                data = export_by_fit(model, self.guides, own_args, own_kwargs, settings)
-            elif len(self.guides) == 1:
+                guides: Sequence[Any] = self.guides
+                if self.centered:
+                    coordinates = Coordinates(model, own_args, own_kwargs, self.centered)
+                    guides = draws_by_guide(coordinates, self.guides, self.draws)
+                data = export_by_fit(model, guides, own_args, own_kwargs, settings)
+            elif len(self.guides) == 1 and not self.centered:
                 svi = (model, self.guides[0]) if self.svi is None else self.svi
                 data = to_arviz(svi, *own_args, **settings, **own_kwargs)
             else:
@@ -192,6 +202,7 @@ class FitResult:
             fits=self.fits,
             seconds=self.seconds,
             guides=self.guides,
+            centered=self.centered,
         )
 
     @classmethod
@@ -213,7 +224,9 @@ class FitResult:
             model = without_missing(model, args, kwargs)
         parts, guides = read_result(path, model, args, kwargs)
         if model is not None:
-            model = for_many_draws(model, guides[0], args, kwargs)
+            fitted = Coordinates(model, args, kwargs, parts["centered"]).model
+            at_once = for_many_draws(fitted, guides[0], args, kwargs)
+            model = model if parts["centered"] else at_once
         call = None if model is None else (model, args, kwargs)
         return cls(**parts, guides=tuple(guides), svi=None, call=call)
 
@@ -232,12 +245,20 @@ class FitResult:
         facts = [
             f"log evidence {nats(self.log_evidence)} +- {nats(self.log_evidence_se)}",
             f"{num} weighted draws, {ess:.0f} effective ({percent(ess / num)}), k-hat {k_hat:.2f}",
-            f"{len(self.fits)} {names} in {rounded(self.seconds)} s",
+            f"{len(self.fits)} {names} in {rounded(self.seconds)} s{self._decentered()}",
         ]
         if len(self.fits) > 1:
             ranked = sorted(enumerate(self.fits, 1), key=lambda item: -item[1].log_evidence)
             facts += [f"  fit {i}: {fit}" for i, fit in ranked]
         return facts
+
+    def _decentered(self) -> str:
+        """Return which sites have numbers that were fitted decentered, the end of a sentence."""
+        parts = []
+        for name, centered in self.centered.items():
+            num_free = int((1 - centered).sum())
+            parts.append(name if num_free == centered.numel() else f"{num_free} of {name}")
+        return f", {', '.join(parts)} decentered" if parts else ""
 
     def __repr__(self) -> str:
         return (

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from pyro_adaann.diagnostics.importance import WeightedDraws
 from pyro_adaann.diagnostics.lost_parts import LadderReport, LostPart
@@ -13,6 +15,7 @@ from pyro_adaann.diagnostics.reach import Reach
 from pyro_adaann.diagnostics.rules import Finding, Level
 from pyro_adaann.diagnostics.thermodynamic import ThermodynamicEstimate
 from pyro_adaann.diagnostics.verdict import Diagnosis
+from pyro_adaann.fitting.coordinates import Coordinates
 from pyro_adaann.fitting.summary import FitSummary
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.continuous import continuous_part
@@ -35,6 +38,7 @@ def write_result(
     fits: Sequence[FitSummary],
     seconds: float,
     guides: Sequence[AutoFlow],
+    centered: Mapping[str, Tensor],
 ) -> None:
     """Write the fields of a result, whole or not at all."""
     state = {
@@ -45,6 +49,7 @@ def write_result(
         "fits": [dataclasses.asdict(fit) for fit in fits],
         "seconds": seconds,
         "guides": [guide.state_dict() for guide in guides],
+        "centered": dict(centered),
     }
     write_checkpoint(path, state)
 
@@ -71,7 +76,10 @@ def read_result(
         "remarks": tuple(Finding(Level(level), sentence) for level, sentence in state["remarks"]),
         "fits": tuple(FitSummary(**fit) for fit in state["fits"]),
         "seconds": state["seconds"],
+        "centered": state.get("centered", {}),  # not in files of earlier versions
     }
+    if model is not None:
+        model = Coordinates(model, args, kwargs, fields["centered"]).model
     guides = [] if model is None else [_guide(path, model, args, kwargs, own) for own in state["guides"]]
     return fields, guides
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from pyro import poutine
 
 from pyro_adaann.diagnostics.importance import WeightedDraws
+from pyro_adaann.fitting.coordinates import Coordinates
+from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.objectives.lenient import run_leniently
 
-__all__ = ["StoredDraws"]
+__all__ = ["StoredDraws", "draws_by_guide"]
 
 
 class StoredDraws:
@@ -61,3 +64,27 @@ class StoredDraws:
                 free = index.dim() - (len(shape) - event_dim)
                 value = values[index.reshape(-1)].reshape(index.shape[: max(free, 0)] + shape)
                 pyro.sample(name, dist.Delta(value, event_dim=event_dim))
+
+
+def draws_by_guide(
+    coordinates: Coordinates, guides: Sequence[AutoFlow], draws: WeightedDraws
+) -> list[StoredDraws]:
+    """Return what draws the sites of a model as each of the guides does that fit it in other coordinates.
+
+    :param draws: those of all guides, as many of each, one guide after the other.
+    """
+    values, log_scales = coordinates.enter(draws.samples)
+    num, stored = len(draws.log_p) // len(guides), []
+    for i, guide in enumerate(guides):
+        rows = slice(i * num, (i + 1) * num)
+        log_q = guide.log_prob(
+            {name: value[rows] for name, value in values.items()}, *coordinates.args, **coordinates.kwargs
+        )
+        own = dataclasses.replace(
+            draws,
+            samples={name: value[rows] for name, value in draws.samples.items()},
+            log_p=draws.log_p[rows],
+            log_q=log_q - log_scales[rows],
+        )
+        stored.append(StoredDraws(coordinates.own_model, own, coordinates.args, coordinates.kwargs))
+    return stored

@@ -1,0 +1,217 @@
+r"""Which numbers of a model are fitted decentered: those whose posterior is closer to a normal one then.
+
+A posterior p lies by the divergence
+
+.. math:: KL(p \,\|\, N_S) = \tfrac12 \log \det C_S + \sum_{i \in S} E_p[\log s_i] + \text{const}
+
+from the normal distribution of its own moments, with the covariance C_S of the coordinates in which the
+numbers S are decentered, :math:`\epsilon_i = (\theta_i - m_i) / s_i`: new coordinates move that normal
+distribution, and p is what it was. Particles of :class:`~pyro_adaann.AnnealedSMC` know both terms well
+enough.
+
+Source: Gorinova, Moore and Hoffman, *Automatic Reparameterisation of Probabilistic Programs*, ICML 2020. They
+learn the coordinates beside a guide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import LogNormal, constraints
+
+from pyro_adaann.diagnostics.model_and_guide import latent_names
+from pyro_adaann.fitting.coordinates import Coordinates, location_family, names_taken
+from pyro_adaann.fitting.pilot import Watch, base_at, has_pilot, run_particles
+from pyro_adaann.guides.base import AutoFlow
+from pyro_adaann.objectives.lenient import run_leniently
+from pyro_adaann.sampling.result import SMCResult
+from pyro_adaann.state.random_states import get_random_states, set_random_states
+
+__all__ = ["Start", "choose_coordinates"]
+
+#: By how many nats a posterior has to come closer to a normal one.
+_MIN_GAIN = 1.0
+#: Runs of the model that show whether a scale is a number or a variable.
+_NUM_RUNS = 3
+#: Most rounds over all numbers.
+_MAX_ROUNDS = 5
+
+
+class Start(NamedTuple):
+    """How to begin to fit a model.
+
+    :param coordinates: in which it is fitted.
+    :param base: where a guide of many latents starts there, if particles are at hand.
+    """
+
+    coordinates: Coordinates
+    base: tuple[Tensor, Tensor] | None = None
+
+
+def choose_coordinates(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    guide: AutoFlow,
+    seed: int | None,
+    watch: Watch,
+) -> Start:
+    """Return the coordinates in which a model is to be fitted.
+
+    They are its own for a model without sites of a variable scale, or with discrete ones, and where there are
+    no particles to tell (:func:`~pyro_adaann.fitting.pilot.run_particles`).
+
+    :param guide: of the model, for the order of its unconstrained numbers.
+    :param seed: of the particles.
+    :param watch: progress, clock and Ctrl-C.
+    """
+    own = Coordinates(model, args, kwargs)
+    shapes = _sites_of_variable_scale(model, args, kwargs)
+    if not shapes:
+        return Start(own)
+    watch[0].phase("coordinates")
+    result = run_particles(model, args, kwargs, guide.latent_dim, seed, watch)
+    if result is None:
+        return Start(own)
+    try:
+        centered, result = _choose(own, guide, shapes, result)
+    except (ValueError, RuntimeError):  # no finite moments
+        return Start(own)
+    base = base_at(result) if has_pilot(guide.latent_dim) else None
+    return Start(Coordinates(model, args, kwargs, centered), base)
+
+
+def _sites_of_variable_scale(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, torch.Size]:
+    """Return the shapes of latent sites, normal and the like or log normal, whose scale depends on others."""
+    random = get_random_states()
+    try:
+        with poutine.block(), torch.no_grad(), warnings.catch_warnings(), pyro.validation_enabled(False):
+            warnings.simplefilter("ignore")
+            traces = [
+                run_leniently(poutine.trace(model).get_trace, *args, **kwargs) for _ in range(_NUM_RUNS)
+            ]
+    except (ValueError, RuntimeError):  # a draw of the prior that the model cannot take
+        return {}
+    finally:
+        set_random_states(random)
+    if any(traces[0].nodes[name]["fn"].support.is_discrete for name in latent_names(traces[0])):
+        return {}  # a scale might depend on what is summed out
+    return {
+        name: traces[0].nodes[name]["value"].shape
+        for name in latent_names(traces[0])
+        if _may_be_decentered(name, traces[0]) and _has_variable_scale(name, traces)
+    }
+
+
+def _may_be_decentered(name: str, trace: Trace) -> bool:
+    site = trace.nodes[name]
+    # A part or a multiple of the density of a site is not that of its distance.
+    is_weighted = site["mask"] is not None or torch.is_tensor(site["scale"]) or site["scale"] != 1
+    if is_weighted or not names_taken(name).isdisjoint(trace.nodes) or site["infer"].get("is_auxiliary"):
+        return False
+    family = location_family(site["fn"])
+    if not {"loc", "scale"} <= set(getattr(family, "arg_constraints", ())):
+        return False
+    return family.support is constraints.real or isinstance(family, LogNormal)
+
+
+def _has_variable_scale(name: str, traces: list[Trace]) -> bool:
+    scales = [location_family(trace.nodes[name]["fn"]).scale for trace in traces if name in trace.nodes]
+    same_shape = len(scales) == len(traces) and all(scale.shape == scales[0].shape for scale in scales)
+    return same_shape and not all(torch.equal(scale, scales[0]) for scale in scales)
+
+
+def _choose(
+    own: Coordinates, guide: AutoFlow, shapes: dict[str, torch.Size], result: SMCResult
+) -> tuple[dict[str, Tensor], SMCResult]:
+    """Return which numbers of which sites stay centered, nothing if all do, and the particles there."""
+    places = own.places(result.samples, shapes)
+    free, log_scales = [], []
+    for name, place in places.items():
+        free.append(place.distance(result.samples[name]).reshape(len(place.loc), -1).double())
+        log_scales.append(place.scale.log().reshape(len(place.loc), -1).double())
+    points, is_kept = result.unconstrained.double().clone(), result.log_weights > -torch.inf
+    columns = _columns(guide, shapes)
+    choice = _Choice(
+        points[is_kept],
+        torch.cat(free, 1)[is_kept],
+        torch.cat(log_scales, 1)[is_kept],
+        result.log_weights[is_kept].double().softmax(0),
+    )
+    is_free, gain = choice.best(columns)
+    if not gain >= _MIN_GAIN:
+        return {}, result
+    parts = (~is_free).to(result.unconstrained).split([shape.numel() for shape in shapes.values()])
+    found = {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    points[:, torch.tensor(columns, device="cpu")[is_free]] = torch.cat(free, 1)[:, is_free]
+    result = dataclasses.replace(result, unconstrained=points.to(result.unconstrained))
+    return {name: centered for name, centered in found.items() if not centered.all()}, result
+
+
+def _columns(guide: AutoFlow, shapes: dict[str, torch.Size]) -> list[int]:
+    """Return where the numbers of sites lie among all unconstrained ones."""
+    starts, position = {}, 0
+    for name, shape in guide._unconstrained_shapes.items():
+        starts[name] = position
+        position += shape.numel()
+    return [starts[name] + i for name, shape in shapes.items() for i in range(shape.numel())]
+
+
+class _Choice:
+    """How close weighted draws are to a normal distribution, by the numbers that are decentered.
+
+    :param own: all numbers as they are, shape ``(n, dim)``.
+    :param free: those that may be decentered, decentered, shape ``(n, k)``.
+    :param log_scales: the log scales of these, likewise.
+    :param weights: of the draws, with sum 1.
+    """
+
+    def __init__(self, own: Tensor, free: Tensor, log_scales: Tensor, weights: Tensor) -> None:
+        both = torch.cat([own, free], 1)
+        both = both - weights @ both
+        self._covariance = ((weights * both.T) @ both).cpu()
+        self._dim, self._log_scales = own.shape[1], (weights @ log_scales).cpu()
+
+    def best(self, columns: list[int]) -> tuple[Tensor, float]:
+        """Return which numbers to decenter, and by how many nats that is closer than none.
+
+        :param columns: where they lie among all numbers.
+        """
+        none = torch.zeros(len(columns), dtype=torch.bool, device="cpu")
+        found = [self._descend(start, columns) for start in (none, ~none)]
+        is_free, divergence = min(found, key=lambda pair: pair[1])
+        return is_free, self._divergence(none, columns) - divergence
+
+    def _descend(self, is_free: Tensor, columns: list[int]) -> tuple[Tensor, float]:
+        """Change one number after the other as long as that brings the draws closer."""
+        best = self._divergence(is_free, columns)
+        for _ in range(_MAX_ROUNDS):
+            before = best
+            for i in range(len(columns)):
+                other = is_free.clone()
+                other[i] = ~other[i]
+                divergence = self._divergence(other, columns)
+                if divergence < best:
+                    is_free, best = other, divergence
+            if best == before:
+                break
+        return is_free, best
+
+    def _divergence(self, is_free: Tensor, columns: list[int]) -> float:
+        """Return the divergence from the normal distribution of the draws' moments, up to a constant."""
+        index = torch.arange(self._dim, device="cpu")
+        index[torch.tensor(columns, device="cpu")[is_free]] = self._dim + is_free.nonzero().reshape(-1)
+        sign, log_det = torch.linalg.slogdet(self._covariance[index][:, index])
+        if not (sign > 0 and log_det.isfinite()):
+            raise ValueError("Expected draws with a covariance of full rank; got others.")
+        return float(0.5 * log_det + self._log_scales[is_free].sum())
