@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import fit_targets
+import fit_targets_hierarchies
 import fit_targets_long
 import fit_targets_more
 import fit_targets_new
@@ -46,6 +47,7 @@ NAMES = {
         sparse_means random_walk""",
     fit_targets_users: """factor_and_deterministic two_explanations eight_schools_decentered offset
         large_numbers sparse_shares families nested_plates horseshoe flat_shares""",
+    fit_targets_hierarchies: "pumps counties",
     fit_targets_long: "kinetics network",
 }
 TARGETS = {name: getattr(module, name) for module, names in NAMES.items() for name in names.split()}
