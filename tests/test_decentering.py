@@ -131,6 +131,25 @@ def test_draws_and_densities_are_those_of_the_model_and_back(kind, monkeypatch):
     assert (log_p - draws.log_p).tolist() == pytest.approx((log_scales + torch.zeros(num)).tolist(), abs=1e-4)
 
 
+def test_a_draw_at_which_the_model_breaks_has_no_weight_and_breaks_nothing():
+    def fragile():
+        tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+        if not torch.isfinite(tau).all():
+            raise ValueError("not finite")
+        with pyro.plate("groups", 2):
+            theta = pyro.sample("theta", dist.Normal(0.0, tau))
+            pyro.sample("y", dist.Poisson(theta.exp()), obs=torch.ones(2))
+
+    samples = {"tau": torch.tensor([1.0, torch.inf, 2.0]), "theta_decentered": torch.ones(3, 2)}
+    log_p = torch.tensor([0.0, -torch.inf, 0.0]).double()
+    zero = torch.zeros(3).double()
+    coordinates = Coordinates(fragile, (), {}, {"theta": torch.zeros(2)})
+    draws = coordinates.restore(WeightedDraws(samples, log_p, zero, log_p, 0.0))
+    assert draws.samples["theta"].tolist() == [[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]]
+    assert draws.log_p[1] == -torch.inf
+    assert (draws.log_p - draws.log_q).tolist() == [0.0, -torch.inf, 0.0]
+
+
 def test_a_site_that_is_missing_is_named():
     with pytest.raises(ValueError, match="got none of theta"):
         Coordinates(groups, (), {}, {"theta": torch.zeros(4)}).enter({"mu": torch.zeros(3)})

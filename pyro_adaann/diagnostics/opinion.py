@@ -178,7 +178,7 @@ def second_opinion(
     if missing:
         raise ValueError(
             f"Expected particles of the same model; got none for {', '.join(missing)}. Run AnnealedSMC on "
-            f"the model of the fit."
+            f"the model of the fit (svi.model)."
         )
     weights = draws.log_p - draws.log_q
     weights = torch.where(torch.isfinite(weights), weights, -torch.inf)

@@ -29,7 +29,7 @@ from torch.distributions import LogNormal
 
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
 from pyro_adaann.diagnostics.importance import WeightedDraws
-from pyro_adaann.fitting.predictions import predict
+from pyro_adaann.fitting.predictions import run_at
 
 __all__ = ["Coordinates", "Place", "location_family", "names_taken"]
 
@@ -93,19 +93,27 @@ class Coordinates:
         return self._decentered(self.own_model)
 
     def restore(self, draws: WeightedDraws) -> WeightedDraws:
-        """Return draws of the fitted sites as draws of the model's own, with the densities of these."""
+        """Return draws of the fitted sites as draws of the model's own, with the densities of these.
+
+        A draw without weight has the values of another: the model may not run at its own.
+        """
         if not self.centered:
             return draws
-        places = self.places(draws.samples, self._shapes(), self._decentered)
+        is_whole = torch.isfinite(draws.log_p - draws.log_q)
+        rows = torch.where(
+            is_whole, torch.arange(len(is_whole), device=is_whole.device), is_whole.int().argmax()
+        )
+        fitted = {name: values[rows] for name, values in draws.samples.items()}
+        places = self.places(fitted, self._shapes(), self._decentered)
         own_names = {self._fitted_name(name, place): name for name, place in places.items()}
         samples, log_slopes = {}, torch.zeros_like(draws.log_p)
-        for name, values in draws.samples.items():
-            if name in own_names:
-                own = own_names[name]
-                samples[own] = places[own].values(values, self.centered[own].to(values))
-                log_slopes = log_slopes + places[own].log_slope(samples[own], self.centered[own].to(values))
-            else:
-                samples[name] = values
+        for name, values in fitted.items():
+            own = own_names.get(name, name)
+            samples[own] = values
+            if own in places:
+                centered = self.centered[own].to(values)
+                samples[own] = places[own].values(values, centered)
+                log_slopes = log_slopes + places[own].log_slope(samples[own], centered)
         log_p, log_q = draws.log_p - log_slopes, draws.log_q - log_slopes
         return dataclasses.replace(draws, samples=samples, log_p=log_p, log_q=log_q)
 
@@ -144,7 +152,7 @@ class Coordinates:
         parts: dict[str, list[Place]] = {name: [] for name in shapes}
         for batch in _batches(samples):
             look = _Look(shapes)
-            predict(wrap(look(self.own_model)), batch, self.args, self.kwargs)
+            run_at(wrap(look(self.own_model)), batch, self.args, self.kwargs)
             num_draws = len(next(iter(batch.values())))
             for name, shape in shapes.items():
                 loc, scale, is_log = look.found[name]

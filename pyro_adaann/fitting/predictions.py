@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import pyro
@@ -17,9 +18,9 @@ from pyro_adaann.diagnostics.model_and_guide import plate_nesting
 from pyro_adaann.objectives.lenient import run_leniently
 from pyro_adaann.objectives.observed import DrawObserved
 from pyro_adaann.objectives.one_by_one import is_one_by_one
-from pyro_adaann.objectives.traces import sites_of
+from pyro_adaann.objectives.traces import PARTICLE_PLATE, sites_of
 
-__all__ = ["predict"]
+__all__ = ["predict", "run_at"]
 
 
 def predict(
@@ -42,6 +43,29 @@ def predict(
         predictive = Predictive(DrawObserved()(model), places, parallel=not is_alone)
         found: dict[str, Tensor] = predictive(*args, **kwargs)
     return found
+
+
+def run_at(
+    model: Callable[..., Any], samples: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Run a model on its data at draws of all its latent sites, all at once, for what handlers see of it.
+
+    :param model: the model with its handlers.
+    :param samples: draws of its latent sites along a first dimension.
+    :param args: its arguments.
+    :param kwargs: its keyword arguments.
+    """
+    num_draws = len(next(iter(samples.values())))
+    with ExitStack() as stack:
+        for context in (torch.no_grad(), pyro.get_param_store().scope(), poutine.block()):
+            stack.enter_context(context)
+        stack.enter_context(pyro.validation_enabled(False))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+        conditioned = poutine.condition(model, data=_in_place(trace, samples))
+        with pyro.plate(PARTICLE_PLATE, num_draws, dim=-1 - plate_nesting(trace)):
+            conditioned(*args, **kwargs)
 
 
 def _in_place(trace: Trace, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:

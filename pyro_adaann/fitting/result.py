@@ -144,7 +144,7 @@ class FitResult:
         # A point out of reach of a guide's inverse has no density there.
         found = torch.stack(densities)
         found = torch.where(found.isnan(), -torch.inf, found)
-        return found.logsumexp(0) - math.log(len(densities)) - log_scales
+        return found.logsumexp(0) - math.log(len(densities)) - log_scales.to(found)
 
     def predictive(self, *args: Any, num_samples: int = 1000, **kwargs: Any) -> dict[str, Tensor]:
         """Return posterior predictive draws: new data, and what the model computes (`pyro.deterministic`).
