@@ -167,18 +167,17 @@ def test_a_funnel_is_closer_to_a_normal_distribution_without_its_scale(scale):
     torch.manual_seed(0)
     z = scale * torch.randn(400_000, 1).double()
     leaves = torch.randn(400_000, 2).double()
-    log_scales = (z / 2).expand(-1, 2)
-    own = torch.cat([z, leaves * log_scales.exp()], 1)
-    choice = _Choice(own, leaves, log_scales, torch.full((400_000,), 1 / 400_000).double())
-    is_free, gain = choice.best([1, 2])
-    assert is_free.all()
+    log_scales, weights = (z / 2).expand(-1, 2), torch.full((400_000,), 1 / 400_000).double()
+    none, all_of_them = torch.tensor([False, False]), torch.tensor([True, True])
+    choice = _Choice(torch.cat([z, leaves * log_scales.exp()], 1), leaves, log_scales, weights)
+    gain = choice.divergence(none, [1, 2]) - choice.divergence(all_of_them, [1, 2])
     assert gain == pytest.approx(2 * scale**2 / 4, abs=0.03)
-    # The other way round: what is normal as it is stays so.
-    own = torch.cat([z, leaves], 1)
-    choice = _Choice(own, leaves / log_scales.exp(), log_scales, torch.full((400_000,), 1 / 400_000).double())
-    is_free, gain = choice.best([1, 2])
-    assert not is_free.any()
-    assert gain == 0
+    assert choice.best([1, 2]).tolist() == [True, True]
+    # The other way round: what is normal as it is. Where that is not clear, all are decentered.
+    choice = _Choice(torch.cat([z, leaves], 1), leaves / log_scales.exp(), log_scales, weights)
+    gain = choice.divergence(all_of_them, [1, 2]) - choice.divergence(none, [1, 2])
+    assert gain == pytest.approx(2 * scale**2 / 4, abs=0.03)
+    assert choice.best([1, 2]).tolist() == [scale == 0.5] * 2
 
 
 def choose(model, *args, seed: int = 0, budget: float | None = None):

@@ -37,7 +37,8 @@ from pyro_adaann.state.random_states import get_random_states, set_random_states
 
 __all__ = ["Start", "choose_coordinates"]
 
-#: By how many nats a posterior has to come closer to a normal one.
+#: By how many nats a posterior has to come closer to a normal one. All numbers are decentered where nothing is
+#: closer by so much: else a percent or two may lie in the neck of a funnel, where no moment shows them.
 _MIN_GAIN = 1.0
 #: Runs of the model that show whether a scale is a number or a variable.
 _NUM_RUNS = 3
@@ -148,8 +149,8 @@ def _choose(
         torch.cat(log_scales, 1)[is_kept],
         result.log_weights[is_kept].double().softmax(0),
     )
-    is_free, gain = choice.best(columns)
-    if not gain >= _MIN_GAIN:
+    is_free = choice.best(columns)
+    if not is_free.any():
         return {}, result
     parts = (~is_free).to(result.unconstrained).split([shape.numel() for shape in shapes.values()])
     found = {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
@@ -182,32 +183,35 @@ class _Choice:
         self._covariance = ((weights * both.T) @ both).cpu()
         self._dim, self._log_scales = own.shape[1], (weights @ log_scales).cpu()
 
-    def best(self, columns: list[int]) -> tuple[Tensor, float]:
-        """Return which numbers to decenter, and by how many nats that is closer than none.
+    def best(self, columns: list[int]) -> Tensor:
+        """Return which numbers to decenter.
 
         :param columns: where they lie among all numbers.
         """
         none = torch.zeros(len(columns), dtype=torch.bool, device="cpu")
-        found = [self._descend(start, columns) for start in (none, ~none)]
-        is_free, divergence = min(found, key=lambda pair: pair[1])
-        return is_free, self._divergence(none, columns) - divergence
+        some, closest = min(
+            (self._descend(start, columns) for start in (none, ~none)), key=lambda pair: pair[1]
+        )
+        if self.divergence(~none, columns) < closest + _MIN_GAIN:
+            return ~none
+        return some if closest + _MIN_GAIN < self.divergence(none, columns) else none
 
     def _descend(self, is_free: Tensor, columns: list[int]) -> tuple[Tensor, float]:
         """Change one number after the other as long as that brings the draws closer."""
-        best = self._divergence(is_free, columns)
+        best = self.divergence(is_free, columns)
         for _ in range(_MAX_ROUNDS):
             before = best
             for i in range(len(columns)):
                 other = is_free.clone()
                 other[i] = ~other[i]
-                divergence = self._divergence(other, columns)
+                divergence = self.divergence(other, columns)
                 if divergence < best:
                     is_free, best = other, divergence
             if best == before:
                 break
         return is_free, best
 
-    def _divergence(self, is_free: Tensor, columns: list[int]) -> float:
+    def divergence(self, is_free: Tensor, columns: list[int]) -> float:
         """Return the divergence from the normal distribution of the draws' moments, up to a constant."""
         index = torch.arange(self._dim, device="cpu")
         index[torch.tensor(columns, device="cpu")[is_free]] = self._dim + is_free.nonzero().reshape(-1)

@@ -29,7 +29,7 @@ from pyro_adaann.fitting.decentering import Start, choose_coordinates
 from pyro_adaann.fitting.mixture import alone, weigh_guides
 from pyro_adaann.fitting.models import check_model, for_many_draws
 from pyro_adaann.fitting.moments import measure_moments
-from pyro_adaann.fitting.pilot import Watch
+from pyro_adaann.fitting.pilot import Watch, has_pilot
 from pyro_adaann.fitting.plans import NUM_PARTICLES, next_plan
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.fitting.result import FitResult, FitSummary
@@ -111,10 +111,13 @@ def fit(
             with pyro.get_param_store().scope():
                 guide = make_guide(model, {}, args, kwargs)
                 model = for_many_draws(model, guide, args, kwargs)
-                watch = progress, clock, interrupt
-                start = choose_coordinates(model, args, kwargs, guide, seed, watch)
+                watch, is_slow = (progress, clock, interrupt), takes_long(model, trace)
+                start = Start(Coordinates(model, args, kwargs))
+                # Particles of few latents are for this alone: not where they take minutes.
+                if has_pilot(guide.latent_dim) or not is_slow:
+                    start = choose_coordinates(model, args, kwargs, guide, seed, watch)
             size = _Size(plate_nesting(trace), NUM_PARTICLES, _NUM_SAMPLES)
-            if takes_long(model, trace):
+            if is_slow:
                 few = few_draws_of_step(guide.latent_dim, NUM_PARTICLES)
                 size = size._replace(num_particles=few, num_samples=_FEW_SAMPLES)
             attempts = _Fitter(start, size, watch).run(seed, num_fits)
