@@ -38,9 +38,9 @@ from pyro_adaann.state.random_states import get_random_states, set_random_states
 __all__ = ["Start", "choose_coordinates"]
 
 #: By how many nats a posterior has to come closer to a normal one. All numbers are decentered where none is
-#: closer by so much: else a percent or two may lie in the neck of a funnel, where no moment shows them. Centered,
-#: .2 nats closer, forty counties lost 4 % of their evidence; decentered, 3.6 nats farther, kinetics (36 latents)
-#: lost a part of the posterior.
+#: closer by so much: else a percent or two may lie in the neck of a funnel, where no moment shows them. Forty
+#: counties lost 4 % of their evidence centered, .6 nats farther; kinetics (36 latents) lost a part of the
+#: posterior decentered, 3.6 nats farther.
 _MIN_GAIN = 1.0
 #: Runs of the model that show whether a scale is a number or a variable.
 _NUM_RUNS = 3
