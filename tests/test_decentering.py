@@ -131,23 +131,43 @@ def test_draws_and_densities_are_those_of_the_model_and_back(kind, monkeypatch):
     assert (log_p - draws.log_p).tolist() == pytest.approx((log_scales + torch.zeros(num)).tolist(), abs=1e-4)
 
 
-def test_a_draw_at_which_the_model_breaks_has_no_weight_and_breaks_nothing():
+def test_draws_without_weight_stay_what_they_are_and_get_none():
+    """One at which the model breaks, and one that its data exclude."""
+
     def fragile():
         tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
-        if not torch.isfinite(tau).all():
-            raise ValueError("not finite")
         with pyro.plate("groups", 2):
             theta = pyro.sample("theta", dist.Normal(0.0, tau))
             pyro.sample("y", dist.Poisson(theta.exp()), obs=torch.ones(2))
 
-    samples = {"tau": torch.tensor([1.0, torch.inf, 2.0]), "theta_decentered": torch.ones(3, 2)}
-    log_p = torch.tensor([0.0, -torch.inf, 0.0]).double()
-    zero = torch.zeros(3).double()
+    samples = {"tau": torch.tensor([1.0, torch.inf, 2.0, 3.0]), "theta_decentered": torch.ones(4, 2)}
+    log_p = torch.tensor([0.0, torch.nan, 0.0, -torch.inf]).double()
+    zero = torch.zeros(4).double()
     coordinates = Coordinates(fragile, (), {}, {"theta": torch.zeros(2)})
     draws = coordinates.restore(WeightedDraws(samples, log_p, zero, log_p, 0.0))
-    assert draws.samples["theta"].tolist() == [[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]]
-    assert draws.log_p[1] == -torch.inf
-    assert (draws.log_p - draws.log_q).tolist() == [0.0, -torch.inf, 0.0]
+    assert draws.samples["theta"][[0, 2, 3]].tolist() == [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]
+    assert torch.isfinite(draws.log_p - draws.log_q).tolist() == [True, False, True, False]
+    assert draws.log_p[3] == -torch.inf
+
+
+def test_particles_are_not_run_twice_in_the_same_coordinates(monkeypatch):
+    """Neither where they did not arrive, nor where they lag; and once more in new coordinates."""
+    num = 20
+    args = torch.full((num,), 50.0), torch.zeros(num)
+    kept = choose(known_and_unknown, *args)
+    assert kept.has_run
+    assert kept.base is not None
+    monkeypatch.setattr(decentering, "base_at", lambda result: None)
+    assert not choose(known_and_unknown, *args).has_run  # decentered, and the particles were not
+    assert choose(known_and_unknown, torch.full((num,), 0.05), torch.cat([Y, Y, Y])[:num]).has_run
+    assert choose(known_and_unknown, *args, budget=1e-9).has_run
+    calls = []
+    monkeypatch.setattr("pyro_adaann.fitting.attempts.pilot_base", lambda *_: calls.append(1))
+    for has_run, count in ((True, 0), (False, 1)):
+        start = Start(Coordinates(known_and_unknown, args, {}), None, has_run)
+        monkeypatch.setattr("pyro_adaann.fitting.fit.choose_coordinates", lambda *_, start=start: start)
+        fit(known_and_unknown, *args, seed=0, budget=1e-3, progress_bar=False)
+        assert len(calls) == count
 
 
 def test_a_site_that_is_missing_is_named():

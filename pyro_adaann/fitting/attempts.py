@@ -56,7 +56,8 @@ class Plan:
     :param widths: how many times as wide as that of the prior the base is, by site.
     :param num_particles: draws of a natural step.
     :param is_check: whether the fit only has to confirm a usable one.
-    :param start: location and factor of the base, if particles are at hand.
+    :param start: location and factor of the base, by particles; None where they were of no use.
+    :param is_started: whether ``start`` is known; otherwise there will be particles.
     """
 
     seed: int | None
@@ -64,6 +65,7 @@ class Plan:
     num_particles: int
     is_check: bool = False
     start: tuple[Tensor, Tensor] | None = None
+    is_started: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,9 @@ def attempt(
     with pyro.get_param_store().scope():
         progress.phase(f"{name}: base")
         guide = make_guide(model, {}, args, kwargs)
-        start = plan.start or pilot_base(model, args, kwargs, guide.latent_dim, plan.seed, watch)
+        start = plan.start
+        if not plan.is_started:
+            start = pilot_base(model, args, kwargs, guide.latent_dim, plan.seed, watch)
         if plan.widths or start is not None:
             guide = make_guide(model, plan.widths, args, kwargs, start)
         settings = _settings(is_check=plan.is_check, is_near=start is not None)

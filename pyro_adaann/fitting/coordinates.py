@@ -93,21 +93,13 @@ class Coordinates:
         return self._decentered(self.own_model)
 
     def restore(self, draws: WeightedDraws) -> WeightedDraws:
-        """Return draws of the fitted sites as draws of the model's own, with the densities of these.
-
-        A draw without weight has the values of another: the model may not run at its own.
-        """
+        """Return draws of the fitted sites as draws of the model's own, with the densities of these."""
         if not self.centered:
             return draws
-        is_whole = torch.isfinite(draws.log_p - draws.log_q)
-        rows = torch.where(
-            is_whole, torch.arange(len(is_whole), device=is_whole.device), is_whole.int().argmax()
-        )
-        fitted = {name: values[rows] for name, values in draws.samples.items()}
-        places = self.places(fitted, self._shapes(), self._decentered)
+        places = self.places(draws.samples, self._shapes(), self._decentered)
         own_names = {self._fitted_name(name, place): name for name, place in places.items()}
         samples, log_slopes = {}, torch.zeros_like(draws.log_p)
-        for name, values in fitted.items():
+        for name, values in draws.samples.items():
             own = own_names.get(name, name)
             samples[own] = values
             if own in places:

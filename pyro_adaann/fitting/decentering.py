@@ -53,10 +53,12 @@ class Start(NamedTuple):
 
     :param coordinates: in which it is fitted.
     :param base: where a guide of many latents starts there, if particles are at hand.
+    :param has_run: whether there have been particles in these coordinates: none for the base, if it is None.
     """
 
     coordinates: Coordinates
     base: tuple[Tensor, Tensor] | None = None
+    has_run: bool = False
 
 
 def choose_coordinates(
@@ -83,13 +85,13 @@ def choose_coordinates(
     watch[0].phase("coordinates")
     result = run_particles(model, args, kwargs, guide.latent_dim, seed, watch)
     if result is None:
-        return Start(own)
+        return Start(own, has_run=True)
     try:
         centered, result = _choose(own, guide, shapes, result)
     except (ValueError, RuntimeError):  # no finite moments
         return Start(own)
     base = base_at(result) if has_pilot(guide.latent_dim) else None
-    return Start(Coordinates(model, args, kwargs, centered), base)
+    return Start(Coordinates(model, args, kwargs, centered), base, base is not None or not centered)
 
 
 def _sites_of_variable_scale(

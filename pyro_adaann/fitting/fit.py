@@ -150,17 +150,20 @@ class _Fitter:
     """
 
     def __init__(self, start: Start, size: _Size, watch: Watch) -> None:
-        self._coordinates, self._base = start
+        self._start, self._coordinates = start, start.coordinates
         self._size = size
         self._watch = watch
 
     def run(self, seed: int | None, num_fits: int | None) -> list[Attempt]:
         """Return all attempts, the first one first."""
-        attempts = [self._attempt(Plan(seed, {}, self._size.num_particles, start=self._base), "fit 1")]
+        base, is_started = self._start.base, self._start.has_run
+        plan = Plan(seed, {}, self._size.num_particles, start=base, is_started=is_started)
+        attempts = [self._attempt(plan, "fit 1")]
         while self._goes_on(attempts):
-            plan = next_plan(attempts, seed, num_fits)
-            if plan is None:
+            following = next_plan(attempts, seed, num_fits)
+            if following is None:
                 break
+            plan = following
             is_wider = plan.widths != attempts[-1].plan.widths
             try:
                 name = f"fit {len(attempts) + 1}{', wider base' if is_wider else ''}"
