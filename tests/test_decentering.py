@@ -180,14 +180,14 @@ def test_a_site_that_is_missing_is_named():
 
 @pytest.mark.parametrize("scale", [0.5, 1.5])
 def test_a_funnel_is_closer_to_a_normal_distribution_without_its_scale(scale):
-    """x_i = e^(z / 2) e_i, z ~ N(0, s^2): each of k leaves has variance e^(s^2 / 2), the gain is k s^2 / 4.
+    """x_i = e^(1 + z / 2) e_i, z ~ N(0, s^2): k leaves of variance e^(2 + s^2 / 2), and the gain is k s^2 / 4.
 
     Of 400,000 draws the log variance of a leaf has an error of about .01.
     """
     torch.manual_seed(0)
     z = scale * torch.randn(400_000, 1).double()
     leaves = torch.randn(400_000, 2).double()
-    log_scales, weights = (z / 2).expand(-1, 2), torch.full((400_000,), 1 / 400_000).double()
+    log_scales, weights = (1 + z / 2).expand(-1, 2), torch.full((400_000,), 1 / 400_000).double()
     none, all_of_them = torch.tensor([False, False]), torch.tensor([True, True])
     choice = _Choice(torch.cat([z, leaves * log_scales.exp()], 1), leaves, log_scales, weights)
     gain = choice.divergence(none, [1, 2]) - choice.divergence(all_of_them, [1, 2])
