@@ -180,7 +180,7 @@ def test_a_site_that_is_missing_is_named():
 
 @pytest.mark.parametrize("scale", [0.5, 1.5])
 def test_a_funnel_is_closer_to_a_normal_distribution_without_its_scale(scale):
-    """x_i = e^(1 + z / 2) e_i, z ~ N(0, s^2): k leaves of variance e^(2 + s^2 / 2), and the gain is k s^2 / 4.
+    """x_i = e^(1 + z / 2) e_i, z ~ N(0, s^2): k leaves of variance e^(2 + s^2 / 2), a gain of k s^2 / 4.
 
     Of 400,000 draws the log variance of a leaf has an error of about .01.
     """
