@@ -8,9 +8,10 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyro_adaann import AutoPlanar, AutoRealNVP, AutoSpline, natural_svi
+from pyro_adaann import AutoPlanar, AutoRealNVP, AutoSpline, ConstantSchedule, natural_svi
 from pyro_adaann.objectives.traces import PARTICLE_PLATE
 from pyro_adaann.objectives.weighted import WeightObjective
+from pyro_adaann.steps import natural as steps_natural
 from pyro_adaann.steps.direction import NaturalDirection, residuals
 from pyro_adaann.steps.scores import draw_scores, joined_scores, score_matrix
 
@@ -188,6 +189,35 @@ def test_a_lost_part_is_seen_by_the_replayed_draws_alone():
     step = NaturalDirection(both, equal, replayed=torch.full((50,), 9.0)).solve(0.1)[0]
     assert float((scores(other) @ step).mean()) > float((scores(own) @ step).mean())
     assert step[0] < 0  # towards the other mode
+
+
+def test_a_step_inverts_the_flow_once_for_the_points_it_replays(monkeypatch):
+    """The inverse of those that lack density is known from the search for them."""
+    pyro.set_rng_seed(0)
+    guide = AutoSpline(model, base_loc=0.0, base_scale=2.0)
+    svi = natural_svi(model, guide, num_particles=200, schedule=ConstantSchedule(0.3))
+    svi.step()
+    made, scored = [], []
+    kind, draw = type(guide.transform), steps_natural.draw_scores
+    for name in ("_backward_map", "_backward_with_log_det"):
+
+        def count(self, y, invert=getattr(kind, name)):
+            made.append(len(y))
+            return invert(self, y)
+
+        monkeypatch.setattr(kind, name, count)
+
+    def look(trace, parameters, num_particles):
+        scored.append(num_particles)
+        return draw(trace, parameters, num_particles)
+
+    monkeypatch.setattr(steps_natural, "draw_scores", look)
+    for _ in range(3):
+        made.clear()
+        scored.clear()
+        svi.step()
+        assert len(scored) == 2  # own draws, and some that are replayed
+        assert made == [50]  # a quarter of the draws of a step, before some of them are selected
 
 
 def test_a_fit_resumed_replays_the_same_draws(tmp_path):

@@ -288,5 +288,8 @@ def _density(site: Any, evaluate: Any, *args: Any) -> Tensor:
 
 def _point(transform: Any, value: Tensor) -> Tensor:
     """Return the point that a flow has mapped to ``value``."""
-    made = transform.recall(value)
-    return (transform.inv(value) if made is None else made[0]).detach()
+    # Without a graph, or an inverse that is known without one is computed anew.
+    with torch.no_grad():
+        made = transform.recall(value)
+        point: Tensor = transform.inv(value) if made is None else made[0]
+    return point.detach()
