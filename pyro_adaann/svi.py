@@ -16,6 +16,7 @@ from pyro_adaann.annealing.schedules import AdaAnnSchedule, AnnealingSchedule
 from pyro_adaann.annealing.stage_rules import StageRule
 from pyro_adaann.checks import check_count
 from pyro_adaann.guide_status import expects_tempered
+from pyro_adaann.objectives.recorded_model import ModelRecorder
 from pyro_adaann.runs import Runs
 from pyro_adaann.state.arguments import check_parts, make_step
 from pyro_adaann.state.fit import Fit
@@ -81,6 +82,11 @@ class AdaAnnSVI(Runs, SVI):
     :param lr_schedule: when :meth:`run` steps a `PyroLRScheduler`: in the ``"final"`` stage (the
         paper's way), ``"always"`` or ``"never"``. :meth:`step` leaves that to the caller, as
         `SVI.step` does.
+    :param record_model: whether the model, and the guide from its latent vector on, run as the operations of
+        torch that they were in the second step: the same numbers without Pyro's handlers, which take most of
+        the time of a small model with many sites. For models that do the same operations at every step, and
+        guides with one latent vector (`AutoContinuous`). The record is compared with a run now and then;
+        where that differs, or nothing can be recorded, a warning says why, and they run as otherwise.
     :param loss_and_grads: as in `pyro.infer.SVI`, for a callable loss.
     :param num_samples: as in `pyro.infer.SVI`, which deprecates it. `pyro.infer.Predictive` draws.
     :param num_steps: as in `pyro.infer.SVI`, which deprecates it; the same as ``num_training_steps``.
@@ -142,6 +148,7 @@ class AdaAnnSVI(Runs, SVI):
         num_variance_samples: int | None = None,
         num_training_steps: int | None = None,
         lr_schedule: Literal["final", "always", "never"] = "final",
+        record_model: bool = False,
     ) -> None:
         num_training_steps = num_steps or num_training_steps
         check_count("num_training_steps", num_training_steps, 1)
@@ -180,6 +187,8 @@ class AdaAnnSVI(Runs, SVI):
         calls = self.loss, self.loss_and_grads
         step = make_step(optim, loss, calls, final_loss, num_final_particles, max_ratio)
         self._fit = Fit(model, guide, step, settings)
+        if record_model:
+            self._fit.objective.recorder = ModelRecorder()
         self.loss = self._fit.objective.loss
         self.loss_and_grads = getattr(self._fit.objective, "loss_and_grads", _no_loss)
         self._settings = settings_of(self._fit, optim, loss, getattr(step, "final_loss", None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import runpy
 import sys
 from collections import Counter
@@ -181,7 +182,9 @@ def make_model(dtype: torch.dtype = torch.float32) -> Callable[[], None]:
     return model
 
 
-def make_fit(guide: str, step: str, dtype: torch.dtype = torch.float32) -> AdaAnnSVI:
+def make_fit(
+    guide: str, step: str, dtype: torch.dtype = torch.float32, *, record_model: bool = False
+) -> AdaAnnSVI:
     """A fit of some twenty steps, with a ladder."""
     model = make_model(dtype)
     path = "joint" if guide in PYROS else "bridge"
@@ -195,6 +198,7 @@ def make_fit(guide: str, step: str, dtype: torch.dtype = torch.float32) -> AdaAn
         num_initial_steps=2,
         num_steps_per_stage=1,
         num_final_steps=3,
+        record_model=record_model,
     )
 
 
@@ -278,6 +282,16 @@ def test_every_tensor_is_made_on_a_device_that_is_given_and_stays_there(guide, s
     watch.check()
 
 
+@pytest.mark.parametrize("step", list(STEPS))
+@pytest.mark.parametrize("guide", ["planar", "spline", "iaf"])
+def test_a_recorded_model_stays_on_its_device(guide, step):
+    with contextlib.nullcontext() if guide in PYROS else torch.device("meta"), Watch() as watch:
+        svi = make_fit(guide, step, record_model=True)
+        svi.run(progress_bar=False)
+    assert not svi._fit.objective.recorder.reason
+    watch.check()
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_samplers_stay_on_the_device_of_the_model():
     with Watch() as watch:
@@ -324,14 +338,17 @@ def test_guides_of_pyros_in_the_precision_of_the_model():
 MAX_WAITS = {"natural": 10, "adam": 3, "mixed": 3}
 
 
+@pytest.mark.parametrize("record_model", [False, True])
 @pytest.mark.parametrize("guide", ["planar", "realnvp", "spline"])
 @pytest.mark.parametrize("step", list(STEPS))
-def test_a_step_waits_for_few_numbers(guide, step):
+def test_a_step_waits_for_few_numbers(guide, step, record_model):
     pyro.set_rng_seed(0)
-    svi = make_fit(guide, step)
+    svi = make_fit(guide, step, record_model=record_model)
     while svi.inverse_temperature < 1:
         svi.step()
     before = svi.history.stages[-1].num_trials
+    if record_model:
+        svi._fit.objective.recorder._record._num_uses = 64  # the next comparison is far
     with Watch() as watch:
         svi.step()
     assert svi.history.stages[-1].num_trials == before + 1

@@ -199,13 +199,16 @@ def test_a_step_inverts_the_flow_once_for_the_points_it_replays(monkeypatch):
     svi.step()
     made, scored = [], []
     kind, draw = type(guide.transform), steps_natural.draw_scores
-    for name in ("_backward_map", "_backward_with_log_det"):
 
-        def count(self, y, invert=getattr(kind, name)):
+    def counted(invert):
+        def count(self, y):
             made.append(len(y))
             return invert(self, y)
 
-        monkeypatch.setattr(kind, name, count)
+        return count
+
+    for name in ("_backward_map", "_backward_with_log_det"):
+        monkeypatch.setattr(kind, name, counted(getattr(kind, name)))
 
     def look(trace, parameters, num_particles):
         scored.append(num_particles)

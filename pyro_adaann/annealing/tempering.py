@@ -22,7 +22,7 @@ values itself, the Jacobian is added on the side of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyro
@@ -68,9 +68,27 @@ class Tempering:
         #: Continuous sites whose Jacobian the guide reports, and the guide's other sites.
         self.delta_sites: set[str] = set()
         self.other_sites: set[str] = set()
-        parts = flow_parts(guide) if path.base else []
-        self.guide = _TemperGuide(self, parts)(guide)
-        self.model = _TemperModel(self)(model)
+        self._of_guide = _TemperGuide(self, flow_parts(guide) if path.base else [])
+        self._of_model = _TemperModel(self)
+        self.guide = self._of_guide(guide)
+        self.model = self._of_model(model)
+
+    def around(self, draw: Callable[..., Any]) -> Callable[..., Any]:
+        """Temper a part of the guide that draws its latent vector alone."""
+        tempered: Callable[..., Any] = self._of_guide(draw)
+        return tempered
+
+    def weigh(self, guide_sites: Iterable[Any], model_sites: Iterable[Any]) -> None:
+        """Scale sites that were computed without a run of guide and model, as in a run.
+
+        :param guide_sites: the `Delta` sites of a guide that has just been run by :meth:`around`.
+        :param model_sites: those of the model.
+        """
+        for site in guide_sites:
+            self._of_guide._pyro_sample(site)
+        with self._of_model:
+            for site in model_sites:
+                self._of_model._pyro_sample(site)
 
     def scale(self, msg: Any, weight: float, rate: float, rates: dict[str, float]) -> None:
         """Multiply the scale of a site by its weight and note its part of d/dt log p_t."""

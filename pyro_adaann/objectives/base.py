@@ -16,10 +16,12 @@ from torch import Tensor
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.annealing.tempering import Tempering
 from pyro_adaann.guide_status import expects_tempered, is_expected
-from pyro_adaann.objectives.lenient import Leniency, PartlyValid
+from pyro_adaann.objectives.lenient import Leniency
 from pyro_adaann.objectives.memory import LogFactorMemory
+from pyro_adaann.objectives.recorded_model import ModelRecorder
 from pyro_adaann.objectives.sites import check_scales, num_latents
 from pyro_adaann.objectives.traces import (
+    TraceSource,
     captured_parameters,
     draw_log_factors,
     log_factors,
@@ -28,6 +30,7 @@ from pyro_adaann.objectives.traces import (
     subsampled_plate,
     with_num_particles,
 )
+from pyro_adaann.objectives.validity import PartlyValid
 from pyro_adaann.processes.rows import SplitDistribution
 from pyro_adaann.processes.split import split
 
@@ -74,6 +77,8 @@ class Objective(ABC):
         self.leniency = Leniency()
         self._variance_loss: ELBO | None = None
         self._has_warned = False
+        #: Makes the traces of evaluations, if model and guide are to be recorded.
+        self.recorder: ModelRecorder | None = None
 
     @abstractmethod
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
@@ -113,6 +118,15 @@ class Objective(ABC):
             return split(model), guide
         self._tempering = Tempering(model, guide, self.path, self.inverse_temperature)
         return split(self._tempering.model), self._tempering.guide
+
+    def _source(self, elbo: ELBO, model: Any, guide: Any, *, needs_graph: bool = True) -> TraceSource | None:
+        """Return what makes the traces of a model and a guide that :meth:`_temper` has got, None for an ELBO.
+
+        :param needs_graph: whether log densities have a graph.
+        """
+        if self.recorder is None:
+            return None
+        return self.recorder.source(elbo, model, guide, self._tempering, needs_graph=needs_graph)
 
     def _look(self, model_trace: Trace, guide_trace: Trace) -> None:
         """Record the model's sites, and the log factors of a training step."""

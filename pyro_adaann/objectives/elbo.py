@@ -71,12 +71,13 @@ class ELBOObjective(Objective):
 
     def _evaluate(self, is_training: bool, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         self._is_training = is_training
+        own = model, guide
         model, guide = self._temper(model, guide)
         before = self.num_broken, self.num_particles
         self.memory.start_step()
         loss = self._losses[self.is_final]
         elbo = elbo_of(loss)
-        seen = nullcontext() if elbo is None else traces_seen(elbo, self._look)
+        seen = nullcontext() if elbo is None else traces_seen(elbo, self._look, self._source(elbo, *own))
         with self.leniency.block(), seen:
             value = self._calls[self.is_final][is_training](model, guide, *args, **kwargs)
         self.memory.end_step()

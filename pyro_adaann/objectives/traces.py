@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from opt_einsum import shared_intermediates
@@ -29,6 +30,7 @@ from pyro_adaann.processes.split import split
 
 __all__ = [
     "PARTICLE_PLATE",
+    "TraceSource",
     "as_numbers",
     "captured_parameters",
     "check_full_plates",
@@ -44,11 +46,20 @@ __all__ = [
     "with_num_particles",
 ]
 
+#: Makes pairs of traces of a model and a guide, given an ELBO's own way to make them, the two, and their
+#: arguments.
+TraceSource: TypeAlias = Callable[..., Iterator[Any]]
+
 
 @contextmanager
-def traces_seen(loss: ELBO, look: Callable[[Trace, Trace], None]) -> Iterator[None]:
-    """Show ``look`` every (model, guide) trace that ``loss`` makes within the block, before it adds it up."""
-    get_traces = loss._get_traces
+def traces_seen(
+    loss: ELBO, look: Callable[[Trace, Trace], None], source: TraceSource | None = None
+) -> Iterator[None]:
+    """Show ``look`` every (model, guide) trace that ``loss`` makes within the block, before it adds it up.
+
+    :param source: makes the traces, if ``loss`` does not itself.
+    """
+    get_traces = loss._get_traces if source is None else partial(source, loss._get_traces)
 
     def _get_traces(model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
         for traces in get_traces(model, guide, args, kwargs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import pyro
@@ -21,6 +22,7 @@ from pyro_adaann.objectives.lenient import Violations
 from pyro_adaann.objectives.replay import Replay, Replayed
 from pyro_adaann.objectives.rows import TooLarge, refuse_large, run_in_rows
 from pyro_adaann.objectives.traces import (
+    TraceSource,
     check_full_plates,
     log_factors,
     log_weights,
@@ -97,7 +99,9 @@ class WeightObjective(Objective):
 
         def run() -> _Weighed:
             self.memory.start_step()
-            return self._weigh(*self._temper(_without_graph(model), guide), args, kwargs)
+            tempered = self._temper(_without_graph(model), guide)
+            source = self._source(self._elbo, model, guide, needs_graph=False)
+            return self._weigh(*tempered, args, kwargs, source)
 
         weights, factors, model_trace, guide_trace = self.leniency.insist(run)
         loss, num_finite = _minus_mean(weights)
@@ -154,17 +158,25 @@ class WeightObjective(Objective):
 
     def try_out(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Tensor:
         """Return the log weights of fresh draws of the present guide, without recording them."""
+
+        def run() -> Tensor:
+            tempered = self._temper(model, guide)
+            source = self._source(self._elbo, model, guide, needs_graph=False)
+            return self._weigh(*tempered, args, kwargs, source)[0]
+
         # A broken draw has weight zero; without validation it raises no error and no warning.
         with torch.no_grad(), pyro.validation_enabled(False), Violations():
-            return self.leniency.insist(lambda: self._weigh(*self._temper(model, guide), args, kwargs)[0])
+            return self.leniency.insist(run)
 
-    def _weigh(self, model: Any, guide: Any, args: Any, kwargs: Any) -> _Weighed:
+    def _weigh(self, model: Any, guide: Any, args: Any, kwargs: Any, source: TraceSource | None) -> _Weighed:
         # Sites that the guide would enumerate are drawn: one value per particle.
         guide = poutine.infer_config(guide, lambda site: {"enumerate": None})
         while True:
             try:
                 if self._draws_at_a_time is None:
-                    pairs = self._elbo._get_traces(refuse_large(model), guide, args, kwargs)
+                    own = self._elbo._get_traces
+                    get_traces = own if source is None else partial(source, own)
+                    pairs = get_traces(refuse_large(model), guide, args, kwargs)
                     model_trace, guide_trace = next(iter(pairs))
                     return self._read([(model_trace, guide_trace)], guide_trace)
                 vectorized = self._elbo._vectorized_num_particles(guide)
