@@ -13,7 +13,9 @@ import pytest
 import torch
 from fit_models import errors, is_right
 from pyro import poutine
+from pyro.contrib.autoname import scope
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_adaann import FitResult, WeightedDraws, fit
 from pyro_adaann.fitting import decentering
@@ -23,6 +25,7 @@ from pyro_adaann.fitting.coordinates import Coordinates
 from pyro_adaann.fitting.decentering import Start, _Choice, choose_coordinates
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.objectives.one_by_one import one_by_one
+from pyro_adaann.sampling.missing import without_missing
 from pyro_adaann.state.interrupt import InterruptGuard
 
 # --- conversion of draws -------------------------------------------------------------------------------
@@ -285,6 +288,130 @@ def test_a_density_in_parts_or_of_another_kind_is_fitted_as_it_is():
     assert not any(names.values()), names
 
 
+class OfVariance(dist.TorchDistribution):
+    """A normal distribution that calls its variance a scale."""
+
+    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012, as torch does
+    support, has_rsample = constraints.real, True
+
+    def __init__(self, loc, scale, validate_args=None):
+        self.loc, self.scale = torch.distributions.utils.broadcast_all(loc, scale)
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    def expand(self, shape, _instance=None):
+        return OfVariance(self.loc.expand(shape), self.scale.expand(shape))
+
+    def rsample(self, sample_shape=torch.Size()):  # noqa: B008, as torch does
+        return dist.Normal(self.loc, self.scale.sqrt()).rsample(sample_shape)
+
+    def log_prob(self, value):
+        return dist.Normal(self.loc, self.scale.sqrt()).log_prob(value)
+
+
+def of_variance(y):
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+    theta = pyro.sample("theta", OfVariance(0.0, tau))
+    pyro.sample("y", dist.Normal(theta, 5.0), obs=y)
+
+
+def stable(y):
+    """In Nolan's older coordinates, which a copy of the distribution forgets."""
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+    theta = pyro.sample("theta", dist.StableWithLogProb(1.5, 0.9, tau, 0.0, coords="S"))
+    pyro.sample("y", dist.Normal(theta, 5.0), obs=y)
+
+
+def prefixed(y):
+    def base(y):
+        tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+        theta = pyro.sample("theta", dist.Normal(0.0, tau))
+        pyro.sample("y", dist.Normal(theta, 5.0), obs=y)
+
+    return scope(base, prefix="group")(y)
+
+
+def with_missing_values(y):
+    """Known values of a site have the density of data, and so has what is fitted in place of the others."""
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+    known = torch.tensor([True, True, False])
+    with pyro.plate("rows", 3):
+        x = pyro.sample("x", dist.Normal(1.0, tau), obs=torch.tensor([0.5, 2.0, 0.0]), obs_mask=known)
+        pyro.sample("y", dist.Normal(x, 5.0), obs=y.expand(3))
+
+
+def variable(y):
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+    theta = pyro.sample("theta", dist.Normal(0.0, tau))
+    pyro.sample("y", dist.Normal(theta, 5.0), obs=y)
+
+
+def has_variable_scale(model):
+    model = without_missing(model, (torch.tensor(1.0),), {})
+    return bool(decentering._sites_of_variable_scale(model, (torch.tensor(1.0),), {}))
+
+
+@pytest.mark.parametrize("model", [of_variance, stable, prefixed, with_missing_values])
+def test_what_has_another_density_in_other_coordinates_is_fitted_as_it_is(model, monkeypatch):
+    """A family that is none, a copy that forgets, handlers that rename new sites or do something to them."""
+    y = torch.tensor(1.0)
+    wrapped = without_missing(model, (y,), {})
+    assert has_variable_scale(model)
+    assert choose(wrapped, y).coordinates.centered == {}
+    monkeypatch.setattr(decentering, "_agree", lambda *_: True)
+    assert choose(wrapped, y).coordinates.centered  # so it is the comparison that finds it
+
+
+def test_a_density_that_is_the_same_in_other_coordinates_is_found_so():
+    assert choose(variable, torch.tensor(1.0)).coordinates.centered["theta"].tolist() == 0.0
+
+
+def test_a_site_of_several_families_is_fitted_as_it_is():
+    def branches(y):
+        tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        of_scale = dist.Normal(0.0, tau)
+        pyro.sample("theta", of_scale if z > 0 else of_scale.mask(True))
+
+    found = []
+    for seed in range(8):  # in all but one of 64 runs of eight both families are there
+        pyro.set_rng_seed(seed)
+        found.append(list(decentering._sites_of_variable_scale(branches, (torch.tensor(1.0),), {})))
+    assert [] in found
+
+
+def test_a_draw_at_which_the_model_breaks_does_not_end_the_way_back():
+    """It has no weight, and the others have the values and densities that they have alone."""
+
+    def breaks():
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        theta = pyro.sample("theta", dist.Normal(0.0, scale))
+        half = torch.linalg.cholesky(torch.eye(2) * (2.0 - scale)[..., None, None])
+        mean = half[..., 0, 0]
+        other = pyro.sample("other", dist.Normal(mean, scale))
+        pyro.sample("y", dist.Normal(theta + other, 1.0), obs=torch.tensor(1.0))
+
+    samples = {
+        "scale": torch.tensor([0.5, 3.0, 1.5]),
+        "theta_decentered": torch.tensor([1.0, -1.0, 0.5]),
+        "other_decentered": torch.tensor([0.3, 0.7, -1.0]),
+    }
+    numbers = torch.tensor([-1.0, -torch.inf, -2.0])
+    draws = WeightedDraws(samples, numbers, torch.zeros(3), numbers, 0.5)
+    centered = {"theta": torch.zeros(()), "other": torch.zeros(())}
+    found = Coordinates(breaks, (), {}, centered).restore(draws)
+    kept = torch.tensor([0, 2])
+    alone = WeightedDraws(
+        {name: values[kept] for name, values in samples.items()},
+        numbers[kept], torch.zeros(2), numbers[kept], 0.5,
+    )  # fmt: skip
+    expected = Coordinates(breaks, (), {}, centered).restore(alone)
+    for name in ("scale", "theta", "other"):
+        torch.testing.assert_close(found.samples[name][kept], expected.samples[name])
+        assert torch.isfinite(found.samples[name]).all()
+    torch.testing.assert_close(found.log_p[kept], expected.log_p)
+    assert found.log_p[1] == -torch.inf
+
+
 def test_without_particles_a_model_is_fitted_as_it_is(monkeypatch):
     little = torch.full((8,), 5.0)
     assert choose(one_by_one(known_and_unknown), little, Y).coordinates.centered == {}
@@ -375,6 +502,8 @@ def test_a_result_speaks_of_the_sites_of_the_model(tmp_path):
     torch.testing.assert_close(result.log_prob(some).double(), result.draws.log_q[:200], atol=1e-3, rtol=1e-3)
     with pytest.raises(ValueError, match="got none of theta"):
         result.log_prob({"mu": some["mu"], "tau": some["tau"]})
+    at_boundary = {**some, "tau": torch.zeros_like(some["tau"])}
+    assert (result.log_prob(at_boundary) == -torch.inf).all()
     found = result.predictive(num_samples=50)
     assert set(found) == {"y"}
     args = NOISE, Y[:4]
@@ -383,6 +512,12 @@ def test_a_result_speaks_of_the_sites_of_the_model(tmp_path):
     torch.testing.assert_close(loaded.log_prob(some), result.log_prob(some))
     assert set(loaded.predictive(num_samples=5)) == {"y"}
     assert loaded.to_arviz(num_samples=50)["posterior"]["theta"].shape == (1, 50, 4)
+    with pytest.raises(
+        ValueError, match=r"shape \(4,\) at site 'theta' where this has Normal of shape \(8,\)"
+    ):
+        FitResult.load(tmp_path / "result.pt", known_and_unknown, torch.ones(8), Y)
+    with pytest.raises(ValueError, match="where this has no such site"):
+        FitResult.load(tmp_path / "result.pt", rates)
     loaded.save(tmp_path / "again.pt")
     assert str(FitResult.load(tmp_path / "again.pt")) == str(result)
 

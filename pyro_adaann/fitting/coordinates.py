@@ -97,15 +97,18 @@ class Coordinates:
         if not self.centered:
             return draws
         places = self.places(draws.samples, self._shapes(), self._decentered)
-        own_names = {self._fitted_name(name, place): name for name, place in places.items()}
+        own_names = {self.fitted_name(name, place): name for name, place in places.items()}
         samples, log_slopes = {}, torch.zeros_like(draws.log_p)
         for name, values in draws.samples.items():
             own = own_names.get(name, name)
             samples[own] = values
             if own in places:
                 centered = self.centered[own].to(values)
-                samples[own] = places[own].values(values, centered)
+                restored = places[own].values(values, centered)
+                samples[own] = torch.where(torch.isfinite(restored), restored, values)
                 log_slopes = log_slopes + places[own].log_slope(samples[own], centered)
+        # Where the model breaks there is no place; such a draw has no weight, and keeps what it was.
+        log_slopes = torch.where(torch.isfinite(log_slopes), log_slopes, 0.0)
         log_p, log_q = draws.log_p - log_slopes, draws.log_q - log_slopes
         return dataclasses.replace(draws, samples=samples, log_p=log_p, log_q=log_q)
 
@@ -121,12 +124,13 @@ class Coordinates:
         found, log_slopes = dict(values), torch.zeros(())
         for name, place in self.places(values, self._shapes()).items():
             own, centered = found.pop(name), self.centered[name].to(place.loc)
-            found[self._fitted_name(name, place)] = place.distance(own, centered)
+            found[self.fitted_name(name, place)] = place.distance(own, centered)
             log_slopes = log_slopes.to(own.device) + place.log_slope(own, centered)
         return found, log_slopes
 
     @staticmethod
-    def _fitted_name(name: str, place: Place) -> str:
+    def fitted_name(name: str, place: Place) -> str:
+        """Return the name of the site that is fitted in place of another."""
         return name + (_BASE if place.is_log else "") + _DECENTERED
 
     def places(

@@ -32,6 +32,7 @@ from pyro_adaann.fitting.coordinates import Coordinates, location_family, names_
 from pyro_adaann.fitting.pilot import Watch, base_at, has_pilot, run_particles
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.objectives.lenient import run_leniently
+from pyro_adaann.sampling.density import UnconstrainedModel
 from pyro_adaann.sampling.result import SMCResult
 from pyro_adaann.state.random_states import get_random_states, set_random_states
 
@@ -46,6 +47,10 @@ _MIN_GAIN = 1.0
 _NUM_RUNS = 3
 #: Most rounds over all numbers.
 _MAX_ROUNDS = 5
+#: Particles at which the density in other coordinates is compared with the model's own; by how much they may
+#: differ, absolutely and relatively, in single precision; and for how many of them, since a particle in the
+#: neck of a funnel has lost digits.
+_NUM_COMPARED, _TOLERANCE, _MIN_SHARE_CLOSE = 100, (0.02, 1e-4), 0.75
 
 
 class Start(NamedTuple):
@@ -114,12 +119,14 @@ def _sites_of_variable_scale(
     return {
         name: traces[0].nodes[name]["value"].shape
         for name in latent_names(traces[0])
-        if _may_be_decentered(name, traces[0]) and _has_variable_scale(name, traces)
+        if all(_may_be_decentered(name, trace) for trace in traces) and _has_variable_scale(name, traces)
     }
 
 
 def _may_be_decentered(name: str, trace: Trace) -> bool:
-    site = trace.nodes[name]
+    site = trace.nodes.get(name)
+    if site is None:
+        return False
     # A part or a multiple of the density of a site is not that of its distance.
     is_weighted = site["mask"] is not None or torch.is_tensor(site["scale"]) or site["scale"] != 1
     if is_weighted or not names_taken(name).isdisjoint(trace.nodes) or site["infer"].get("is_auxiliary"):
@@ -131,8 +138,8 @@ def _may_be_decentered(name: str, trace: Trace) -> bool:
 
 
 def _has_variable_scale(name: str, traces: list[Trace]) -> bool:
-    scales = [location_family(trace.nodes[name]["fn"]).scale for trace in traces if name in trace.nodes]
-    same_shape = len(scales) == len(traces) and all(scale.shape == scales[0].shape for scale in scales)
+    scales = [location_family(trace.nodes[name]["fn"]).scale for trace in traces]
+    same_shape = all(scale.shape == scales[0].shape for scale in scales)
     return same_shape and not all(torch.equal(scale, scales[0]) for scale in scales)
 
 
@@ -159,8 +166,43 @@ def _choose(
     parts = (~is_free).to(result.unconstrained).split([shape.numel() for shape in shapes.values()])
     found = {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
     points[:, torch.tensor(columns, device="cpu")[is_free]] = torch.cat(free, 1)[:, is_free]
-    result = dataclasses.replace(result, unconstrained=points.to(result.unconstrained))
-    return {name: centered for name, centered in found.items() if not centered.all()}, result
+    moved = dataclasses.replace(result, unconstrained=points.to(result.unconstrained))
+    centered = {name: part for name, part in found.items() if not part.all()}
+    fitted = Coordinates(own.own_model, own.args, own.kwargs, centered)
+    some = is_kept.nonzero().reshape(-1)[:_NUM_COMPARED]
+    log_slopes = torch.cat(log_scales, 1)[:, is_free].sum(1)
+    names = {fitted.fitted_name(name, places[name]) for name in centered}
+    if not _agree(
+        own, fitted, result.unconstrained[some], moved.unconstrained[some], log_slopes[some], names
+    ):
+        return {}, result
+    return centered, moved
+
+
+def _agree(
+    own: Coordinates, fitted: Coordinates, points: Tensor, moved: Tensor, log_slopes: Tensor, names: set[str]
+) -> bool:
+    """Whether the density in other coordinates is the model's own, up to the slopes of these.
+
+    It is not where a family has location and scale by name alone, where a handler of the model's does
+    something to the new sites, or changes their names.
+
+    :param points: unconstrained, shape ``(n, dim)``.
+    :param moved: the same points in the other coordinates.
+    :param log_slopes: by how much their log densities are larger there, shape ``(n,)``.
+    :param names: of the sites in these coordinates.
+    """
+    try:
+        densities = []
+        for coordinates, at in ((own, points), (fitted, moved)):
+            model = UnconstrainedModel(coordinates.model, own.args, own.kwargs)
+            with torch.no_grad():
+                densities.append(torch.stack(model.log_densities(at)).double().sum(0))
+    except Exception:  # whatever a model's own handlers and families say to what they do not know
+        return False
+    before, after = densities
+    is_close = (after - before - log_slopes).abs() <= _TOLERANCE[0] + _TOLERANCE[1] * before.abs()
+    return names <= set(model.sites) and float(is_close.double().mean()) >= _MIN_SHARE_CLOSE
 
 
 def _columns(guide: AutoFlow, shapes: dict[str, torch.Size]) -> list[int]:

@@ -62,10 +62,10 @@ def run_at(
         stack.enter_context(pyro.validation_enabled(False))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
+        trace = run_leniently(poutine.trace(model).get_trace, *args, **kwargs)
         conditioned = poutine.condition(model, data=_in_place(trace, samples))
         with pyro.plate(PARTICLE_PLATE, num_draws, dim=-1 - plate_nesting(trace)):
-            conditioned(*args, **kwargs)
+            run_leniently(conditioned, *args, **kwargs)
 
 
 def _in_place(trace: Trace, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:

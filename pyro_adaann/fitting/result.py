@@ -144,7 +144,9 @@ class FitResult:
         # A point out of reach of a guide's inverse has no density there.
         found = torch.stack(densities)
         found = torch.where(found.isnan(), -torch.inf, found)
-        return found.logsumexp(0) - math.log(len(densities)) - log_scales.to(found)
+        log_density = found.logsumexp(0) - math.log(len(densities))
+        # Nor is there one at the boundary, where a scale is zero.
+        return torch.where(log_density > -torch.inf, log_density - log_scales.to(found), -torch.inf)
 
     def predictive(self, *args: Any, num_samples: int = 1000, **kwargs: Any) -> dict[str, Tensor]:
         """Return posterior predictive draws: new data, and what the model computes (`pyro.deterministic`).

@@ -7,6 +7,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pyro
+import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_adaann.diagnostics.importance import WeightedDraws
@@ -15,11 +18,12 @@ from pyro_adaann.diagnostics.reach import Reach
 from pyro_adaann.diagnostics.rules import Finding, Level
 from pyro_adaann.diagnostics.thermodynamic import ThermodynamicEstimate
 from pyro_adaann.diagnostics.verdict import Diagnosis
-from pyro_adaann.fitting.coordinates import Coordinates
+from pyro_adaann.fitting.coordinates import Coordinates, location_family
 from pyro_adaann.fitting.summary import FitSummary
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.continuous import continuous_part
 from pyro_adaann.guides.spline import AutoSpline
+from pyro_adaann.objectives.lenient import run_leniently
 from pyro_adaann.state.checkpoint import read_checkpoint, write_checkpoint
 from pyro_adaann.state.rungs import Rung
 
@@ -79,9 +83,34 @@ def read_result(
         "centered": state.get("centered", {}),  # not in files of earlier versions
     }
     if model is not None:
+        _check_sites(path, model, args, kwargs, fields["centered"])
         model = Coordinates(model, args, kwargs, fields["centered"]).model
     guides = [] if model is None else [_guide(path, model, args, kwargs, own) for own in state["guides"]]
     return fields, guides
+
+
+def _check_sites(
+    path: str | os.PathLike[str],
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    centered: Mapping[str, Tensor],
+) -> None:
+    """Raise a `ValueError` if a model lacks a site that was fitted in other coordinates."""
+    if not centered:
+        return
+    with poutine.block(), torch.no_grad(), pyro.get_param_store().scope():
+        trace = run_leniently(poutine.trace(model).get_trace, *args, **kwargs)
+    for name, numbers in centered.items():
+        site = trace.nodes.get(name)
+        shape = None if site is None else tuple(site["value"].shape)
+        if shape != tuple(numbers.shape) or not hasattr(location_family(site["fn"]), "scale"):
+            found = "no such site" if shape is None else f"{type(site['fn']).__name__} of shape {shape}"
+            raise ValueError(
+                f"Expected the result of this model with these arguments; got {os.fspath(path)!r} of "
+                f"another, with a scale and shape {tuple(numbers.shape)} at site {name!r} where this has "
+                f"{found}. Give the model that was fitted, and its arguments."
+            )
 
 
 def _guide(

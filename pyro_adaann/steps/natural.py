@@ -153,6 +153,8 @@ class NaturalStep(Step):
                 _warn_if_many(num_latents(drawn.guide_trace), time.monotonic() - start)
             return Moved(StepResult(Outcome.DIVERGED, drawn.loss, damping=state["damping"]), state)
         parameters = _parameters(drawn.model_trace, drawn.guide_trace)
+        # Before the scores, to which parameters of another guide would be idle ones.
+        ready(captured_parameters(drawn.guide_trace))
         scores = draw_scores(drawn.guide_trace, parameters, len(drawn.log_weights))
         units = parameter_units(drawn.guide_trace, parameters)
         num_replayed = round(_REPLAYED * self.num_particles)
@@ -165,7 +167,6 @@ class NaturalStep(Step):
                 scores, draw_scores(replayed.guide_trace, parameters, len(replayed.log_weights))
             )
             direction = NaturalDirection(scores, drawn.log_weights, units, replayed.log_weights)
-        ready(captured_parameters(drawn.guide_trace))
 
         def is_accepted() -> bool:
             try:
