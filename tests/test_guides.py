@@ -533,3 +533,14 @@ def test_two_guides_of_one_family_share_nothing_but_a_name_prefix():
     train(plated, AutoPlanar(plated, 3), DATA)
     names = set(pyro.get_param_store())
     assert {name.split(".")[0] for name in names} == {"AutoNormal", "AutoPlanar"}
+
+
+def test_a_latent_site_in_a_loop_over_a_plate_is_refused_with_what_to_write():
+    def model():
+        for i in pyro.plate("loop", 3):
+            pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"one site for all, or a loop over `range\(...\)`"):
+        AutoPlanar(model).initialize()
+    with pytest.raises(ValueError, match="AnnealedSMC does not take"):
+        AnnealedSMC(model, num_particles=10).run(progress_bar=False)

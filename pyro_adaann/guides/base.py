@@ -15,7 +15,7 @@ from torch.distributions import biject_to
 
 from pyro_adaann.checks import check_count, learning_sites
 from pyro_adaann.guide_status import warn_of_draws
-from pyro_adaann.guides.continuous import check_whole_plates
+from pyro_adaann.guides.continuous import check_whole_plates, no_latents_in_loops
 from pyro_adaann.guides.prior import prior_base
 from pyro_adaann.guides.quantile_net import normal_net, quantiles_of_columns
 from pyro_adaann.guides.stored import check_initialized, check_store
@@ -98,7 +98,7 @@ class AutoFlow(AutoContinuous):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         # Shapes and values alone are kept, so that a guide can be copied and pickled: no graph of the model's
         # parameters, and none of the model's arguments.
-        with torch.no_grad(), learning_sites():
+        with torch.no_grad(), learning_sites(), no_latents_in_loops(type(self).__name__):
             super()._setup_prototype(*args, **kwargs)
         check_whole_plates(self.prototype_trace, type(self).__name__)
         for name in ("_INPUT", "_RETURN"):

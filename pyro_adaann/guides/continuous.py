@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pyro import poutine
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 
-__all__ = ["check_whole_plates", "continuous_part"]
+__all__ = ["check_whole_plates", "continuous_part", "no_latents_in_loops"]
 
 
 def continuous_part(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,3 +51,18 @@ def check_whole_plates(trace: Trace, guide_name: str) -> None:
                     f"one value for each latent: take the whole plate, AutoNormal, which sub-samples too, or "
                     f"a guide of your own that depends on the rows."
                 )
+
+
+@contextmanager
+def no_latents_in_loops(name: str) -> Iterator[None]:
+    """Say what to write where Pyro's autoguides refuse latent sites in a plate that is a loop."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if "sequential pyro.plate" not in str(error):
+            raise
+        raise ValueError(
+            f"Expected latent sites outside of loops over a plate; got one in `for ... in pyro.plate(...)`, "
+            f"which {name} does not take, nor do Pyro's autoguides. Write `with pyro.plate(...):` and one "
+            f"site for all, or a loop over `range(...)`."
+        ) from error

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_adaann.diagnostics.model_and_guide import check_subsampling, plate_nesting
+from pyro_adaann.guides.continuous import no_latents_in_loops
 from pyro_adaann.objectives.lenient import Leniency, Violations, run_leniently
 from pyro_adaann.objectives.traces import marginal_log_density, per_particle, sites_of
 from pyro_adaann.processes.split import split
@@ -79,7 +80,8 @@ class UnconstrainedModel:
             check_subsampling(trace)
             enumerated = {s["name"] for s in sites_of(trace) if s["infer"].get("enumerate") == "parallel"}
             self._points = _Points(poutine.block(model, hide=sorted(enumerated)))
-            run_leniently(self._points._setup_prototype, *args, **kwargs)
+            with no_latents_in_loops("AnnealedSMC"):
+                run_leniently(self._points._setup_prototype, *args, **kwargs)
         self._kind: type[ELBO] = TraceEnum_ELBO if enumerated else Trace_ELBO
         self.sites: dict[str, Any] = dict(self._points.prototype_trace.iter_stochastic_nodes())
         self._transforms = {name: biject_to(site["fn"].support) for name, site in self.sites.items()}
