@@ -543,4 +543,4 @@ def test_a_latent_site_in_a_loop_over_a_plate_is_refused_with_what_to_write():
     with pytest.raises(ValueError, match=r"one site for all, or a loop over `range\(...\)`"):
         AutoPlanar(model).initialize()
     with pytest.raises(ValueError, match="AnnealedSMC does not take"):
-        AnnealedSMC(model, num_particles=10).run(progress_bar=False)
+        AnnealedSMC(model, num_particles=32).run(progress_bar=False)
