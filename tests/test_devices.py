@@ -348,7 +348,8 @@ def test_a_step_waits_for_few_numbers(guide, step, record_model):
         svi.step()
     before = svi.history.stages[-1].num_trials
     if record_model:
-        svi._fit.objective.recorder._record._num_uses = 64  # the next comparison is far
+        (record,) = svi._fit.objective.recorder._records.values()
+        record._num_uses = 64  # the next comparison is far
     with Watch() as watch:
         svi.step()
     assert svi.history.stages[-1].num_trials == before + 1

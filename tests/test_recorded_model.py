@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.optim import Adam
 
 from pyro_adaann import AdaAnnSVI, AutoPlanar, AutoSpline, SequenceSchedule, TraceMixedKL_ELBO, natural_svi
-from pyro_adaann.objectives import recorded_model
+from pyro_adaann.objectives import model_record
 from pyro_adaann.objectives.operations import CannotRecordError, recorded
 
 #: In double precision, in which rounding does not grow to what a test sees.
@@ -56,10 +56,19 @@ def take_steps(svi, num_steps, kwargs=dict):
     return [svi.step(**kwargs()) for _ in range(num_steps)]
 
 
+def take_growing_steps(svi, elbo):
+    for elbo.num_particles in range(2, 9):
+        svi.step()
+
+
+def num_uses(svi):
+    return sum(record._num_uses for record in svi._fit.objective.recorder._records.values())
+
+
 def is_used(svi):
     """Whether steps have been taken by a record."""
     recorder = svi._fit.objective.recorder
-    return not recorder.reason and recorder._record is not None and recorder._record._num_uses > 3
+    return not recorder.reason and num_uses(svi) > 3
 
 
 def check_equal(got, expected):
@@ -245,14 +254,14 @@ def test_a_model_that_changes_later_is_found_out():
 
 def test_comparisons_go_on(monkeypatch):
     uses = []
-    compare = recorded_model._Record._compare
+    compare = model_record.ModelRecord._compare
 
     def note(self, *args):
         uses.append(self._num_uses)
         compare(self, *args)
 
-    monkeypatch.setattr(recorded_model._Record, "_compare", note)
-    monkeypatch.setattr(recorded_model, "_INTERVAL", 8)
+    monkeypatch.setattr(model_record.ModelRecord, "_compare", note)
+    monkeypatch.setattr(model_record, "_INTERVAL", 8)
     losses(lambda: adam(AutoPlanar(model), record_model=True), 26)
     assert uses == [0, 2, 4, 8, 16, 24]
 
@@ -261,15 +270,27 @@ def test_other_arguments_run():
     """A record is that of its arguments; data that were changed in place are other data."""
     data = Y.clone()
     svi = losses(lambda: adam(AutoPlanar(model), record_model=True), 5, y=data)[1]
-    uses = svi._fit.objective.recorder._record._num_uses
-    assert uses == 4
+    assert num_uses(svi) == 4
     for other in ({"y": Y.clone()}, {"y": data, "factor": 2.0}, {}):
         svi.step(**other)
     data += 1
     svi.step(y=data)
-    assert svi._fit.objective.recorder._record._num_uses == uses
+    assert num_uses(svi) == 4
     with pytest.warns(UserWarning, match="other arguments at most of the steps"):
         take_steps(svi, 20, lambda: {"y": Y.clone()})
+
+
+def test_another_number_of_draws_has_a_record_of_its_own():
+    """As at 1, with ``num_final_particles``, or where a loss is given another number at every step."""
+    plain, _ = losses(lambda: adam(AutoPlanar(model), num_final_particles=7))
+    got, svi = losses(lambda: adam(AutoPlanar(model), num_final_particles=7, record_model=True))
+    assert num_uses(svi) == 30 - 1
+    check_equal(got, plain)
+    elbo = Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
+    pyro.clear_param_store()
+    svi = AdaAnnSVI(model, AutoPlanar(model), Adam({"lr": 0.01}), elbo, record_model=True)
+    with pytest.warns(UserWarning, match="ever another number of draws"):
+        take_growing_steps(svi, elbo)
 
 
 def test_broken_draws_are_dropped_and_counted():
