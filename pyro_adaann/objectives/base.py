@@ -77,7 +77,7 @@ class Objective(ABC):
         self.leniency = Leniency()
         self._variance_loss: ELBO | None = None
         self._has_warned = False
-        #: Makes the traces of evaluations, if model and guide are to be recorded.
+        # Makes the traces of evaluations, if model and guide are to be recorded.
         self.recorder: ModelRecorder | None = None
 
     @abstractmethod
