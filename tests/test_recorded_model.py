@@ -1,16 +1,19 @@
 """Model and guide recorded as operations: the same numbers, or a run and a warning that says why."""
 
+from functools import partial
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.optim import Adam
 
 from pyro_adaann import AdaAnnSVI, AutoPlanar, AutoSpline, SequenceSchedule, TraceMixedKL_ELBO, natural_svi
+from pyro_adaann.guide_status import expects_tempered
 from pyro_adaann.objectives import model_record
 from pyro_adaann.objectives.operations import CannotRecordError, recorded
 
@@ -82,6 +85,7 @@ def check_equal(got, expected):
         (AutoPlanar, "bridge", TraceMixedKL_ELBO),
         (AutoSpline, "likelihood", Trace_ELBO),
         (AutoMultivariateNormal, "bridge", Trace_ELBO),
+        (AutoPlanar, "likelihood", RenyiELBO),
         (AutoMultivariateNormal, "likelihood", TraceMixedKL_ELBO),
     ],
 )
@@ -151,15 +155,46 @@ def test_a_single_particle():
     check_equal(got, plain)
 
 
+@pytest.mark.parametrize("path", ["joint", "likelihood", "bridge"])
+def test_the_sites_of_a_record_are_those_of_a_run(path):
+    """All that is read of a site: value, scale, and log density with its sum and its parts."""
+    pyro.clear_param_store()
+    svi = adam(AutoPlanar(model), path=path, record_model=True)
+    for _ in range(3):
+        svi.step()
+    objective, elbo = svi._fit.objective, svi._fit.step.loss
+    tempered = objective._temper(svi.model, svi.guide)
+    found = []
+    for source in (None, objective._source(elbo, svi.model, svi.guide)):
+        pyro.set_rng_seed(0)
+        get_traces = elbo._get_traces if source is None else partial(source, elbo._get_traces)
+        with expects_tempered():
+            ((model_trace, guide_trace),) = get_traces(*tempered, (), {})
+        rates = dict(objective._tempering.model_rates), dict(objective._tempering.guide_rates)
+        found.append((model_trace, guide_trace, rates))
+    assert num_uses(svi) == 3
+    assert found[0][2] == found[1][2]
+    for run, got in zip(found[0][:2], found[1][:2], strict=True):
+        names = [name for name, site in run.nodes.items() if site["type"] == "sample"]
+        assert [name for name, site in got.nodes.items() if site["type"] == "sample"] == names
+        for name in names:
+            for field in ("value", "scale", "log_prob", "log_prob_sum"):
+                check_equal(torch.as_tensor(got.nodes[name][field]), torch.as_tensor(run.nodes[name][field]))
+            if "score_parts" in run.nodes[name]:
+                parts = zip(got.nodes[name]["score_parts"], run.nodes[name]["score_parts"], strict=True)
+                for part, expected in parts:
+                    check_equal(torch.as_tensor(part).sum(), torch.as_tensor(expected).sum())
+
+
 def test_what_does_not_depend_on_the_input_is_computed_once():
     data, calls = torch.randn(5), []
 
     def function(x):
         constant = (data * 2).exp().sum()
-        filled = torch.zeros(3)
-        filled[:2] = x[:2]  # in place, on what does not depend on the input before
+        total = torch.zeros(3)
+        total[:2] += x[:2]  # in place, on what does not depend on the input before
         calls.append(1)
-        return [x.expand(3) * constant, filled]
+        return [x.expand(3) * constant, total]
 
     operations = recorded(function, torch.ones(3))
     for x in (torch.randn(3), torch.randn(3)):
@@ -225,6 +260,44 @@ def test_what_cannot_be_recorded_runs(bad, reason):
         got, _ = losses(lambda: adam(AutoPlanar(bad), model=bad, record_model=True), 12)
     assert len([w for w in caught if "same operations" in str(w.message)]) == 1
     check_equal(got, plain)
+
+
+def mean_of_factors(model, guide, *args, **kwargs):
+    return Trace_ELBO(num_particles=5).differentiable_loss(model, guide, *args, **kwargs)
+
+
+class OfOnesOwn(Trace_ELBO):
+    """It might read anything."""
+
+
+@pytest.mark.parametrize("kind", [TraceMeanField_ELBO, TraceGraph_ELBO, OfOnesOwn])
+def test_a_loss_that_may_read_distributions_runs(kind):
+    """As an analytic divergence, which reads those of the sites, where a record has old ones."""
+    plain, _ = losses(lambda: adam(AutoPlanar(model), kind, path="likelihood"), 8)
+    with pytest.warns(UserWarning, match=f"got a {kind.__name__}, which may read more") as caught:
+        got, _ = losses(lambda: adam(AutoPlanar(model), kind, path="likelihood", record_model=True), 8)
+    assert len([w for w in caught if "same operations" in str(w.message)]) == 1
+    check_equal(got, plain)
+
+
+def test_a_loss_that_is_a_function_runs():
+    svi = AdaAnnSVI(
+        model, AutoPlanar(model), Adam({"lr": 0.01}), mean_of_factors, record_model=True,
+        schedule=SequenceSchedule([0.3, 1.0]),
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="got a function, which may read more"):
+        svi.step()
+
+
+def test_a_fit_resumed_with_a_record_goes_on_as_it_would_have(tmp_path):
+    whole, _ = losses(lambda: adam(AutoPlanar(model), record_model=True), 20)
+    first, svi = losses(lambda: adam(AutoPlanar(model), record_model=True), 9)
+    svi.save_checkpoint(tmp_path / "fit.pt")
+    pyro.clear_param_store()
+    svi = adam(AutoPlanar(model), record_model=True)
+    svi.load_checkpoint(tmp_path / "fit.pt")
+    check_equal(torch.cat([first, torch.tensor(take_steps(svi, 11))]), whole)
+    assert is_used(svi)
 
 
 def test_a_guide_without_a_latent_vector_runs():

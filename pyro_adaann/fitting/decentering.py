@@ -47,10 +47,10 @@ _MIN_GAIN = 1.0
 _NUM_RUNS = 3
 #: Most rounds over all numbers.
 _MAX_ROUNDS = 5
-#: Particles at which the density in other coordinates is compared with the model's own; by how much they may
-#: differ, absolutely and relatively, in single precision; and for how many of them, since a particle in the
-#: neck of a funnel has lost digits.
-_NUM_COMPARED, _TOLERANCE, _MIN_SHARE_CLOSE = 100, (0.02, 1e-4), 0.75
+#: Particles at which prior and likelihood in other coordinates are compared with the model's own; by how much
+#: each may differ, absolutely and relatively, in single precision; and for how many of them, since a particle
+#: in the neck of a funnel has lost digits.
+_NUM_COMPARED, _TOLERANCE, _MIN_SHARE_CLOSE = 100, (0.02, 1e-5), 0.75
 
 
 class Start(NamedTuple):
@@ -197,11 +197,12 @@ def _agree(
         for coordinates, at in ((own, points), (fitted, moved)):
             model = UnconstrainedModel(coordinates.model, own.args, own.kwargs)
             with torch.no_grad():
-                densities.append(torch.stack(model.log_densities(at)).double().sum(0))
+                densities.append(torch.stack(model.log_densities(at)).double())
     except Exception:  # whatever a model's own handlers and families say to what they do not know
         return False
-    before, after = densities
-    is_close = (after - before - log_slopes).abs() <= _TOLERANCE[0] + _TOLERANCE[1] * before.abs()
+    before, after = densities  # of prior and likelihood; the slopes belong to the first
+    before[0] += log_slopes
+    is_close = ((after - before).abs() <= _TOLERANCE[0] + _TOLERANCE[1] * before.abs()).all(0)
     return names <= set(model.sites) and float(is_close.double().mean()) >= _MIN_SHARE_CLOSE
 
 

@@ -31,7 +31,7 @@ from pyro.poutine.messenger import Messenger
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.annealing.tempering import flow_parts
 
-__all__ = ["Capabilities", "capabilities_of", "check_can_temper", "elbo_of"]
+__all__ = ["Capabilities", "capabilities_of", "check_can_temper", "elbo_of", "reads_densities_alone"]
 
 #: The cost of a broken draw above that of a typical good one, in nats, see `drop_broken`.
 _BROKEN_COST = 10.0
@@ -52,6 +52,9 @@ class Capabilities:
     :param is_compiled: whether it is compiled once, which freezes the inverse temperature.
     :param compares_samples: whether it compares draws and evaluates no density.
     :param has_analytic_kl: whether prior and guide share one weight.
+    :param reads_densities_alone: whether of the sites of a model, and of the `Delta` sites of a guide, it
+        reads values and log densities, and no distribution: those may then be recorded. A subclass of a loss
+        of Pyro's declares it, or is not recorded.
 
     Example::
 
@@ -68,6 +71,7 @@ class Capabilities:
     is_compiled: bool = False
     compares_samples: bool = False
     has_analytic_kl: bool = False
+    reads_densities_alone: bool = False
 
 
 #: Capabilities of Pyro's losses: those of the first row that a loss is an instance of.
@@ -92,6 +96,14 @@ def capabilities_of(loss: Any) -> Capabilities:
     if isinstance(own, Capabilities):
         return own
     return next((found for kind, found in _OF_PYRO if isinstance(loss, kind)), Capabilities())
+
+
+def reads_densities_alone(loss: ELBO) -> bool:
+    """Return whether a loss declares so, or is one of Pyro's of which that is known."""
+    own = getattr(loss, "capabilities", None)
+    if isinstance(own, Capabilities):
+        return own.reads_densities_alone
+    return type(loss) in (Trace_ELBO, RenyiELBO)
 
 
 def elbo_of(loss: Any) -> ELBO | None:

@@ -12,7 +12,7 @@ from pyro.poutine import Trace
 
 from pyro_adaann.annealing.paths import Path
 from pyro_adaann.objectives.base import Objective
-from pyro_adaann.objectives.capabilities import capabilities_of, elbo_of
+from pyro_adaann.objectives.capabilities import capabilities_of, elbo_of, reads_densities_alone
 from pyro_adaann.objectives.nonfinite import drop_broken, limit_gradients
 from pyro_adaann.objectives.traces import traces_seen
 
@@ -77,6 +77,9 @@ class ELBOObjective(Objective):
         self.memory.start_step()
         loss = self._losses[self.is_final]
         elbo = elbo_of(loss)
+        if self.recorder is not None and (elbo is None or not reads_densities_alone(elbo)):
+            kind = type(loss if elbo is None else elbo).__name__
+            self.recorder.give_up(f"a {kind}, which may read more than values and log densities")
         seen = nullcontext() if elbo is None else traces_seen(elbo, self._look, self._source(elbo, *own))
         with self.leniency.block(), seen:
             value = self._calls[self.is_final][is_training](model, guide, *args, **kwargs)

@@ -100,6 +100,7 @@ class TraceMixedKL_ELBO(Trace_ELBO):
             broken_cost=0.0 if is_forward else Capabilities.broken_cost,
             drops_lost=is_forward,
             needs_posterior=True,
+            reads_densities_alone=True,
         )
 
     def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any]:

@@ -4,7 +4,7 @@ For a latent vector z that the guide has drawn, its sites and the model run thro
 handlers and constructors of distributions, the same at every step, between the operations that compute
 something. Here they run once on a vector whose operations are recorded; from then on
 
-.. math:: z \mapsto (\text{values of the guide's sites}, \; \text{log densities of all sites})
+.. math:: z \mapsto (\text{log densities}, \text{values}) \text{ of all sites}
 
 is that list of operations. The draw of z itself, where the parameters are, stays with Pyro, and tempering is
 applied to what comes out.
@@ -94,7 +94,7 @@ class ModelRecord:
             _add_sites(model_trace, of_model, self._of_model)
         for own in self._of_guide:
             site = guide_trace.nodes[own["name"]]
-            site["score_parts"] = ScoreParts(site["log_prob"], 0.0, site["log_prob"])
+            site["score_parts"] = ScoreParts(site["log_prob"], 0, site["log_prob"])
         return model_trace, guide_trace
 
     def _draw(self, elbo: ELBO, tempering: Tempering | None, args: Any, kwargs: Any) -> Trace:
@@ -129,11 +129,10 @@ class ModelRecord:
         return [site for site in sites_of(guide_trace) if site["name"] != self._latent]
 
     def _numbers(self, z: Tensor, elbo: ELBO, args: Any, kwargs: Any) -> list[Tensor]:
-        """Return values and log densities of the guide's sites, and log densities of the model's."""
+        """Return the log densities of all sites, the guide's first, and their values that are tensors."""
         guide_trace, model_trace = self._run(z, elbo, args, kwargs)
-        others = self._others(guide_trace)
-        log_probs = [site["log_prob"] for site in [*others, *sites_of(model_trace)]]
-        return [site["value"] for site in others] + log_probs
+        sites = [*self._others(guide_trace), *sites_of(model_trace)]
+        return [site["log_prob"] for site in sites] + [site["value"] for site in sites if _has_tensor(site)]
 
     def _computed(self, z: Tensor) -> list[Tensor]:
         """Do :meth:`_numbers` by the record."""
@@ -144,14 +143,12 @@ class ModelRecord:
 
     def _filled(self, numbers: list[Tensor]) -> tuple[list[Any], list[Any]]:
         """Return the sites with new numbers, with a scale of one."""
-        num = len(self._of_guide)
-        values, log_probs = numbers[:num], numbers[num:]
-        drawn = {site["name"]: value for site, value in zip(self._of_guide, values, strict=True)}
-        sites = [
-            {**site, "value": drawn.get(site["name"], site["value"]), "log_prob": log_prob, "scale": 1.0}
-            for site, log_prob in zip([*self._of_guide, *self._of_model], log_probs, strict=True)
-        ]
-        return sites[:num], sites[num:]
+        sites = [{**site, "scale": 1.0} for site in [*self._of_guide, *self._of_model]]
+        values = iter(numbers[len(sites) :])
+        for site, log_prob in zip(sites, numbers[: len(sites)], strict=True):
+            site["log_prob"] = log_prob
+            site["value"] = next(values) if _has_tensor(site) else site["value"]
+        return sites[: len(self._of_guide)], sites[len(self._of_guide) :]
 
     def _compare(self, z: Tensor, elbo: ELBO, args: Any, kwargs: Any) -> None:
         """Compare the record with a run.
@@ -163,10 +160,12 @@ class ModelRecord:
             with torch.set_grad_enabled(self._needs_graph):
                 leaf = z.clone().requires_grad_(self._needs_graph)
                 numbers = run(leaf)
-                total = torch.stack([number.sum() for number in numbers]).sum()
+                sums = [number.sum().to(z) for number in numbers if number.is_floating_point()]
+                total = torch.stack(sums).sum()
                 gradient = torch.autograd.grad(total, leaf)[0] if total.requires_grad else torch.zeros_like(z)
             found.append([*numbers, gradient])
-        names = [site["name"] for site in [*self._of_guide, *self._of_guide, *self._of_model]]
+        sites = [*self._of_guide, *self._of_model]
+        names = [site["name"] for site in [*sites, *filter(_has_tensor, sites)]]
         for name, got, expected in zip([*names, "the gradient"], *found, strict=True):
             if not _is_close(got.detach(), expected.detach()):
                 raise CannotRecordError(f"another {name!r}; {self._doubt()} evaluations may have been wrong")
@@ -201,6 +200,10 @@ def _check_traces(guide_trace: Trace, model_trace: Trace, latent: str) -> None:
             raise CannotRecordError(f"site {site['name']!r}, which the guide does not draw")
 
 
+def _has_tensor(site: Any) -> bool:
+    return isinstance(site["value"], Tensor)
+
+
 def _key(args: Any, kwargs: Any) -> list[Any]:
     """Return what the operations depend on besides the latent vector."""
     leaves: list[Any] = []
@@ -223,7 +226,9 @@ def _add_sites(trace: Trace, sites: list[Any], recorded_sites: list[Any]) -> Non
 
 
 def _is_close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
     size = float(torch.where(torch.isfinite(b), b, 0.0).abs().max()) if b.numel() else 0.0
     return torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE * size, equal_nan=True)

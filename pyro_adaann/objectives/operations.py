@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CannotRecordError", "Operations", "recorded"]
+__all__ = ["CannotRecordError", "Operations", "first_line", "recorded"]
 
 Operations = Callable[[Tensor], list[Tensor]]
 

@@ -58,7 +58,7 @@ class ModelRecorder:
                         yield record.traces(elbo, tempering, args, kwargs)
                         return
                 except CannotRecordError as error:
-                    self._give_up(str(error))
+                    self.give_up(str(error))
             for traces in get_traces(tempered, tempered_guide, args, kwargs):
                 self._has_run = True
                 yield traces
@@ -82,11 +82,17 @@ class ModelRecorder:
             raise CannotRecordError("other arguments at most of the steps")
         return None
 
-    def _give_up(self, reason: str) -> None:
+    def give_up(self, reason: str) -> None:
+        """Record nothing from now on, and warn of that once.
+
+        :param reason: what was found, as the end of "got ...".
+        """
+        if self.reason:
+            return
         self.reason = reason
         self._records.clear()
         warnings.warn(
-            f"Expected a model and a guide that do the same operations at every step; got {reason}. From now "
-            f"on they run, as without `record_model`.",
+            f"Expected a model, a guide and a loss that do the same operations at every step; got {reason}. "
+            f"From now on they run, as without `record_model`.",
             stacklevel=2,
         )
