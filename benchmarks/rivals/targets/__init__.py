@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from .base import Target, Truth
 from .bayesian import breast_cancer, brownian_gap, eight_schools
+from .item_response import item_response
 from .odes import hiv, lorenz, lotka_volterra, lynx_hare
 from .simulators import slcp, two_moons
 from .synthetic import (
@@ -37,6 +38,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "lynx and hare": lynx_hare,
     "Lotka-Volterra": lotka_volterra,
     "stochastic volatility, 103-D": stochastic_volatility,
+    "item response, 501-D": item_response,
 }
 #: What ``--quick`` runs.
 QUICK = ("forty modes, 2-D", "funnel, 10-D", "eight schools, centered", "two moons")
