@@ -22,7 +22,7 @@ from pyro_adaann.fitting import decentering
 from pyro_adaann.fitting.attempts import make_guide
 from pyro_adaann.fitting.clock import Clock
 from pyro_adaann.fitting.coordinates import Coordinates
-from pyro_adaann.fitting.decentering import Start, _Choice, choose_coordinates
+from pyro_adaann.fitting.decentering import Start, _Choice, choose_start
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.objectives.one_by_one import one_by_one
 from pyro_adaann.sampling.missing import without_missing
@@ -168,7 +168,7 @@ def test_particles_are_not_run_twice_in_the_same_coordinates(monkeypatch):
     monkeypatch.setattr("pyro_adaann.fitting.attempts.pilot_base", lambda *_: calls.append(1))
     for has_run, count in ((True, 0), (False, 1)):
         start = Start(Coordinates(known_and_unknown, args, {}), None, has_run)
-        monkeypatch.setattr("pyro_adaann.fitting.fit.choose_coordinates", lambda *_, start=start: start)
+        monkeypatch.setattr("pyro_adaann.fitting.fit.choose_start", lambda *_, start=start: start)
         fit(known_and_unknown, *args, seed=0, budget=1e-3, progress_bar=False)
         assert len(calls) == count
 
@@ -207,7 +207,7 @@ def choose(model, *args, seed: int = 0, budget: float | None = None):
     with pyro.get_param_store().scope():
         guide = make_guide(model, {}, args, {})
         with FitProgress(False) as progress, InterruptGuard() as interrupt:
-            return choose_coordinates(model, args, {}, guide, seed, (progress, Clock(budget), interrupt))
+            return choose_start(model, args, {}, guide, seed, (progress, Clock(budget), interrupt))
 
 
 def known_and_unknown(noise: Tensor, y: Tensor):
@@ -539,7 +539,7 @@ def test_an_export_has_the_sites_of_the_model(by_fit):
 
 def test_one_can_go_on_in_the_coordinates_of_the_guide(monkeypatch):
     start = Start(Coordinates(known_and_unknown, (NOISE, Y[:4]), {}, {"theta": torch.zeros(4)}))
-    monkeypatch.setattr("pyro_adaann.fitting.fit.choose_coordinates", lambda *_: start)
+    monkeypatch.setattr("pyro_adaann.fitting.fit.choose_start", lambda *_: start)
     result = fit(known_and_unknown, NOISE, Y[:4], seed=0, budget=1e-3, progress_bar=False)
     assert set(result.svi.guide._unconstrained_shapes) == {"mu", "tau", "theta_decentered"}
     num_steps = result.svi.history.num_steps

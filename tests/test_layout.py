@@ -25,6 +25,7 @@ LAYERS = [
     {"runs", "svi", "natural"},
     {"diagnostics"},
     {"sampling"},
+    {"nested"},
     {"export", "fitting"},
     {"testing"},
 ]

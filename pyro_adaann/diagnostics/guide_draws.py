@@ -35,6 +35,7 @@ from pyro_adaann.objectives.rows import join_rows, most_draws
 from pyro_adaann.objectives.sites import check_scales, common_scale, has_density
 from pyro_adaann.objectives.traces import (
     as_numbers,
+    log_density,
     marginal_log_density,
     per_particle,
     sites_of,
@@ -185,8 +186,8 @@ class GuideDraws:
         if self.enumerated_names:
             log_p = marginal_log_density(model_trace, guide_trace)
         else:
-            log_p = _log_density(model_trace)
-        log_q, scale = _log_density(guide_trace), common_scale(guide_trace)
+            log_p = log_density(model_trace)
+        log_q, scale = log_density(guide_trace), common_scale(guide_trace)
         log_p, log_q = (term.double().reshape(-1).expand(num_samples) / scale for term in (log_p, log_q))
         return DrawBatch(log_p, log_q, guide_trace, model_trace)
 
@@ -292,7 +293,3 @@ def _does_not_vectorize(got: str) -> ValueError:
         f"Expected a model and a guide that run for many draws at once, under an outermost plate; got "
         f"{got}. Pass `vectorize=False`, or let the model index and sum its dimensions from the right."
     )
-
-
-def _log_density(trace: Trace) -> Tensor:
-    return as_numbers(sum(per_particle(site, site["log_prob"]) for site in sites_of(trace)), trace)

@@ -54,6 +54,8 @@ _SMALL_SHARE, _MIN_EFFECT = 0.02, 0.05
 #: Smallest effective sample size for a share, and largest shape of weights that have a mean. A shape says
 #: nothing where the heaviest ten draws together hold a negligible share: the tail is that of equal weights.
 _MIN_ESS, _MAX_SHAPE, _NUM_HEAVIEST, _NEGLIGIBLE_SHARE = 10.0, 1.0, 10, 0.01
+#: Other draws reach what has at least this part of their density, by that of the posterior.
+_MIN_COVER = 1 / 20
 #: A site is named if this part of the share lies outside the range of the guide's draws of the site.
 _NAMED_PART = 0.2
 #: Share of the posterior that a wider base should hold.
@@ -123,11 +125,14 @@ def measure_reach(
     num_samples: int,
     batch_size: int,
     vectorize: bool,
+    also: Callable[[dict[str, Tensor]], Tensor] | None = None,
 ) -> Reach | None:
     """Draw from the guide at several widths and return the share beyond the guide's own draws.
 
     :param num_samples: number of the guide's own draws, whose radius counts. A quarter as many are drawn
         from every base, and again up to seven times while the share is neither negligible nor significant.
+    :param also: log density, at values of all sites, of other draws that the guide's are mixed with: what
+        these reach is not far.
     :return: None if the guide cannot be widened: its densities must be normal or transformed from normal
         ones, as those of Pyro's autoguides and of the flow guides are.
     """
@@ -146,7 +151,8 @@ def measure_reach(
     num_each = math.ceil(_ROUND * num_samples)
     for _ in range(_MAX_ROUNDS):
         for index, wider in enumerate(draws):
-            found += [_draw(wider, batch, index, widenings) for batch in wider.batches(num_each, batch_size)]
+            batches = wider.batches(num_each, batch_size)
+            found += [_draw(wider, batch, index, widenings, also) for batch in batches]
         reach = _summarize(_concatenate(found), num_samples)
         if reach.is_significant or reach.share <= _MIN_SHARE:
             break
@@ -161,6 +167,7 @@ class _Draws:
     :param log_weights: shape ``(n,)``.
     :param square: squared radius in the base, likewise.
     :param largest: square of the coordinate that is farthest out, likewise.
+    :param log_cover: log density of other draws over that of the model, likewise.
     :param dim: number of coordinates of the base.
     :param values: values of the latent sites, each ``(n, k)``.
     """
@@ -169,26 +176,33 @@ class _Draws:
     log_weights: Tensor
     square: Tensor
     largest: Tensor
+    log_cover: Tensor
     dim: int
     values: dict[str, Tensor]
 
 
-def _draw(draws: GuideDraws, batch: DrawBatch, index: int, widenings: list[Widening]) -> _Draws:
+def _draw(
+    draws: GuideDraws,
+    batch: DrawBatch,
+    index: int,
+    widenings: list[Widening],
+    also: Callable[[dict[str, Tensor]], Tensor] | None,
+) -> _Draws:
     num = len(batch.log_p)
     square = squares(batch.guide_trace, num)
     terms = torch.stack([widening.log_density(square) for widening in widenings])
     log_mixture = batch.log_q - terms[index] + terms.logsumexp(0) - math.log(len(widenings))
-    values = {
-        name: draws.values(batch.guide_trace, name, num).reshape(num, -1) for name in draws.latent_names
-    }
+    values = {name: draws.values(batch.guide_trace, name, num) for name in draws.latent_names}
     total = square.sum(-1)
+    log_other = torch.full_like(total, -torch.inf) if also is None else also(values).to(total)
     return _Draws(
         torch.full_like(total, index == 0, dtype=torch.bool),
         finite_or_no_weight(batch.log_p - log_mixture),
         total,
         square.amax(-1),
+        (log_other - batch.log_p).nan_to_num(-torch.inf),
         square.shape[-1],
-        values,
+        {name: value.reshape(num, -1) for name, value in values.items()},
     )
 
 
@@ -199,6 +213,7 @@ def _concatenate(parts: list[_Draws]) -> _Draws:
         torch.cat([part.log_weights for part in parts]),
         torch.cat([part.square for part in parts]),
         torch.cat([part.largest for part in parts]),
+        torch.cat([part.log_cover for part in parts]),
         parts[0].dim,
         values,
     )
@@ -208,6 +223,7 @@ def _summarize(draws: _Draws, num_samples: int) -> Reach:
     log_weights, dim = draws.log_weights, draws.dim
     level = 1 - 1 / num_samples
     is_far = (draws.square > _chi_square(level, dim)) | (draws.largest > _largest_square(level, dim))
+    is_far &= draws.log_cover + log_mean_weight(log_weights) < math.log(_MIN_COVER)
     share = float(weighted_mean(is_far.double(), log_weights))
     weights = log_weights.softmax(0)
     se = float((weights * (is_far.double() - share)).square().sum().sqrt())

@@ -36,7 +36,7 @@ from pyro_adaann.sampling.density import UnconstrainedModel
 from pyro_adaann.sampling.result import SMCResult
 from pyro_adaann.state.random_states import get_random_states, set_random_states
 
-__all__ = ["Start", "choose_coordinates"]
+__all__ = ["Start", "choose_start"]
 
 #: By how many nats a posterior has to come closer to a normal one. All numbers are decentered where none is
 #: closer by so much: else a percent or two may lie in the neck of a funnel, where no moment shows them. Forty
@@ -59,14 +59,16 @@ class Start(NamedTuple):
     :param coordinates: in which it is fitted.
     :param base: where a guide of many latents starts there, if particles are at hand.
     :param has_run: whether there have been particles in these coordinates: none for the base, if it is None.
+    :param particles: these, in these coordinates.
     """
 
     coordinates: Coordinates
     base: tuple[Tensor, Tensor] | None = None
     has_run: bool = False
+    particles: SMCResult | None = None
 
 
-def choose_coordinates(
+def choose_start(
     model: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -74,10 +76,10 @@ def choose_coordinates(
     seed: int | None,
     watch: Watch,
 ) -> Start:
-    """Return the coordinates in which a model is to be fitted.
+    """Return the coordinates in which a model is to be fitted, with particles where these are of use.
 
-    They are its own for a model without sites of a variable scale, or with discrete ones, and where there are
-    no particles to tell (:func:`~pyro_adaann.fitting.pilot.run_particles`).
+    The coordinates are its own for a model without sites of a variable scale, or with discrete ones, and
+    where there are no particles to tell (:func:`~pyro_adaann.fitting.pilot.run_particles`).
 
     :param guide: of the model, for the order of its unconstrained numbers.
     :param seed: of the particles.
@@ -85,18 +87,21 @@ def choose_coordinates(
     """
     own = Coordinates(model, args, kwargs)
     shapes = _sites_of_variable_scale(model, args, kwargs)
-    if not shapes:
+    if not (shapes or has_pilot(guide.latent_dim)):
         return Start(own)
-    watch[0].phase("coordinates")
+    watch[0].phase("coordinates" if shapes else "particles")
     result = run_particles(model, args, kwargs, guide.latent_dim, seed, watch)
     if result is None:
         return Start(own, has_run=True)
+    if not shapes:
+        return Start(own, base_at(result), has_run=True, particles=result)
     try:
         centered, result = _choose(own, guide, shapes, result)
     except (ValueError, RuntimeError):  # no finite moments
         return Start(own)
     base = base_at(result) if has_pilot(guide.latent_dim) else None
-    return Start(Coordinates(model, args, kwargs, centered), base, base is not None or not centered)
+    has_run = base is not None or not centered
+    return Start(Coordinates(model, args, kwargs, centered), base, has_run, result)
 
 
 def _sites_of_variable_scale(

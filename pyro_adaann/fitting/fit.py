@@ -10,9 +10,8 @@ import pyro
 
 from pyro_adaann.checks import check_count
 from pyro_adaann.diagnostics.model_and_guide import plate_nesting
-from pyro_adaann.diagnostics.rules import Level
+from pyro_adaann.fitting.assemble import result_of_attempts, result_without_flow
 from pyro_adaann.fitting.attempts import (
-    BATCH_SIZE,
     Attempt,
     End,
     Plan,
@@ -22,17 +21,15 @@ from pyro_adaann.fitting.attempts import (
     takes_long,
 )
 from pyro_adaann.fitting.clock import Clock
-from pyro_adaann.fitting.combine import choose, judge, summary_findings, tail_findings
-from pyro_adaann.fitting.compare import Agreement, compare_fits
 from pyro_adaann.fitting.coordinates import Coordinates
-from pyro_adaann.fitting.decentering import Start, choose_coordinates
-from pyro_adaann.fitting.mixture import alone, weigh_guides
+from pyro_adaann.fitting.decentering import Start, choose_start
+from pyro_adaann.fitting.direct import fit_directly
 from pyro_adaann.fitting.models import check_model, for_many_draws
-from pyro_adaann.fitting.moments import measure_moments
+from pyro_adaann.fitting.necks import Nested, complete, find_nested
 from pyro_adaann.fitting.pilot import Watch, has_pilot
 from pyro_adaann.fitting.plans import NUM_PARTICLES, next_plan
 from pyro_adaann.fitting.progress import FitProgress
-from pyro_adaann.fitting.result import FitResult, FitSummary
+from pyro_adaann.fitting.result import FitResult
 from pyro_adaann.sampling.missing import without_missing
 from pyro_adaann.state.interrupt import InterruptGuard
 from pyro_adaann.state.random_states import get_random_states, set_random_states
@@ -113,16 +110,24 @@ def fit(
                 model = for_many_draws(model, guide, args, kwargs)
                 watch, is_slow = (progress, clock, interrupt), takes_long(model, trace)
                 start = Start(Coordinates(model, args, kwargs))
-                # Particles of few latents are for this alone: not where they take minutes.
+                # Particles of few latents are for coordinates alone: not where they take minutes.
                 if has_pilot(guide.latent_dim) or not is_slow:
-                    start = choose_coordinates(model, args, kwargs, guide, seed, watch)
+                    start = choose_start(model, args, kwargs, guide, seed, watch)
             size = _Size(plate_nesting(trace), NUM_PARTICLES, _NUM_SAMPLES)
             if is_slow:
                 few = few_draws_of_step(guide.latent_dim, NUM_PARTICLES)
                 size = size._replace(num_particles=few, num_samples=_FEW_SAMPLES)
-            attempts = _Fitter(start, size, watch).run(seed, num_fits)
+            if start.particles is not None and has_pilot(guide.latent_dim) and num_fits is None:
+                progress.phase("draws")
+                direct = fit_directly(start.coordinates, start.particles, size.num_samples)
+                if direct is not None:
+                    return result_without_flow(model, start.coordinates, direct, clock)
+            fitter = _Fitter(start, size, watch)
+            attempts = fitter.run(seed, num_fits)
             progress.phase("draws")
-            return _result(model, start.coordinates, attempts, size.num_samples, clock)
+            return result_of_attempts(
+                model, start.coordinates, attempts, fitter.nested, size.num_samples, clock
+            )
     finally:
         if random is not None:
             set_random_states(random)
@@ -153,21 +158,25 @@ class _Fitter:
         self._start, self._coordinates = start, start.coordinates
         self._size = size
         self._watch = watch
+        #: The best nested Laplace approximation so far.
+        self.nested: Nested | None = None
 
     def run(self, seed: int | None, num_fits: int | None) -> list[Attempt]:
         """Return all attempts, the first one first."""
         base, is_started = self._start.base, self._start.has_run
         plan = Plan(seed, {}, self._size.num_particles, start=base, is_started=is_started)
         attempts = [self._attempt(plan, "fit 1")]
+        self._look(attempts[-1])
         while self._goes_on(attempts):
             following = next_plan(attempts, seed, num_fits)
-            if following is None:
+            if following is None or (num_fits is None and self._is_witnessed(attempts[-1])):
                 break
             plan = following
             is_wider = plan.widths != attempts[-1].plan.widths
             try:
                 name = f"fit {len(attempts) + 1}{', wider base' if is_wider else ''}"
                 attempts.append(self._attempt(plan, name))
+                self._look(attempts[-1])
             except ValueError as error:
                 warnings.warn(f"One more fit has failed, and is left out ({error}).", stacklevel=3)
                 break
@@ -177,6 +186,23 @@ class _Fitter:
         """Whether nobody has stopped it, and there is time for an attempt like the last one."""
         last, clock = attempts[-1], self._watch[1]
         return last.end is End.DONE and not self._watch[2].requested and clock.has(last.seconds)
+
+    def _look(self, attempt: Attempt) -> None:
+        """Look for a nested Laplace approximation, unless there is a good one or the time is over."""
+        if attempt.end is not End.DONE or (self.nested is not None and self.nested.is_witness):
+            return
+        found = find_nested(self._coordinates, attempt)
+        if found is not None and (self.nested is None or found.share > self.nested.share):
+            self.nested = found
+
+    def _is_witnessed(self, attempt: Attempt) -> bool:
+        """Whether an attempt and a nested Laplace approximation that is near the posterior are usable."""
+        if self.nested is None or not self.nested.is_witness:
+            return False
+        found, guide = attempt.diagnosis, attempt.svi.guide
+        num, own = self._size.num_samples, self._coordinates
+        completed = complete(own, self.nested, [guide], guide, attempt.moments, found, num)
+        return completed is not None and completed.is_usable
 
     def _attempt(self, plan: Plan, name: str) -> Attempt:
         own = self._coordinates
@@ -191,53 +217,3 @@ class _Fitter:
             name,
             own.restore,
         )
-
-
-def _result(
-    model: Callable[..., Any],
-    coordinates: Coordinates,
-    attempts: list[Attempt],
-    num_samples: int,
-    clock: Clock,
-) -> FitResult:
-    args, kwargs = coordinates.args, coordinates.kwargs
-    chosen = choose(attempts)
-    guides = [attempt.svi.guide for attempt in chosen]
-    if len(chosen) == 1:
-        mixture = alone(chosen[0].draws)
-    else:
-        mixture = weigh_guides(coordinates.model, guides, args, kwargs, num_samples, BATCH_SIZE)
-        mixture = mixture._replace(draws=coordinates.restore(mixture.draws))
-    moments = measure_moments(mixture.draws.samples, mixture.draws.log_weights)
-    diagnosis, remarks = judge(chosen, mixture.log_weights, moments)
-    agreements = dict(zip(map(id, chosen), compare_fits(mixture.draws, mixture.own_log_weights), strict=True))
-    if diagnosis.level <= Level.USABLE_WITH_WEIGHTS:
-        remarks = [*remarks, *tail_findings([moments, *(attempt.moments for attempt in chosen)])]
-    best = max(chosen, key=lambda a: a.diagnosis.ess)
-    return FitResult(
-        draws=mixture.draws,
-        diagnosis=diagnosis,
-        remarks=(*remarks, *summary_findings(attempts)),
-        fits=tuple(_summarize(attempt, agreements.get(id(attempt))) for attempt in attempts),
-        seconds=clock.passed,
-        guides=tuple(guides),
-        svi=best.svi,
-        call=(model, args, kwargs),
-        centered=coordinates.centered,
-    )
-
-
-def _summarize(attempt: Attempt, agreement: Agreement | None) -> FitSummary:
-    diagnosis = attempt.diagnosis
-    share, difference, where = agreement or (None, None, "")
-    return FitSummary(
-        log_evidence=diagnosis.log_evidence,
-        log_evidence_se=diagnosis.log_evidence_se,
-        headline=diagnosis.level.headline,
-        width=max(attempt.plan.widths.values(), default=1.0),
-        num_steps=attempt.svi.history.num_steps,
-        seconds=attempt.seconds,
-        share=share,
-        difference=difference,
-        where=where,
-    )

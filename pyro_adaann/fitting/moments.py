@@ -51,12 +51,14 @@ class Moments(NamedTuple):
     log_sd_se: Tensor
     is_determined: Tensor
 
-    def lacks(self, other: Moments) -> str:
+    def lacks(self, other: Moments, noticeable: float = _NOTICEABLE) -> str:
         """Return the number that is surely other in another fit, which goes further; empty if none is.
 
         A fit that lacks a tail has an sd that is too small, never one that is too large: where sds differ,
         the fit with the smaller one lacks something. Where means differ, both may. A number whose sd neither
         of them determines is not compared.
+
+        :param noticeable: differences of means in sds, and of logs of sds, that matter.
         """
         errors = NormalDist().inv_cdf(1 - _FALSE_ALARMS / (2 * len(self.names)))
         scale = torch.maximum(self.sd, other.sd)
@@ -65,8 +67,8 @@ class Moments(NamedTuple):
         growth = other.sd.log() - self.sd.log()
         growth_se = torch.hypot(self.log_sd_se, other.log_sd_se)
         excess = torch.maximum(
-            shift - (errors * shift_se).clamp(min=_NOTICEABLE),
-            growth - (errors * growth_se).clamp(min=_NOTICEABLE),
+            shift - (errors * shift_se).clamp(min=noticeable),
+            growth - (errors * growth_se).clamp(min=noticeable),
         )
         is_constant = scale <= _CONSTANT * torch.maximum(self.mean.abs(), other.mean.abs())
         is_compared = (self.is_determined | other.is_determined) & ~is_constant

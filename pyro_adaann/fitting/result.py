@@ -8,6 +8,7 @@ import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import pyro
@@ -22,7 +23,7 @@ from pyro_adaann.fitting.chains import export_by_fit
 from pyro_adaann.fitting.coordinates import Coordinates
 from pyro_adaann.fitting.models import for_many_draws
 from pyro_adaann.fitting.predictions import predict
-from pyro_adaann.fitting.storage import read_result, write_result
+from pyro_adaann.fitting.storage import Guide, read_result, write_result
 from pyro_adaann.fitting.stored import StoredDraws, draws_by_guide
 from pyro_adaann.fitting.summary import FitSummary, site_rows
 from pyro_adaann.guides.base import AutoFlow
@@ -45,7 +46,8 @@ class FitResult:
     :param remarks: what else the verdict says, of several fits and of an early end.
     :param fits: what every fit found, the first one first.
     :param seconds: how long all of it took.
-    :param guides: the guides whose draws they are, each with the same number of draws.
+    :param guides: the guides whose draws they are, each with the same number of draws: those of the fits
+        and, where these lack the end of a neck, a nested Laplace approximation of the posterior.
     :param svi: the driver of the best of these, for those who want to go on; None after :meth:`load`.
     :param call: model and arguments; None after :meth:`load` without a model.
     :param centered: for sites of which guides have numbers decentered, a tensor of the site's shape that is 0
@@ -71,7 +73,7 @@ class FitResult:
     remarks: tuple[Finding, ...]
     fits: tuple[FitSummary, ...]
     seconds: float
-    guides: tuple[AutoFlow, ...] = ()
+    guides: tuple[Guide, ...] = ()
     svi: AdaAnnSVI | None = None
     call: Call | None = field(default=None)
     centered: dict[str, Tensor] = field(default_factory=dict)
@@ -181,6 +183,8 @@ class FitResult:
                 if self.centered:
                     coordinates = Coordinates(model, own_args, own_kwargs, self.centered)
                     guides = draws_by_guide(coordinates, self.guides, self.draws)
+                fitted = [isinstance(guide, AutoFlow) for guide in self.guides]
+                guides = list(compress(guides, fitted))
                 data = export_by_fit(model, guides, own_args, own_kwargs, settings)
             elif len(self.guides) == 1 and not self.centered:
                 svi = (model, self.guides[0]) if self.svi is None else self.svi

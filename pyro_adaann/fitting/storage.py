@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyro
 import torch
@@ -23,12 +23,15 @@ from pyro_adaann.fitting.summary import FitSummary
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.continuous import continuous_part
 from pyro_adaann.guides.spline import AutoSpline
+from pyro_adaann.nested.guide import NestedGuide
 from pyro_adaann.objectives.lenient import run_leniently
 from pyro_adaann.state.checkpoint import read_checkpoint, write_checkpoint
 from pyro_adaann.state.rungs import Rung
 
-__all__ = ["read_result", "write_result"]
+__all__ = ["Guide", "read_result", "write_result"]
 
+#: What the draws of a result are of.
+Guide: TypeAlias = AutoFlow | NestedGuide
 #: Tells a result from the checkpoint of a fit.
 _KIND = "FitResult"
 
@@ -41,7 +44,7 @@ def write_result(
     remarks: Sequence[Finding],
     fits: Sequence[FitSummary],
     seconds: float,
-    guides: Sequence[AutoFlow],
+    guides: Sequence[Guide],
     centered: Mapping[str, Tensor],
 ) -> None:
     """Write the fields of a result, whole or not at all."""
@@ -63,7 +66,7 @@ def read_result(
     model: Callable[..., Any] | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> tuple[dict[str, Any], list[AutoFlow]]:
+) -> tuple[dict[str, Any], list[Guide]]:
     """Return the fields of a result, and its guides if there is a model to make them for.
 
     :raises ValueError: if it is no result, or one of another model.
@@ -119,7 +122,9 @@ def _guide(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     state: dict[str, Any],
-) -> AutoFlow:
+) -> Guide:
+    if NestedGuide.is_state(state):
+        return NestedGuide.of_state(model, state)
     guide = AutoSpline(continuous_part(model)).initialize(*args, **kwargs)
     # One that starts at a full covariance has a last part that others have not.
     factor = next((value for name, value in state.items() if name.endswith(".start_factor")), None)

@@ -15,7 +15,7 @@ from pyro import poutine
 
 from pyro_adaann.diagnostics.importance import WeightedDraws
 from pyro_adaann.fitting.coordinates import Coordinates
-from pyro_adaann.guides.base import AutoFlow
+from pyro_adaann.fitting.storage import Guide
 from pyro_adaann.objectives.lenient import run_leniently
 
 __all__ = ["StoredDraws", "draws_by_guide"]
@@ -67,7 +67,7 @@ class StoredDraws:
 
 
 def draws_by_guide(
-    coordinates: Coordinates, guides: Sequence[AutoFlow], draws: WeightedDraws
+    coordinates: Coordinates, guides: Sequence[Guide], draws: WeightedDraws
 ) -> list[StoredDraws]:
     """Return what draws the sites of a model as each of the guides does that fit it in other coordinates.
 

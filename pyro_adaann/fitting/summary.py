@@ -26,7 +26,7 @@ class FitSummary:
     :param log_evidence_se: the standard error.
     :param headline: the first words of its verdict.
     :param width: how many times as wide as that of the prior its base was.
-    :param num_steps: how many steps it took.
+    :param num_steps: how many steps it took; 0 for a nested Laplace approximation, without a flow.
     :param seconds: how long it took.
     :param share: how much it holds of what all fits hold together; None if its draws are left out.
     :param difference: largest difference of a distribution function from that of all fits together, as a
@@ -58,9 +58,10 @@ class FitSummary:
 
     def __str__(self) -> str:
         base = "" if self.width == 1 else f", base {rounded(self.width, 2)} times as wide"
+        steps = f"{self.num_steps} steps" if self.num_steps else "without a flow"
         text = (
             f"{self.headline}, log evidence {nats(self.log_evidence)} +- {nats(self.log_evidence_se)}, "
-            f"{self.num_steps} steps, {rounded(self.seconds)} s{base}"
+            f"{steps}, {rounded(self.seconds)} s{base}"
         )
         if self.share is None or self.difference is None:
             return f"{text}; left out"

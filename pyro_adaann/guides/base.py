@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyro_adaann.checks import check_count, learning_sites
 from pyro_adaann.guide_status import warn_of_draws
 from pyro_adaann.guides.continuous import check_whole_plates, no_latents_in_loops
+from pyro_adaann.guides.latents import constrained, log_prob_at
 from pyro_adaann.guides.prior import prior_base
 from pyro_adaann.guides.quantile_net import normal_net, quantiles_of_columns
 from pyro_adaann.guides.stored import check_initialized, check_store
@@ -189,7 +189,7 @@ class AutoFlow(AutoContinuous):
         self.initialize(*args, **kwargs)
         levels = self._base_loc.new_tensor([0.5])
         middle = quantiles_of_columns(self._quantile_points(), levels)
-        return {site["name"]: value[0] for site, _, value in self._constrain(middle)}
+        return {site["name"]: value[0] for site, _, value in constrained(self, middle)}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -212,7 +212,7 @@ class AutoFlow(AutoContinuous):
             site["name"]: quantiles_of_columns(value.reshape(len(value), -1), levels).reshape(
                 -1, *value.shape[1:]
             )
-            for site, _, value in self._constrain(latents)
+            for site, _, value in constrained(self, latents)
         }
 
     @torch.no_grad()
@@ -232,7 +232,7 @@ class AutoFlow(AutoContinuous):
         posterior = self.get_posterior(*args, **kwargs)
         sizes = [min(batch_size, num_samples - i) for i in range(0, num_samples, batch_size)]
         latents = torch.cat([posterior.sample(torch.Size([size])) for size in sizes])
-        return {site["name"]: value for site, _, value in self._constrain(latents)}
+        return {site["name"]: value for site, _, value in constrained(self, latents)}
 
     def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         r"""Return the log density of the guide at any values of the latent variables.
@@ -244,28 +244,7 @@ class AutoFlow(AutoContinuous):
         :return: shape ``(num_draws,)``, in the coordinates of the model.
         :raises ValueError: if a site is missing.
         """
-        posterior = self.get_posterior(*args, **kwargs)
-        sites = [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
-        missing = [site["name"] for site in sites if site["name"] not in values]
-        if missing:
-            raise ValueError(f"Expected values of all latent variables; got none of {', '.join(missing)}.")
-        parts = [biject_to(site["fn"].support).inv(values[site["name"]]) for site in sites]
-        latents = torch.cat([part.reshape(len(part), -1) for part in parts], dim=-1)
-        log_prob = posterior.log_prob(latents)
-        for site, unconstrained, value in self._constrain(latents):
-            transform = biject_to(site["fn"].support)
-            log_jacobian = transform.log_abs_det_jacobian(unconstrained, value)
-            log_prob = log_prob - log_jacobian.reshape(len(latents), -1).sum(-1)
-        return log_prob
-
-    def _constrain(self, latents: Tensor) -> Iterator[tuple[Any, Tensor, Tensor]]:
-        """Yield every site with its values of ``latents``, ``(n, latent_dim)``: free, constrained."""
-        position = 0
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
-            shape = self._unconstrained_shapes[name]
-            column = latents[:, position : position + shape.numel()].reshape(-1, *shape)
-            position += shape.numel()
-            yield site, column, biject_to(site["fn"].support)(column)
+        return log_prob_at(self, self.get_posterior(*args, **kwargs), values)
 
     def _quantile_points(self) -> Tensor:
         """Return the images of a low-discrepancy sample of the base, the same in every call."""

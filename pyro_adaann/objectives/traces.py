@@ -36,6 +36,7 @@ __all__ = [
     "check_full_plates",
     "draw_log_factors",
     "finite_log_weights",
+    "log_density",
     "log_factors",
     "log_weights",
     "marginal_log_density",
@@ -45,6 +46,9 @@ __all__ = [
     "traces_seen",
     "with_num_particles",
 ]
+
+#: Last digit of a log density, in nats, from which on it says nothing.
+_MAX_ROUNDING = 100.0
 
 #: Makes pairs of traces of a model and a guide, given an ELBO's own way to make them, the two, and their
 #: arguments.
@@ -101,6 +105,21 @@ def as_numbers(total: Tensor | float, trace: Trace) -> Tensor:
     """Return a sum over sites, a plain number if there were none, flat and on the device of a trace."""
     device = next((site["value"].device for site in sites_of(trace)), None)
     return torch.as_tensor(total, device=device).reshape(-1)
+
+
+def log_density(trace: Trace) -> Tensor:
+    """Return the log density of all sites, flat, one number for each particle.
+
+    It is not a number where a term is so large that in its precision its last digit is a hundred nats and
+    more. Far away two such terms, of a prior and of a likelihood, may leave nothing but rounding, which looks
+    like a place of immense density.
+    """
+    terms = [per_particle(site, site["log_prob"]) for site in sites_of(trace)]
+    total = as_numbers(sum(terms), trace)
+    for term in terms:
+        last_digit = as_numbers(term.detach(), trace).abs() * torch.finfo(term.dtype).eps
+        total = torch.where(last_digit > _MAX_ROUNDING, torch.nan, total)
+    return total
 
 
 def log_factors(tempering: Tempering, model_trace: Trace, guide_trace: Trace) -> Tensor | None:
