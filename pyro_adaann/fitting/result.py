@@ -183,8 +183,8 @@ class FitResult:
                 if self.centered:
                     coordinates = Coordinates(model, own_args, own_kwargs, self.centered)
                     guides = draws_by_guide(coordinates, self.guides, self.draws)
-                fitted = [isinstance(guide, AutoFlow) for guide in self.guides]
-                guides = list(compress(guides, fitted))
+                is_flow = [isinstance(guide, AutoFlow) for guide in self.guides]
+                guides = list(compress(guides, is_flow)) or guides
                 data = export_by_fit(model, guides, own_args, own_kwargs, settings)
             elif len(self.guides) == 1 and not self.centered:
                 svi = (model, self.guides[0]) if self.svi is None else self.svi
