@@ -353,8 +353,8 @@ def test_one_mode_of_two_is_not_taken_for_the_posterior():
 
 def test_a_lost_mode_that_particles_have_is_seen(monkeypatch):
     # The same with the search started at one mode alone: its share counts, and what it misses tells.
-    from pyro_adaann.fitting.necks import search
     from pyro_adaann.fitting.coordinates import Coordinates
+    from pyro_adaann.fitting.necks import search
 
     model = two_modes()
     torch.manual_seed(0)
@@ -374,8 +374,8 @@ def test_a_lost_mode_that_particles_have_is_seen(monkeypatch):
 
 
 def test_a_model_without_gradient_has_no_approximation():
-    from pyro_adaann.fitting.necks import search
     from pyro_adaann.fitting.coordinates import Coordinates
+    from pyro_adaann.fitting.necks import search
 
     def model():
         z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
