@@ -323,6 +323,16 @@ def test_a_result_without_flow_does_all_that_results_do(without_flow, tmp_path):
     assert loaded.to_arviz(num_samples=50)["posterior"]["mean"].shape == (1, 50)
 
 
+def test_the_same_seed_gives_the_same_result_without_flow(without_flow):
+    result, y = without_flow
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    again = fit(effects, y, seed=0, progress_bar=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert again.log_evidence == result.log_evidence
+    assert torch.equal(again.draws.samples["effect"], result.draws.samples["effect"])
+
+
 def test_flows_are_fitted_where_they_are_asked_for(without_flow):
     _, y = without_flow
     result = fit(effects, y, seed=0, num_fits=1, budget=3.0, progress_bar=False)

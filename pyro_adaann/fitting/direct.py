@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import pyro
+
 from pyro_adaann.diagnostics.diagnose import statistics
 from pyro_adaann.diagnostics.guide_draws import GuideDraws
 from pyro_adaann.diagnostics.importance import WeightedDraws, weigh_draws
@@ -46,13 +48,18 @@ class Direct(NamedTuple):
     remark: Finding
 
 
-def fit_directly(coordinates: Coordinates, particles: SMCResult, num_samples: int) -> Direct | None:
+def fit_directly(
+    coordinates: Coordinates, particles: SMCResult, num_samples: int, seed: int | None = None
+) -> Direct | None:
     """Return a fit by a nested Laplace approximation, None where it is not good or lacks a part.
 
     :param coordinates: in which the model is fitted.
     :param particles: of the posterior, in these coordinates.
     :param num_samples: draws.
+    :param seed: of them; None to go on with torch's generator as it is.
     """
+    if seed is not None:
+        pyro.set_rng_seed(seed)
     nested = search(coordinates, particles.unconstrained.double(), particles.log_weights)
     if nested is None or not nested.is_witness:
         return None

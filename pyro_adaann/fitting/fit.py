@@ -119,7 +119,7 @@ def fit(
                 size = size._replace(num_particles=few, num_samples=_FEW_SAMPLES)
             if start.particles is not None and has_pilot(guide.latent_dim) and num_fits is None:
                 progress.phase("draws")
-                direct = fit_directly(start.coordinates, start.particles, size.num_samples)
+                direct = fit_directly(start.coordinates, start.particles, size.num_samples, seed)
                 if direct is not None:
                     return result_without_flow(model, start.coordinates, direct, clock)
             fitter = _Fitter(start, size, watch)

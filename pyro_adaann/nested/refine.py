@@ -22,6 +22,9 @@ from pyro_adaann.weights import effective_sample_size
 
 __all__ = ["refined"]
 
+#: Of the covariance: tails of a proposal must not be too light.
+_WIDER = 1.1
+
 
 def refined(nested: NestedLaplace, z: Tensor, log_weights: Tensor) -> NestedLaplace | None:
     """Return the approximation with the moments of draws; None if too few of them count.
@@ -38,7 +41,9 @@ def refined(nested: NestedLaplace, z: Tensor, log_weights: Tensor) -> NestedLapl
     mean = weights @ e
     centered = e - mean
     scatter = (weights.unsqueeze(1) * centered).T @ centered
-    factor, failed = torch.linalg.cholesky_ex(keep * scatter + (1 - keep) * torch.eye(k).to(scatter))
+    factor, failed = torch.linalg.cholesky_ex(
+        _WIDER * (keep * scatter + (1 - keep) * torch.eye(k).to(scatter))
+    )
     if failed or not factor.isfinite().all():
         return None
     loc = nested.loc + nested.factor @ (keep * mean)

@@ -32,6 +32,8 @@ _MOST_LATENTS = 200
 _NUM_TRIED, _GOOD, _LEAST = 8000, 0.5, 0.01
 #: How often one that is not good is moved to the moments of its draws.
 _NUM_REFINED = 8
+#: Below this part of the best share there is no more hope.
+_HOPELESS = 0.3
 #: Part of the posterior's density that an approximation has to have.
 _MIN_COVER = 1 / 100
 
@@ -72,12 +74,16 @@ def find_nested_laplace(
         return None
     if best.share <= _GOOD:
         best = search.best(best, best.z, best.log_weights) or best
-    for _ in range(_NUM_REFINED):
-        moved = None if best.share > _GOOD else refined(best.density, best.z, best.log_weights)
-        better = None if moved is None else search.try_out(moved)
-        if better is None or better.share <= best.share:
+    latest = best
+    for _ in range(_NUM_REFINED if best.share <= _GOOD else 0):
+        moved = refined(latest.density, latest.z, latest.log_weights)
+        if moved is None:
             break
-        best = better
+        # One that is not better by chance, or for once, is the way to others.
+        latest = search.try_out(moved)
+        best = max(best, latest, key=lambda tried: tried.share)
+        if latest.share > _GOOD or latest.share < _HOPELESS * best.share:
+            break
     return Found(best.density, best.share, search.missed(best, z, log_weights))
 
 
