@@ -405,6 +405,47 @@ def test_a_model_without_gradient_has_no_approximation():
     )  # gradients that are wrong make a bad proposal, no wrong density
 
 
+def test_a_log_density_of_nothing_but_rounding_is_no_number():
+    from pyro import poutine
+
+    from pyro_adaann.objectives.traces import log_density
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0), obs=x)
+        pyro.factor("rest", z.square() / 2 - z.abs())
+
+    for dtype, is_number in ((torch.float32, False), (torch.float64, True)):
+        trace = poutine.trace(model).get_trace(torch.tensor(3e7, dtype=dtype))
+        trace.compute_log_prob()
+        assert bool(log_density(trace).isfinite()) == is_number
+    trace = poutine.trace(model).get_trace(torch.tensor(30.0))
+    trace.compute_log_prob()
+    assert float(log_density(trace)) == pytest.approx(-30.0 - 0.919, abs=0.01)
+
+
+def test_what_other_draws_reach_is_not_out_of_reach():
+    from pyro.infer.autoguide import AutoNormal
+
+    from pyro_adaann.diagnostics.reach import measure_reach
+
+    def model():
+        pyro.sample("z", dist.StudentT(3.0, torch.zeros(2), 1.0).to_event(1))
+
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    guide = AutoNormal(model, init_scale=0.5)
+    short = measure_reach(model, guide, (), {}, 2000, 1000, True)
+    assert short.is_short
+    wide = dist.StudentT(3.0, torch.zeros(2), 1.0).to_event(1)
+    also = measure_reach(model, guide, (), {}, 2000, 1000, True, lambda values: wide.log_prob(values["z"]))
+    assert also.share == 0.0
+    narrow = dist.Normal(torch.zeros(2), 0.2).to_event(1)
+    neither = measure_reach(
+        model, guide, (), {}, 2000, 1000, True, lambda values: narrow.log_prob(values["z"])
+    )
+    assert neither.is_short
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_eight_schools_as_one_site_are_exact(seed):

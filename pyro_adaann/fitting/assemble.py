@@ -48,7 +48,7 @@ def result_of_attempts(
     moments = measure_moments(mixture.draws.samples, mixture.draws.log_weights)
     diagnosis, remarks = judge(chosen, mixture.log_weights, moments)
     best = max(chosen, key=lambda a: a.diagnosis.ess)
-    completed = None
+    completed, is_witnessed = None, nested is not None and nested.is_witness
     if nested is not None:
         guide = best.svi.guide
         completed = complete(coordinates, nested, guides, guide, moments, diagnosis, num_samples)
@@ -60,7 +60,9 @@ def result_of_attempts(
         zip(map(id, chosen), compare_fits(mixture.draws, mixture.own_log_weights[: len(chosen)]), strict=True)
     )
     if diagnosis.level <= Level.USABLE_WITH_WEIGHTS:
-        remarks = [*remarks, *tail_findings([moments, *(attempt.moments for attempt in chosen)])]
+        # Tails that the fits alone do not determine, a witness may.
+        others = [] if completed is not None and is_witnessed else [attempt.moments for attempt in chosen]
+        remarks = [*remarks, *tail_findings([moments, *others])]
     return FitResult(
         draws=mixture.draws,
         diagnosis=diagnosis,

@@ -29,7 +29,9 @@ __all__ = ["Found", "find_nested_laplace"]
 _MOST_LATENTS = 200
 #: Draws that tell how good an approximation is; the share of them that counts from which no other is tried,
 #: and with less than which there is none.
-_NUM_TRIED, _GOOD, _LEAST = 8000, 0.5, 0.01
+_NUM_TRIED, _GOOD, _LEAST = 2000, 0.5, 0.01
+#: Draws that choose coordinates and move an approximation, and share of the posterior that it may miss then.
+_NUM_DRAWS, _MAX_MISSED = 8000, 0.2
 #: How often one that is not good is moved to the moments of its draws.
 _NUM_REFINED = 8
 #: Below this part of the best share there is no more hope.
@@ -73,6 +75,10 @@ def find_nested_laplace(
     if best is None:
         return None
     if best.share <= _GOOD:
+        missed = search.missed(best, z, log_weights)
+        if missed > _MAX_MISSED:  # another mode, which no other coordinates bring
+            return Found(best.density, best.share, missed)
+        best = search.try_out(best.density, _NUM_DRAWS)
         best = search.best(best, best.z, best.log_weights) or best
     latest = best
     for _ in range(_NUM_REFINED if best.share <= _GOOD else 0):
@@ -80,7 +86,7 @@ def find_nested_laplace(
         if moved is None:
             break
         # One that is not better by chance, or for once, is the way to others.
-        latest = search.try_out(moved)
+        latest = search.try_out(moved, _NUM_DRAWS)
         best = max(best, latest, key=lambda tried: tried.share)
         if latest.share > _GOOD or latest.share < _HOPELESS * best.share:
             break
@@ -120,11 +126,11 @@ class _Search:
                 break
         return best
 
-    def try_out(self, nested: NestedLaplace) -> _Tried:
+    def try_out(self, nested: NestedLaplace, num_draws: int = _NUM_TRIED) -> _Tried:
         """Return draws of an approximation, weighted."""
-        z = nested.sample(torch.Size([_NUM_TRIED]))
+        z = nested.sample(torch.Size([num_draws]))
         log_weights = finite_or_no_weight(self._density.log_p(z) - nested.log_prob(z))
-        return _Tried(nested, z, log_weights, effective_sample_size(log_weights) / _NUM_TRIED)
+        return _Tried(nested, z, log_weights, effective_sample_size(log_weights) / num_draws)
 
     def missed(self, found: _Tried, z: Tensor, log_weights: Tensor) -> float:
         """Return the share of weighted draws at which an approximation lacks the posterior's density."""
