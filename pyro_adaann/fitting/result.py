@@ -48,7 +48,8 @@ class FitResult:
     :param seconds: how long all of it took.
     :param guides: the guides whose draws they are, each with the same number of draws: those of the fits
         and, where these lack the end of a neck, a nested Laplace approximation of the posterior.
-    :param svi: the driver of the best of these, for those who want to go on; None after :meth:`load`.
+    :param svi: the driver of the best of these, for those who want to go on; None after :meth:`load`, and
+        where no flow was needed.
     :param call: model and arguments; None after :meth:`load` without a model.
     :param centered: for sites of which guides have numbers decentered, a tensor of the site's shape that is 0
         for these and 1 for others. Guides and ``svi`` have a site ``"theta_decentered"`` in place of such a
