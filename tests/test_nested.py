@@ -372,15 +372,28 @@ def test_a_lost_mode_that_particles_have_is_seen(monkeypatch):
     draws = sign + 0.5 * torch.randn(2000, 16).double()
     original = search_module.spread
 
-    def at_one_mode(density, outer, z, log_weights):
+    def at_one_mode(density, outer, z, log_weights, goes_on):
         kept = z.mean(1) > 0
-        return original(density, outer, z[kept], log_weights[kept])
+        return original(density, outer, z[kept], log_weights[kept], goes_on)
 
     monkeypatch.setattr(search_module, "spread", at_one_mode)
     nested = search(Coordinates(model, (), {}), draws, torch.zeros(2000))
     assert nested.share > 0.9
     assert 0.2 < nested.missed < 0.4
     assert not nested.is_witness
+
+
+def test_a_search_ends_with_the_time_and_with_ctrl_c():
+    draws = funnel_draws(3000)
+    looks = []
+
+    def goes_on():
+        looks.append(None)
+        return len(looks) < 5
+
+    assert find_nested_laplace(funnel(), (), {}, draws, torch.zeros(3000), goes_on) is None
+    assert 5 <= len(looks) < 20
+    assert find_nested_laplace(funnel(), (), {}, draws, torch.zeros(3000)).share > 0.9
 
 
 def test_a_model_without_gradient_has_no_approximation():

@@ -24,6 +24,7 @@ from pyro_adaann.fitting.attempts import BATCH_SIZE
 from pyro_adaann.fitting.coordinates import Coordinates
 from pyro_adaann.fitting.mixture import Apart
 from pyro_adaann.fitting.necks import Nested, names_of, search
+from pyro_adaann.fitting.pilot import Watch
 from pyro_adaann.sampling.result import SMCResult
 from pyro_adaann.weights import finite_or_no_weight
 
@@ -49,7 +50,11 @@ class Direct(NamedTuple):
 
 
 def fit_directly(
-    coordinates: Coordinates, particles: SMCResult, num_samples: int, seed: int | None = None
+    coordinates: Coordinates,
+    particles: SMCResult,
+    num_samples: int,
+    seed: int | None = None,
+    watch: Watch | None = None,
 ) -> Direct | None:
     """Return a fit by a nested Laplace approximation, None where it is not good or lacks a part.
 
@@ -57,10 +62,11 @@ def fit_directly(
     :param particles: of the posterior, in these coordinates.
     :param num_samples: draws.
     :param seed: of them; None to go on with torch's generator as it is.
+    :param watch: progress, clock and Ctrl-C of the fit.
     """
     if seed is not None:
         pyro.set_rng_seed(seed)
-    nested = search(coordinates, particles.unconstrained.double(), particles.log_weights)
+    nested = search(coordinates, particles.unconstrained.double(), particles.log_weights, watch)
     if nested is None or not nested.is_witness:
         return None
     args, kwargs = coordinates.args, coordinates.kwargs

@@ -124,7 +124,7 @@ def fit(
                 size = size._replace(num_particles=few, num_samples=_FEW_SAMPLES)
             if start.particles is not None and has_pilot(guide.latent_dim) and num_fits is None:
                 progress.phase("draws")
-                direct = fit_directly(start.coordinates, start.particles, size.num_samples, seed)
+                direct = fit_directly(start.coordinates, start.particles, size.num_samples, seed, watch)
                 if direct is not None:
                     return result_without_flow(model, start.coordinates, direct, clock)
             fitter = _Fitter(start, size, watch)
@@ -196,7 +196,7 @@ class _Fitter:
         """Look for a nested Laplace approximation, unless there is a good one or the time is over."""
         if attempt.end is not End.DONE or (self.nested is not None and self.nested.is_witness):
             return
-        found = find_nested(self._coordinates, attempt)
+        found = find_nested(self._coordinates, attempt, self._watch)
         if found is not None and (self.nested is None or found.share > self.nested.share):
             self.nested = found
 

@@ -23,6 +23,7 @@ from pyro_adaann.fitting.attempts import BATCH_SIZE, Attempt
 from pyro_adaann.fitting.coordinates import Coordinates
 from pyro_adaann.fitting.mixture import Apart, Mixture, weigh_guides
 from pyro_adaann.fitting.moments import Moments, measure_moments
+from pyro_adaann.fitting.pilot import Watch
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.latents import free_numbers
 from pyro_adaann.nested.guide import NestedGuide
@@ -80,7 +81,7 @@ class Completed(NamedTuple):
         return self.diagnosis.level <= Level.USABLE_WITH_WEIGHTS
 
 
-def find_nested(coordinates: Coordinates, attempt: Attempt) -> Nested | None:
+def find_nested(coordinates: Coordinates, attempt: Attempt, watch: Watch) -> Nested | None:
     """Return the nested Laplace approximation that starts from the draws of a fit.
 
     None where nothing sets the widths of others, or given what does the others are far from normal; with
@@ -92,21 +93,29 @@ def find_nested(coordinates: Coordinates, attempt: Attempt) -> Nested | None:
     values: Mapping[str, Tensor] = attempt.draws.samples
     if coordinates.centered:
         values, _ = coordinates.enter(values)
-    return search(coordinates, free_numbers(attempt.svi.guide, values), attempt.draws.log_weights)
+    z = free_numbers(attempt.svi.guide, values)
+    return search(coordinates, z, attempt.draws.log_weights, watch)
 
 
-def search(coordinates: Coordinates, z: Tensor, log_weights: Tensor) -> Nested | None:
+def search(
+    coordinates: Coordinates, z: Tensor, log_weights: Tensor, watch: Watch | None = None
+) -> Nested | None:
     """Return the nested Laplace approximation that starts from draws, None as of :func:`find_nested`.
 
     :param coordinates: in which the model is fitted.
     :param z: draws of its free numbers, shape ``(n, latent_dim)``.
     :param log_weights: their log weights.
+    :param watch: progress, clock and Ctrl-C of the fit, which may end the search.
     """
     model, args, kwargs = coordinates.model, coordinates.args, coordinates.kwargs
     if process_count() > 1 or is_one_by_one(model):
         return None
+
+    def goes_on() -> bool:
+        return watch is None or (watch[1].has(0.0) and not watch[2].requested)
+
     try:
-        found = find_nested_laplace(model, args, kwargs, z, log_weights)
+        found = find_nested_laplace(model, args, kwargs, z, log_weights, goes_on)
     except (ValueError, RuntimeError, TypeError):  # no gradient, or no double precision on this device
         return None
     if found is None:

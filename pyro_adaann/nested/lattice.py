@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,16 +27,25 @@ _NUM_NEAREST = 200
 _WIDER = 1.05
 
 
-def spread(density: Density, outer: list[int], z: Tensor, log_weights: Tensor) -> NestedLaplace | None:
-    """Return the nested Laplace approximation of a density, None if no mode is found.
+def spread(
+    density: Density,
+    outer: list[int],
+    z: Tensor,
+    log_weights: Tensor,
+    goes_on: Callable[[], bool] = lambda: True,
+) -> NestedLaplace | None:
+    """Return the nested Laplace approximation of a density, None if no mode is found or it is stopped.
 
     :param density: the density.
     :param outer: indices of the outer coordinates, in order.
     :param z: draws with weights that tell where it is, shape ``(n, d)``.
     :param log_weights: of them.
+    :param goes_on: whether there is time for more nodes.
     """
     flood = _Flood(density, outer, *_start(density, outer, z, log_weights))
     for _ in range(_MAX_ROUNDS):
+        if not goes_on():
+            return None
         if not flood.go_on():
             break
     return flood.result()

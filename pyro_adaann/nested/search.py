@@ -10,6 +10,7 @@ each is as a proposal q of the posterior p is the share of its draws that counts
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ _MOST_LATENTS = 200
 _NUM_TRIED, _GOOD, _LEAST = 2000, 0.5, 0.01
 #: Draws that choose coordinates and move an approximation, and share of the posterior that it may miss then.
 _NUM_DRAWS, _MAX_MISSED = 8000, 0.2
+#: Seconds at most.
+_MAX_SECONDS = 120.0
 #: How often one that is not good is moved to the moments of its draws.
 _NUM_REFINED = 8
 #: Below this part of the best share there is no more hope.
@@ -60,6 +63,7 @@ def find_nested_laplace(
     kwargs: dict[str, Any],
     z: Tensor,
     log_weights: Tensor,
+    goes_on: Callable[[], bool] = lambda: True,
 ) -> Found | None:
     """Return the best nested Laplace approximation of a posterior, None if none is of use.
 
@@ -67,10 +71,12 @@ def find_nested_laplace(
     :param args: its arguments, with ``kwargs``.
     :param z: draws of its unconstrained coordinates, shape ``(n, d)``.
     :param log_weights: their log weights.
+    :param goes_on: whether there is time to go on; it has two minutes in any case at most.
     """
     if not 2 <= z.shape[-1] <= _MOST_LATENTS:
         return None
-    search = _Search(Density(model, args, kwargs))
+    deadline = time.monotonic() + _MAX_SECONDS
+    search = _Search(Density(model, args, kwargs), lambda: goes_on() and time.monotonic() < deadline)
     best = search.best(None, z, log_weights)
     if best is None:
         return None
@@ -83,7 +89,7 @@ def find_nested_laplace(
     latest = best
     for _ in range(_NUM_REFINED if best.share <= _GOOD else 0):
         moved = refined(latest.density, latest.z, latest.log_weights)
-        if moved is None:
+        if moved is None or not search.goes_on():
             break
         # One that is not better by chance, or for once, is the way to others.
         latest = search.try_out(moved, _NUM_DRAWS)
@@ -106,10 +112,11 @@ class _Search:
     """Approximations of a density, tried one after the other.
 
     :param density: the density.
+    :param goes_on: whether there is time to go on.
     """
 
-    def __init__(self, density: Density) -> None:
-        self._density = density
+    def __init__(self, density: Density, goes_on: Callable[[], bool]) -> None:
+        self._density, self.goes_on = density, goes_on
         self._seen: set[tuple[int, ...]] = set()
 
     def best(self, best: _Tried | None, z: Tensor, log_weights: Tensor) -> _Tried | None:
@@ -118,7 +125,7 @@ class _Search:
             if outer in self._seen:
                 continue
             self._seen.add(outer)
-            nested = spread(self._density, list(outer), z, log_weights)
+            nested = spread(self._density, list(outer), z, log_weights, self.goes_on)
             tried = None if nested is None else self.try_out(nested)
             if tried is not None and tried.share > (_LEAST if best is None else best.share):
                 best = tried
