@@ -49,6 +49,8 @@ __all__ = [
 
 #: Last digit of a log density, in nats, from which on it says nothing.
 _MAX_ROUNDING = 100.0
+#: A sum lower than so many last digits of its terms is low, and not what rounding has left.
+_NUM_DIGITS = 1000.0
 
 #: Makes pairs of traces of a model and a guide, given an ELBO's own way to make them, the two, and their
 #: arguments.
@@ -110,15 +112,17 @@ def as_numbers(total: Tensor | float, trace: Trace) -> Tensor:
 def log_density(trace: Trace) -> Tensor:
     """Return the log density of all sites, flat, one number for each particle.
 
-    It is not a number where a term is so large that in its precision its last digit is a hundred nats and
-    more. Far away two such terms, of a prior and of a likelihood, may leave nothing but rounding, which looks
-    like a place of immense density.
+    It is not a number where terms are so large that in their precision the last digit is a hundred nats and
+    more, and they cancel. Far away two such terms, of a prior and of a likelihood, may leave nothing but
+    rounding, which looks like a place of immense density. Where the sum is as low as they are large, it is
+    the density of a place without any.
     """
     terms = [per_particle(site, site["log_prob"]) for site in sites_of(trace)]
     total = as_numbers(sum(terms), trace)
     for term in terms:
         last_digit = as_numbers(term.detach(), trace).abs() * torch.finfo(term.dtype).eps
-        total = torch.where(last_digit > _MAX_ROUNDING, torch.nan, total)
+        is_rounding = (last_digit > _MAX_ROUNDING) & (total > -_NUM_DIGITS * last_digit)
+        total = torch.where(is_rounding, torch.nan, total)
     return total
 
 
