@@ -177,6 +177,12 @@ def test_a_neck_is_followed_to_its_end_from_draws_that_lack_it():
     assert abs(log_mean_weight(log_weights)) < 0.02  # error .003: the draws lack a sixth
 
 
+def test_a_lattice_that_is_cut_off_is_none(monkeypatch):
+    draws = funnel_draws(3000)
+    monkeypatch.setattr("pyro_adaann.nested.lattice._MAX_NODES", 12)
+    assert spread(Density(funnel(), (), {}), [0], draws, torch.zeros(3000)) is None
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_coordinate_that_sets_widths_is_found(seed):
     draws = funnel_draws(3000, seed=seed)

@@ -40,7 +40,7 @@ class NestedLaplace(TorchDistribution):
     :param factor: Cholesky factors of their covariance, ``(m, d - j, d - j)``.
     :param log_mass: of the nodes, ``(m,)``; they need not be normalized.
 
-    All in double precision. Draws are of the dtype of ``like``.
+    All in double precision; draws are of ``dtype``.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}

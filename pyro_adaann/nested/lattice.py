@@ -84,6 +84,7 @@ class _Flood:
         self._nodes = torch.zeros(1, len(outer), dtype=torch.long, device=point.device)
         self._modes = find_modes(density, self._inner, point.unsqueeze(0), scale[self._inner].unsqueeze(0))
         self._seen, self._num_before = {tuple(self._nodes[0].tolist())}, 0
+        self._is_cut = False
 
     @property
     def _has_mass(self) -> Tensor:
@@ -102,7 +103,12 @@ class _Flood:
                     self._seen.add(neighbor)
                     new.append(neighbor)
                     parents.append(place)
-        if not new or len(self._seen) > _MAX_NODES:
+        if not new:
+            return False
+        if len(self._seen) > _MAX_NODES:
+            # Its own draws do not show what lies beyond the edge of a lattice that is cut off.
+            log_mass = self._modes.log_mass
+            self._is_cut = bool((log_mass[latest] > log_mass.max() - _LEAST_MASS).any())
             return False
         parent = self._modes.at(torch.tensor(parents, device=self._nodes.device))
         nodes = torch.tensor(new, device=self._nodes.device)
@@ -114,8 +120,8 @@ class _Flood:
         return True
 
     def result(self) -> NestedLaplace | None:
-        """Return the approximation, None if hardly any node has a mode."""
-        if self._has_mass.sum() <= 2 * len(self._outer):
+        """Return the approximation, None if hardly any node has a mode or nodes of much mass are left out."""
+        if self._is_cut or self._has_mass.sum() <= 2 * len(self._outer):
             return None
         # With the nodes around those that have mass, and more mass than they have: at the edge of a lattice
         # the density falls to zero, and the weights of draws there rise.
