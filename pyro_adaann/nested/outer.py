@@ -44,6 +44,7 @@ def find_outer(z: Tensor, log_weights: Tensor) -> list[Outer]:
 
     Example::
 
+        >>> import torch
         >>> neck = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
         >>> leaves = neck.exp() * torch.randn(4000, 3, generator=torch.Generator().manual_seed(1))
         >>> [outer.coordinate for outer in find_outer(torch.cat([leaves, neck], 1), torch.zeros(4000))][0]
