@@ -1,4 +1,4 @@
-r"""A posterior that is normal but for one or two coordinates, without a flow.
+r"""A posterior that is normal but for one or two coordinates, in one mode or several, without a flow.
 
 Annealed particles say where it is, and a nested Laplace approximation q around them has weights that hardly
 differ. Then a flow, which takes minutes, would bring nothing, unless q lacks a part. That the particles show,
@@ -23,7 +23,7 @@ from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.fitting.attempts import BATCH_SIZE
 from pyro_adaann.fitting.coordinates import Coordinates
 from pyro_adaann.fitting.mixture import Apart
-from pyro_adaann.fitting.necks import Nested, names_of, search
+from pyro_adaann.fitting.necks import Nested, names_of, search, what_it_is
 from pyro_adaann.fitting.pilot import Watch
 from pyro_adaann.sampling.result import SMCResult
 from pyro_adaann.weights import finite_or_no_weight
@@ -80,9 +80,11 @@ def fit_directly(
     )
     if diagnosis.level > Level.USABLE_WITH_WEIGHTS or _find_more(particles, diagnosis):
         return None
+    guide = nested.guide
+    but = f"But for {names_of(guide)} the" if guide.num_modes == 1 else "In each of its modes the"
     text = (
-        f"But for {names_of(nested.guide)} the posterior is nearly normal: the draws are of a nested Laplace "
-        f"approximation, in which particles of AnnealedSMC find nothing missing."
+        f"{but} posterior is nearly normal: the draws are of a {what_it_is(guide)}, in which particles of "
+        f"AnnealedSMC find nothing missing."
     )
     return Direct(nested, coordinates.restore(draws), diagnosis, Finding(Level.GOOD, text))
 

@@ -27,17 +27,16 @@ from pyro_adaann.fitting.pilot import Watch
 from pyro_adaann.guides.base import AutoFlow
 from pyro_adaann.guides.latents import free_numbers
 from pyro_adaann.nested.guide import NestedGuide
-from pyro_adaann.nested.search import find_nested_laplace
+from pyro_adaann.nested.search import MAX_MISSED, find_nested_laplace
 from pyro_adaann.objectives.one_by_one import is_one_by_one
 from pyro_adaann.processes.group import process_count
 
-__all__ = ["Completed", "Nested", "complete", "find_nested", "names_of", "search"]
+__all__ = ["Completed", "Nested", "complete", "find_nested", "names_of", "search", "what_it_is"]
 
 #: Effective draws of a fit from which on they tell where scales lie.
 _MIN_ESS = 200.0
-#: Share of its draws that counts from which on the approximation is a witness, and share of the posterior
-#: that it may lack then: a mode of its own is no small part.
-_WITNESS, _MAX_MISSED = 0.3, 0.02
+#: Share of its draws that counts from which on the approximation is a witness.
+_WITNESS = 0.3
 #: Share of the evidence that matters, in standard errors too; differences of means in sds and of logs of sds
 #: that do.
 _MIN_SHARE, _NUM_ERRORS, _NOTICEABLE = 0.003, 3.0, 0.03
@@ -58,7 +57,7 @@ class Nested(NamedTuple):
     @property
     def is_witness(self) -> bool:
         """Whether it is near to the posterior, and all of it: then it bears witness to a fit."""
-        return self.share >= _WITNESS and self.missed <= _MAX_MISSED
+        return self.share >= _WITNESS and self.missed <= MAX_MISSED
 
 
 class Completed(NamedTuple):
@@ -154,15 +153,14 @@ def complete(
         return None
     if nested.is_witness:
         diagnosis = replace(diagnosis, reach=_reach(coordinates, nested, best, diagnosis))
-    names = names_of(nested.guide)
     if has_more:
         remark = Finding(
             Level.USABLE_WITH_WEIGHTS,
-            f"The fits lack the end of a neck, {percent(share)} of the posterior, where {names} makes others "
-            f"narrow. A nested Laplace approximation has it: the draws are of the fits and of it.",
+            f"The fits lack {percent(share)} of the posterior: {_what_it_adds(nested.guide)}. A "
+            f"{what_it_is(nested.guide)} has it: the draws are of the fits and of it.",
         )
     else:
-        text = f"A nested Laplace approximation around {names} agrees: the draws are of the fits and of it."
+        text = f"A {what_it_is(nested.guide)} agrees: the draws are of the fits and of it."
         remark = Finding(Level.GOOD, text)
     return Completed(mixture, more, replace(diagnosis, **found), remark)
 
@@ -183,6 +181,19 @@ def _reach(coordinates: Coordinates, nested: Nested, guide: AutoFlow, diagnosis:
     # A few draws of wider bases may have all of the weight: where the approximation holds these there is no
     # alarm, elsewhere there may be a mode of which it knows nothing.
     return None if reach is None or (reach.share <= _MIN_SHARE and not reach.is_known) else reach
+
+
+def what_it_is(guide: NestedGuide) -> str:
+    """Return what an approximation is, as a part of a sentence."""
+    place = f"around {names_of(guide)}" if guide.num_modes == 1 else f"of {guide.num_modes} modes"
+    return f"nested Laplace approximation {place}"
+
+
+def _what_it_adds(guide: NestedGuide) -> str:
+    """Return what fits may lack that an approximation has."""
+    if guide.num_modes > 1:
+        return "a mode, or the end of a neck"
+    return f"the end of a neck, where {names_of(guide)} makes others narrow"
 
 
 def names_of(guide: NestedGuide) -> str:

@@ -61,7 +61,7 @@ class NestedLaplace(TorchDistribution):
     ) -> None:
         self.outer, self.origin, self.spacing, self.nodes = outer, origin, spacing, nodes
         self.loc, self.factor, self.log_mass = loc, factor, log_mass.log_softmax(0)
-        self._dtype = dtype
+        self.dtype = dtype
         dim = len(outer) + loc.shape[-1]
         is_outer = torch.zeros(dim, dtype=torch.bool, device=outer.device)
         is_outer[outer] = True
@@ -87,14 +87,14 @@ class NestedLaplace(TorchDistribution):
             self.loc,
             self.factor,
             self.log_mass,
-            dtype=self._dtype,
+            dtype=self.dtype,
             batch_shape=Size(batch_shape),
         )
 
     def with_conditionals(self, loc: Tensor, factor: Tensor) -> NestedLaplace:
         """Return the density with other locations and factors at the nodes."""
         parts = (self.outer, self.origin, self.spacing, self.nodes, loc, factor, self.log_mass)
-        return NestedLaplace(*parts, dtype=self._dtype)
+        return NestedLaplace(*parts, dtype=self.dtype)
 
     def residuals(self, z: Tensor) -> Tensor:
         """Return the inner coordinates of points in standard deviations, ``(n, d - j)``, uncorrelated."""
@@ -110,7 +110,7 @@ class NestedLaplace(TorchDistribution):
         hat = torch.rand(2, num, len(self.outer), dtype=torch.double, device=node.device).sum(0) - 1
         u = self.origin + self.spacing * (self.nodes[node] + hat)
         parts = [self._draw_inner(part) for part in u.split(self._rows)]
-        return torch.cat(parts).to(self._dtype).reshape(shape)
+        return torch.cat(parts).to(self.dtype).reshape(shape)
 
     def _draw_inner(self, u: Tensor) -> Tensor:
         _, loc, factor = self._at(u)

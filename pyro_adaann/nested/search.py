@@ -1,15 +1,15 @@
-r"""Which nested Laplace approximation of a posterior there is, if any: by draws that may lack its necks.
+r"""The nested Laplace approximation of a posterior, by draws that say where it is.
 
-One is tried for the coordinate on which most widths depend, for the next one, and for both; where no width
-depends on any, for the most skewed coordinate; then again by draws of the best one, which tell more. How good
-each is as a proposal q of the posterior p is the share of its draws that counts,
+Where one leaves out a mode that the draws have, it becomes a mixture of such approximations, mode by mode:
+each starts from a normal density at the mode that the heaviest draw among those left out belongs to. What is
+left out are the draws z with
 
-.. math:: \frac{(\sum_i w_i)^2}{n \sum_i w_i^2}, \qquad w_i = \frac{p(z_i)}{q(z_i)}, \quad z_i \sim q .
+.. math:: \sum_k \hat Z_k \, q_k(z) < \tfrac{1}{100} \, p(z), \qquad
+          \hat Z_k = \frac1n \sum_i \frac{p(z_{ki})}{q_k(z_{ki})}, \quad z_{ki} \sim q_k .
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,29 +18,28 @@ import torch
 from torch import Tensor
 
 from pyro_adaann.nested.density import Density
-from pyro_adaann.nested.laplace import NestedLaplace
-from pyro_adaann.nested.lattice import spread
-from pyro_adaann.nested.outer import find_outer, most_skewed
-from pyro_adaann.nested.refine import refined
+from pyro_adaann.nested.mixture import LaplaceMixture
+from pyro_adaann.nested.modes import find_modes
+from pyro_adaann.nested.tries import GOOD, NUM_TRIED, Tried, best_try
 from pyro_adaann.weights import effective_sample_size, finite_or_no_weight, log_mean_weight
 
-__all__ = ["Found", "find_nested_laplace"]
+__all__ = ["MAX_MISSED", "Found", "find_nested_laplace"]
 
 #: Coordinates up to which differences of gradients in all of them are cheap.
 _MOST_LATENTS = 200
-#: Draws that tell how good an approximation is; the share of them that counts from which no other is tried,
-#: and with less than which there is none.
-_NUM_TRIED, _GOOD, _LEAST = 2000, 0.5, 0.01
-#: Draws that choose coordinates and move an approximation, and share of the posterior that it may miss then.
-_NUM_DRAWS, _MAX_MISSED = 8000, 0.2
 #: Seconds at most.
 _MAX_SECONDS = 120.0
-#: How often one that is not good is moved to the moments of its draws.
-_NUM_REFINED = 8
-#: Below this part of the best share there is no more hope.
-_HOPELESS = 0.3
-#: Part of the posterior's density that an approximation has to have.
-_MIN_COVER = 1 / 100
+#: Share of the posterior that one of all of it may leave out: a mode of its own is no small part.
+MAX_MISSED = 0.02
+#: Modes at most. A mixture whose parts have less than this part of what as many equal ones would have of them
+#: is given up.
+_MOST_MODES, _LEAST_PART = 16, 0.5
+#: Share of its draws that counts with which a part is one of a mixture.
+_LEAST_SHARE = 0.1
+#: Of the draws, those nearest to one that tell how wide its mode may be.
+_NEAREST = 0.05
+#: Of the normal density at a mode: its sds, and effective draws with which its weights tell anything.
+_WIDER, _MIN_ESS = 1.1, 200.0
 
 
 class Found(NamedTuple):
@@ -52,7 +51,7 @@ class Found(NamedTuple):
         hundredth of the posterior's density.
     """
 
-    density: NestedLaplace
+    density: LaplaceMixture
     share: float
     missed: float = 1.0
 
@@ -76,79 +75,102 @@ def find_nested_laplace(
     if not 2 <= z.shape[-1] <= _MOST_LATENTS:
         return None
     deadline = time.monotonic() + _MAX_SECONDS
-    search = _Search(Density(model, args, kwargs), lambda: goes_on() and time.monotonic() < deadline)
-    best = search.best(None, z, log_weights)
-    if best is None:
-        return None
-    if best.share <= _GOOD:
-        missed = search.missed(best, z, log_weights)
-        if missed > _MAX_MISSED:  # another mode, which no other coordinates bring
-            return Found(best.density, best.share, missed)
-        best = search.try_out(best.density, _NUM_DRAWS)
-        best = search.best(best, best.z, best.log_weights) or best
-    latest = best
-    for _ in range(_NUM_REFINED if best.share <= _GOOD else 0):
-        moved = refined(latest.density, latest.z, latest.log_weights)
-        if moved is None or not search.goes_on():
-            break
-        # One that is not better by chance, or for once, is the way to others.
-        latest = search.try_out(moved, _NUM_DRAWS)
-        best = max(best, latest, key=lambda tried: tried.share)
-        if latest.share > _GOOD or latest.share < _HOPELESS * best.share:
-            break
-    return Found(best.density, best.share, search.missed(best, z, log_weights))
+    modes = _Modes(
+        Density(model, args, kwargs), z, log_weights, lambda: goes_on() and time.monotonic() < deadline
+    )
+    whole = modes.whole()
+    if whole is not None and whole.missed <= MAX_MISSED:
+        return whole
+    return modes.one_by_one(whole) or whole
 
 
-class _Tried(NamedTuple):
-    """An approximation with draws of its own, their log weights, and the share of them that counts."""
-
-    density: NestedLaplace
-    z: Tensor
-    log_weights: Tensor
-    share: float
-
-
-class _Search:
-    """Approximations of a density, tried one after the other.
+class _Modes:
+    """Approximations of a density, of all of it or mode by mode.
 
     :param density: the density.
+    :param z: draws that tell where it is, shape ``(n, d)``.
+    :param log_weights: of them.
     :param goes_on: whether there is time to go on.
     """
 
-    def __init__(self, density: Density, goes_on: Callable[[], bool]) -> None:
-        self._density, self.goes_on = density, goes_on
-        self._seen: set[tuple[int, ...]] = set()
+    def __init__(self, density: Density, z: Tensor, log_weights: Tensor, goes_on: Callable[[], bool]) -> None:
+        self._density, self._z, self._goes_on = density, z.double(), goes_on
+        self._weights = log_weights.double().softmax(0)
+        self._log_weights = log_weights.double()
+        self._log_p = density.log_p(z)
+        self._parts: list[Tried] = []
 
-    def best(self, best: _Tried | None, z: Tensor, log_weights: Tensor) -> _Tried | None:
-        """Return the best one with outer coordinates chosen by draws, or the best one so far."""
-        for outer in _choices(z, log_weights):
-            if outer in self._seen:
-                continue
-            self._seen.add(outer)
-            nested = spread(self._density, list(outer), z, log_weights, self.goes_on)
-            tried = None if nested is None else self.try_out(nested)
-            if tried is not None and tried.share > (_LEAST if best is None else best.share):
-                best = tried
-            if best is not None and best.share > _GOOD:
-                break
-        return best
+    def whole(self) -> Found | None:
+        """Return one approximation of all."""
+        best = best_try(self._density, self._z, self._log_weights, self._goes_on)
+        if best is None:
+            return None
+        self._parts = [best]
+        return self._found(self._is_left())
 
-    def try_out(self, nested: NestedLaplace, num_draws: int = _NUM_TRIED) -> _Tried:
-        """Return draws of an approximation, weighted."""
-        z = nested.sample(torch.Size([num_draws]))
-        log_weights = finite_or_no_weight(self._density.log_p(z) - nested.log_prob(z))
-        return _Tried(nested, z, log_weights, effective_sample_size(log_weights) / num_draws)
+    def one_by_one(self, whole: Found | None) -> Found | None:
+        """Return a mixture of approximations of single modes, None if it does not come to all of them.
 
-    def missed(self, found: _Tried, z: Tensor, log_weights: Tensor) -> float:
-        """Return the share of weighted draws at which an approximation lacks the posterior's density."""
-        log_cover = found.density.log_prob(z) + log_mean_weight(found.log_weights) - self._density.log_p(z)
-        is_missed = ~(log_cover >= math.log(_MIN_COVER))
-        return float(log_weights.double().softmax(0) @ is_missed.double())
+        :param whole: the approximation of all, which is a part if it is good where it is.
+        """
+        if whole is not None and whole.share > _LEAST_SHARE and not self._is_hopeful(whole.missed):
+            return None
+        if whole is None or whole.share <= GOOD:
+            self._parts = []
+        is_left = self._is_left()
+        while self._share(is_left) > MAX_MISSED:
+            part = self._next(is_left) if len(self._parts) < _MOST_MODES and self._goes_on() else None
+            if part is None or part.share < _LEAST_SHARE:
+                return None
+            self._parts.append(part)
+            before, is_left = self._share(is_left), self._is_left()
+            if not (self._share(is_left) < before and self._is_hopeful(self._share(is_left))):
+                return None
+        return self._found(is_left)
 
+    def _is_hopeful(self, missed: float) -> bool:
+        """Whether parts like those there are would come to all modes."""
+        return 1 - missed > _LEAST_PART * len(self._parts) / _MOST_MODES
 
-def _choices(z: Tensor, log_weights: Tensor) -> list[tuple[int, ...]]:
-    """Return the outer coordinates to try, by draws."""
-    found = [outer.coordinate for outer in find_outer(z, log_weights)[:2]]
-    found = found or [most_skewed(z, log_weights)]
-    choices = [tuple(found[:1]), tuple(sorted(found)), tuple(found[1:])]
-    return [outer for outer in choices if 0 < len(outer) < z.shape[-1]]
+    def _share(self, is_left: Tensor) -> float:
+        return float(self._weights @ is_left.double())
+
+    def _is_left(self) -> Tensor:
+        """Return which draws all parts leave out."""
+        is_left = torch.ones_like(self._weights, dtype=torch.bool)
+        for part in self._parts:
+            is_left &= part.is_missed(self._z, self._log_p)
+        return is_left
+
+    def _next(self, is_left: Tensor) -> Tried | None:
+        """Return an approximation of the mode that the heaviest draw of those left out belongs to."""
+        height = torch.where(is_left & (self._weights > 0), self._log_p, -torch.inf)
+        if not height.max() > -torch.inf:
+            return None
+        start = self._z[height.argmax()]
+        distance = ((self._z - start) / self._z.std(0).clamp(min=1e-30)).square().sum(-1)
+        near = self._z[distance.topk(max(int(_NEAREST * len(self._z)), 2), largest=False).indices]
+        everywhere = torch.arange(len(start), device=start.device)
+        mode = find_modes(
+            self._density, everywhere, start.unsqueeze(0), near.std(0, keepdim=True).clamp(1e-6)
+        )
+        if not mode.log_mass.isfinite().all():
+            return None
+        normal = torch.distributions.MultivariateNormal(
+            mode.points[0], scale_tril=_WIDER * torch.linalg.cholesky(mode.covariance[0])
+        )
+        z = normal.sample((NUM_TRIED,))
+        log_weights = finite_or_no_weight(self._density.log_p(z) - normal.log_prob(z))
+        if effective_sample_size(log_weights) < _MIN_ESS:
+            log_weights = torch.zeros_like(log_weights)
+        return best_try(self._density, z, log_weights, self._goes_on)
+
+    def _found(self, is_left: Tensor) -> Found:
+        """Return what the parts are together."""
+        log_shares = torch.tensor([log_mean_weight(part.log_weights) for part in self._parts])
+        density = LaplaceMixture([part.density for part in self._parts], log_shares)
+        if len(self._parts) == 1:
+            return Found(density, self._parts[0].share, self._share(is_left))
+        z = density.sample(torch.Size([NUM_TRIED]))
+        log_weights = finite_or_no_weight(self._density.log_p(z) - density.log_prob(z))
+        return Found(density, effective_sample_size(log_weights) / NUM_TRIED, self._share(is_left))
