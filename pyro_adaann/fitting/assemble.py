@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pyro_adaann.diagnostics.rules import Level
+from pyro_adaann.diagnostics.rules import Finding, Level
 from pyro_adaann.fitting.attempts import BATCH_SIZE, Attempt
 from pyro_adaann.fitting.clock import Clock
 from pyro_adaann.fitting.combine import choose, judge, summary_findings, tail_findings
@@ -27,6 +27,7 @@ def result_of_attempts(
     nested: Nested | None,
     num_samples: int,
     clock: Clock,
+    seen: Sequence[Finding] = (),
 ) -> FitResult:
     """Return the result of flows.
 
@@ -36,6 +37,7 @@ def result_of_attempts(
     :param nested: a nested Laplace approximation, None if there is none.
     :param num_samples: draws of every guide.
     :param clock: of the whole fit.
+    :param seen: what else is known of it.
     """
     args, kwargs = coordinates.args, coordinates.kwargs
     chosen = choose(attempts)
@@ -66,7 +68,7 @@ def result_of_attempts(
     return FitResult(
         draws=mixture.draws,
         diagnosis=diagnosis,
-        remarks=(*remarks, *summary_findings(attempts)),
+        remarks=(*remarks, *seen, *summary_findings(attempts)),
         fits=tuple(_summarize(attempt, agreements.get(id(attempt))) for attempt in attempts),
         seconds=clock.passed,
         guides=tuple(guides),

@@ -9,7 +9,6 @@ which come from the prior: with weights :math:`W_i`,
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import pyro
@@ -25,13 +24,11 @@ from pyro_adaann.fitting.coordinates import Coordinates
 from pyro_adaann.fitting.mixture import Apart
 from pyro_adaann.fitting.necks import Nested, names_of, search, what_it_is
 from pyro_adaann.fitting.pilot import Watch
+from pyro_adaann.fitting.second_look import agree, find_more_evidence, fresh_particles
 from pyro_adaann.sampling.result import SMCResult
 from pyro_adaann.weights import finite_or_no_weight
 
 __all__ = ["Direct", "fit_directly"]
-
-#: Standard errors, and nats beyond them, by which particles may find more evidence.
-_NUM_ERRORS, _NEGLIGIBLE = 3.0, 0.1
 
 
 class Direct(NamedTuple):
@@ -78,8 +75,13 @@ def fit_directly(
         is_done=True,
         is_scaled=has_scale(drawn.prototype),
     )
-    if diagnosis.level > Level.USABLE_WITH_WEIGHTS or _find_more(particles, diagnosis):
+    if diagnosis.level > Level.USABLE_WITH_WEIGHTS or find_more_evidence(particles, diagnosis):
         return None
+    if nested.guide.num_modes > 1 and watch is not None:  # where there are some, there may be one more
+        next_seed = None if seed is None else seed + 1
+        fresh = fresh_particles(coordinates, nested.guide.latent_dim, next_seed, watch)
+        if fresh is None or not agree(coordinates, nested.guide, diagnosis, fresh):
+            return None
     guide = nested.guide
     but = f"But for {names_of(guide)} the" if guide.num_modes == 1 else "In each of its modes the"
     text = (
@@ -87,10 +89,3 @@ def fit_directly(
         f"AnnealedSMC find nothing missing."
     )
     return Direct(nested, coordinates.restore(draws), diagnosis, Finding(Level.GOOD, text))
-
-
-def _find_more(particles: SMCResult, diagnosis: Diagnosis) -> bool:
-    """Whether particles surely find more evidence."""
-    error = math.hypot(particles.log_evidence_error, diagnosis.log_evidence_se)
-    excess = particles.log_evidence - diagnosis.log_evidence
-    return not excess <= _NUM_ERRORS * error + _NEGLIGIBLE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyro
@@ -26,10 +27,11 @@ from pyro_adaann.fitting.decentering import Start, choose_start
 from pyro_adaann.fitting.direct import fit_directly
 from pyro_adaann.fitting.models import check_model, for_many_draws
 from pyro_adaann.fitting.necks import Nested, complete, find_nested
-from pyro_adaann.fitting.pilot import Watch, has_pilot
+from pyro_adaann.fitting.pilot import Watch, base_at, has_pilot
 from pyro_adaann.fitting.plans import NUM_PARTICLES, next_plan
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.fitting.result import FitResult
+from pyro_adaann.fitting.second_look import REMARK, agree, fresh_particles
 from pyro_adaann.sampling.missing import without_missing
 from pyro_adaann.state.interrupt import InterruptGuard
 from pyro_adaann.state.random_states import get_random_states, set_random_states
@@ -58,7 +60,8 @@ def fit(
     natural steps (:func:`~pyro_adaann.natural_svi`) and diagnosed (:func:`~pyro_adaann.diagnose`). Where
     posterior is or may be out of reach of its base, the base is widened, up to three times. Where the first
     fit is neither GOOD nor has weights that hardly differ, more are made from other seeds until a usable one
-    and another, usable or nearly so, agree on the evidence and on every mean and sd, six fits at most, and
+    and another, usable or nearly so, agree on the evidence and on every mean and sd, or, from sixteen latents
+    on, fresh particles find nothing that a usable one lacks, six fits at most, and
     none after one that is not usable and has fallen behind its temperatures, or after 500 steps. The draws
     are those of all fits that count, weighted against the mixture of their guides. What remains is said in
     the verdict.
@@ -130,8 +133,9 @@ def fit(
             fitter = _Fitter(start, size, watch)
             attempts = fitter.run(seed, num_fits)
             progress.phase("draws")
+            seen = [REMARK] if fitter.is_confirmed else []
             return result_of_attempts(
-                model, start.coordinates, attempts, fitter.nested, size.num_samples, clock
+                model, start.coordinates, attempts, fitter.nested, size.num_samples, clock, seen
             )
     finally:
         if random is not None:
@@ -165,6 +169,8 @@ class _Fitter:
         self._watch = watch
         #: The best nested Laplace approximation so far.
         self.nested: Nested | None = None
+        #: Whether fresh particles have found nothing that the last fit lacks.
+        self.is_confirmed = False
 
     def run(self, seed: int | None, num_fits: int | None) -> list[Attempt]:
         """Return all attempts, the first one first."""
@@ -177,6 +183,10 @@ class _Fitter:
             if following is None or (num_fits is None and self._is_witnessed(attempts[-1])):
                 break
             plan = following
+            if plan.is_check and has_pilot(attempts[-1].svi.guide.latent_dim):
+                plan = self._look_again(attempts[-1], plan)
+                if self.is_confirmed:
+                    break
             is_wider = plan.widths != attempts[-1].plan.widths
             try:
                 name = f"fit {len(attempts) + 1}{', wider base' if is_wider else ''}"
@@ -208,6 +218,13 @@ class _Fitter:
         num, own = self._size.num_samples, self._coordinates
         completed = complete(own, self.nested, [guide], guide, attempt.moments, found, num)
         return completed is not None and completed.is_usable
+
+    def _look_again(self, attempt: Attempt, plan: Plan) -> Plan:
+        """Look at a usable fit with particles of another seed; return the next plan, which starts there."""
+        guide, own = attempt.svi.guide, self._coordinates
+        fresh = fresh_particles(own, guide.latent_dim, plan.seed, self._watch)
+        self.is_confirmed = fresh is not None and agree(own, guide, attempt.diagnosis, fresh)
+        return replace(plan, start=None if fresh is None else base_at(fresh), is_started=True)
 
     def _attempt(self, plan: Plan, name: str) -> Attempt:
         own = self._coordinates

@@ -1,0 +1,106 @@
+"""Fresh particles as a second opinion on fits of many latents."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoMultivariateNormal, init_to_value
+
+import pyro_adaann.fitting.direct as direct_module
+import pyro_adaann.fitting.fit as fit_module
+import pyro_adaann.fitting.second_look as second_look
+from pyro_adaann import AnnealedSMC, fit
+from pyro_adaann.diagnostics.diagnose import statistics
+from pyro_adaann.diagnostics.verdict import Diagnosis
+from pyro_adaann.fitting.attempts import Plan
+from pyro_adaann.fitting.coordinates import Coordinates
+
+DIM, APART, SD = 16, 1.0, 0.25
+
+
+def model():
+    """Return modes of weights .9 and .1 at both sides of zero, of evidence 1."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(DIM), 1.5).to_event(1))
+    plus, minus = (dist.Normal(loc, SD).log_prob(z).sum(-1) for loc in (APART, -APART))
+    prior = dist.Normal(0.0, 1.5).log_prob(z).sum(-1)
+    pyro.factor("rest", torch.logaddexp(plus + math.log(0.9), minus + math.log(0.1)) - prior)
+
+
+@pytest.fixture(scope="module")
+def particles():
+    return AnnealedSMC(model, num_particles=1024, seed=0).run(progress_bar=False)
+
+
+def guide_of_larger_mode():
+    guide = AutoMultivariateNormal(model, init_loc_fn=init_to_value(values={"z": torch.full((DIM,), APART)}))
+    guide._init_scale = SD
+    guide()
+    return guide
+
+
+def diagnosis_of(log_evidence):
+    generator = torch.Generator().manual_seed(0)
+    found = statistics(log_evidence + 0.01 * torch.randn(1000, generator=generator, dtype=torch.double))
+    return Diagnosis(**found, is_done=True)
+
+
+def test_a_mode_that_a_guide_lacks_is_seen_with_its_share(particles):
+    coordinates, guide = Coordinates(model, (), {}), guide_of_larger_mode()
+    lost = second_look.share_lost(coordinates, guide, diagnosis_of(math.log(0.9)), particles)
+    share = float(
+        particles.log_weights.softmax(0) @ (particles.samples["z"].mean(1) < 0).to(particles.log_weights)
+    )
+    assert share > 0.03  # there by some four standard errors of 1,024 particles, whatever their ancestors
+    assert lost == pytest.approx(share, abs=0.005)
+    assert not second_look.agree(coordinates, guide, diagnosis_of(math.log(0.9)), particles)
+
+
+def test_what_holds_all_particles_agrees_unless_they_find_more_evidence(particles):
+    class Exact:
+        @staticmethod
+        def get_posterior():
+            loc = torch.tensor([APART, -APART]).unsqueeze(1).expand(2, DIM)
+            shares = dist.Categorical(torch.tensor([0.9, 0.1]))
+            return dist.MixtureSameFamily(shares, dist.Normal(loc, SD).to_event(1))
+
+    coordinates = Coordinates(model, (), {})
+    assert second_look.agree(coordinates, Exact, diagnosis_of(0.0), particles)
+    # The evidence of particles is known within some .1.
+    assert not second_look.agree(coordinates, Exact, diagnosis_of(-2.0), particles)
+
+
+def test_modes_without_a_flow_need_a_second_look(monkeypatch):
+    result = fit(model, seed=0, progress_bar=False)
+    assert result.svi is None
+    assert result.guides[0].num_modes == 2
+    share = result.draws.log_weights.double().softmax(0) @ (result.draws.samples["z"].mean(1) > 0).double()
+    assert abs(float(share) - 0.9) < 0.02  # six standard errors
+    monkeypatch.setattr(direct_module, "agree", lambda *_: False)
+    assert fit(model, seed=0, budget=5.0, progress_bar=False).svi is not None
+
+
+def normal():
+    pyro.sample("z", dist.Normal(torch.tensor([-1.0, 1.0]), 0.5).to_event(1))
+
+
+@pytest.mark.parametrize("is_confirmed", [True, False])
+def test_a_usable_fit_that_fresh_particles_confirm_is_the_only_one(monkeypatch, is_confirmed):
+    def one_more(attempts, seed, num_fits):
+        return Plan(seed, {}, 500, is_check=True) if len(attempts) == 1 else None
+
+    monkeypatch.setattr(
+        fit_module, "has_pilot", lambda _: True
+    )  # two latents are as good as many, in less time
+    monkeypatch.setattr(fit_module, "fit_directly", lambda *_: None)
+    monkeypatch.setattr(fit_module, "find_nested", lambda *_: None)
+    monkeypatch.setattr(fit_module, "next_plan", one_more)
+    if not is_confirmed:
+        monkeypatch.setattr(fit_module, "agree", lambda *_: False)
+    result = fit(normal, seed=0, progress_bar=False)
+    assert len(result.fits) == (1 if is_confirmed else 2)
+    assert (second_look.REMARK.sentence in result.verdict) == is_confirmed
+    assert abs(result.log_evidence) < 0.01
