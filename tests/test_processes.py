@@ -25,6 +25,8 @@ FEW_FITS = ("planar_adam", "spline_adam", "planar_natural", "spline_natural")
 #: Seconds after which processes that wait for each other are ended.
 PATIENCE = 300
 
+pytestmark = pytest.mark.xdist_group("processes")  # what takes long is made once, in one worker
+
 
 def start(*command: str, **variables: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **variables}

@@ -397,15 +397,32 @@ def test_a_cell_that_the_file_has_is_not_run_again(tmp_path, monkeypatch):
 
     def fake(system, target, seed, limit, folder, known):
         asked.append((system, seed))
-        return {"target": target, "system": system, "seed": seed, "cannot": "a test"}
+        return {"target": target, "system": system, "seed": seed, "process_seconds": 70.0, "pace": 1.0}
 
     monkeypatch.setattr(rivals_main, "run_cell", fake)
+    monkeypatch.setattr(rivals_main, "_brief", lambda row: "")
     out = tmp_path / "cells.jsonl"
     arguments = ["--targets", "HIV", "--systems", "fit", "dynesty", "--out", str(out), "--seeds"]
     rivals_main.main([*arguments, "1"])
     rivals_main.main([*arguments, "2"])
     assert asked == [("fit", 0), ("dynesty", 0), ("fit", 1), ("dynesty", 1)]
     assert len(read(out)) == 4
+    # Two minutes are enough for all but `fit`.
+    rivals_main.main([*arguments, "3"])
+    assert asked[4:] == [("fit", 2)]
+
+
+def test_what_cannot_be_run_is_not_tried_again(tmp_path, monkeypatch):
+    asked = []
+
+    def fake(system, target, seed, limit, folder, known):
+        asked.append(seed)
+        return {"target": target, "system": system, "seed": seed, "process_seconds": 1.0, "cannot": "a test"}
+
+    monkeypatch.setattr(rivals_main, "run_cell", fake)
+    monkeypatch.setattr(rivals_main, "_brief", lambda row: "")
+    rivals_main.main(["--targets", "HIV", "--systems", "dynesty", "--out", str(tmp_path / "cells.jsonl")])
+    assert asked == [0]
 
 
 def test_a_system_out_of_time_and_one_that_is_not_there_are_told(tmp_path, known, monkeypatch):
