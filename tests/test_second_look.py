@@ -104,3 +104,29 @@ def test_a_usable_fit_that_fresh_particles_confirm_is_the_only_one(monkeypatch, 
     assert len(result.fits) == (1 if is_confirmed else 2)
     assert (second_look.REMARK.sentence in result.verdict) == is_confirmed
     assert abs(result.log_evidence) < 0.01
+
+
+def apart():
+    """Return modes of weights .7 and .3 in two dimensions."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+    plus, minus = (dist.Normal(loc, 0.3).log_prob(z).sum(-1) for loc in (2.0, -2.0))
+    prior = dist.Normal(0.0, 3.0).log_prob(z).sum(-1)
+    pyro.factor("rest", torch.logaddexp(plus + math.log(0.7), minus + math.log(0.3)) - prior)
+
+
+@pytest.mark.parametrize("is_confirmed", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_an_approximation_of_several_modes_is_a_witness_only_if_fresh_particles_agree(
+    monkeypatch, is_confirmed
+):
+    # It is made of the draws of the fit, so that both may lack the same mode.
+    def one_more(attempts, seed, num_fits):
+        return Plan(seed, {}, 500, is_check=True) if len(attempts) == 1 else None
+
+    monkeypatch.setattr(fit_module, "next_plan", one_more)
+    if not is_confirmed:
+        monkeypatch.setattr(fit_module, "agree", lambda *_: False)
+    result = fit(apart, seed=0, progress_bar=False)
+    assert "of 2 modes" in result.verdict
+    assert len(result.fits) == (1 if is_confirmed else 2)
+    plus = result.draws.log_weights.double().softmax(0) @ (result.draws.samples["z"][:, 0] > 0).double()
+    assert abs(float(plus) - 0.7) < 0.02

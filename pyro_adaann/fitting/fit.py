@@ -11,6 +11,7 @@ import pyro
 
 from pyro_adaann.checks import check_count
 from pyro_adaann.diagnostics.model_and_guide import plate_nesting
+from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.fitting.assemble import result_of_attempts, result_without_flow
 from pyro_adaann.fitting.attempts import (
     Attempt,
@@ -32,7 +33,9 @@ from pyro_adaann.fitting.plans import NUM_PARTICLES, next_plan
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.fitting.result import FitResult
 from pyro_adaann.fitting.second_look import REMARK, agree, fresh_particles
+from pyro_adaann.nested.guide import NestedGuide
 from pyro_adaann.sampling.missing import without_missing
+from pyro_adaann.sampling.result import SMCResult
 from pyro_adaann.state.interrupt import InterruptGuard
 from pyro_adaann.state.random_states import get_random_states, set_random_states
 
@@ -171,6 +174,7 @@ class _Fitter:
         self.nested: Nested | None = None
         #: Whether fresh particles have found nothing that the last fit lacks.
         self.is_confirmed = False
+        self._fresh: SMCResult | None = None
 
     def run(self, seed: int | None, num_fits: int | None) -> list[Attempt]:
         """Return all attempts, the first one first."""
@@ -180,13 +184,11 @@ class _Fitter:
         self._look(attempts[-1])
         while self._goes_on(attempts):
             following = next_plan(attempts, seed, num_fits)
-            if following is None or (num_fits is None and self._is_witnessed(attempts[-1])):
+            if following is None or (num_fits is None and self._has_second_opinion(attempts[-1], following)):
                 break
             plan = following
-            if plan.is_check and has_pilot(attempts[-1].svi.guide.latent_dim):
-                plan = self._look_again(attempts[-1], plan)
-                if self.is_confirmed:
-                    break
+            if self._fresh is not None and has_pilot(attempts[-1].svi.guide.latent_dim):
+                plan = replace(plan, start=base_at(self._fresh), is_started=True)
             is_wider = plan.widths != attempts[-1].plan.widths
             try:
                 name = f"fit {len(attempts) + 1}{', wider base' if is_wider else ''}"
@@ -210,21 +212,31 @@ class _Fitter:
         if found is not None and (self.nested is None or found.share > self.nested.share):
             self.nested = found
 
-    def _is_witnessed(self, attempt: Attempt) -> bool:
-        """Whether an attempt and a nested Laplace approximation that is near the posterior are usable."""
-        if self.nested is None or not self.nested.is_witness:
-            return False
-        found, guide = attempt.diagnosis, attempt.svi.guide
-        num, own = self._size.num_samples, self._coordinates
-        completed = complete(own, self.nested, [guide], guide, attempt.moments, found, num)
-        return completed is not None and completed.is_usable
+    def _has_second_opinion(self, attempt: Attempt, following: Plan) -> bool:
+        """Whether something that costs less than another fit bears witness to one."""
+        own, guide = self._coordinates, attempt.svi.guide
+        witness = self._witness(attempt)
+        if witness is not None and witness[0].num_modes == 1:
+            return True
+        self._fresh = None
+        # A witness made of the draws of a fit of several modes may lack the same one as the fit.
+        if witness is not None or (following.is_check and has_pilot(guide.latent_dim)):
+            self._fresh = fresh_particles(own, guide.latent_dim, following.seed, self._watch)
+        if self._fresh is not None:
+            held_by, found = witness or (guide, attempt.diagnosis)
+            self.is_confirmed = agree(own, held_by, found, self._fresh)
+        return self.is_confirmed
 
-    def _look_again(self, attempt: Attempt, plan: Plan) -> Plan:
-        """Look at a usable fit with particles of another seed; return the next plan, which starts there."""
-        guide, own = attempt.svi.guide, self._coordinates
-        fresh = fresh_particles(own, guide.latent_dim, plan.seed, self._watch)
-        self.is_confirmed = fresh is not None and agree(own, guide, attempt.diagnosis, fresh)
-        return replace(plan, start=None if fresh is None else base_at(fresh), is_started=True)
+    def _witness(self, attempt: Attempt) -> tuple[NestedGuide, Diagnosis] | None:
+        """Return the nested Laplace approximation, if it is usable with an attempt, and their diagnosis."""
+        nested, guide = self.nested, attempt.svi.guide
+        if nested is None or not nested.is_witness:
+            return None
+        own, num = self._coordinates, self._size.num_samples
+        completed = complete(own, nested, [guide], guide, attempt.moments, attempt.diagnosis, num)
+        if completed is None or not completed.is_usable:
+            return None
+        return nested.guide, completed.diagnosis
 
     def _attempt(self, plan: Plan, name: str) -> Attempt:
         own = self._coordinates
