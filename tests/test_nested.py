@@ -393,8 +393,10 @@ def test_a_mixture_has_the_moments_of_its_parts_and_an_integral_of_one():
 def test_every_mode_of_the_draws_is_in_the_approximation(num_signs, apart, sd):
     model = signs(num_signs, 16, apart, sd)
     draws = draws_of_signs(num_signs, 1000, 16, apart, sd)
+    draws[::100] = torch.nan  # without weight
     # Weights that have the shares wrong: what the draws know is where the modes are.
-    found = find_nested_laplace(model, (), {}, draws, -0.5 * draws[:, 0].sign())
+    log_weights = torch.where(draws[:, 0].isnan(), -torch.inf, -0.5 * draws[:, 0].sign())
+    found = find_nested_laplace(model, (), {}, draws, log_weights)
     assert 1 < len(found.density.parts) <= 2**num_signs  # one may hold two that touch
     assert found.missed == 0.0
     assert found.share > 0.9

@@ -13,7 +13,7 @@ from pyro_adaann.nested.laplace import NestedLaplace
 from pyro_adaann.nested.modes import find_modes
 from pyro_adaann.weights import weighted_mean
 
-__all__ = ["spread"]
+__all__ = ["moments_of", "spread"]
 
 #: Distance of neighboring nodes in sds, and how far below the highest one a node has none, in nats.
 _SPACING, _DEPTH = 0.3, 14.0
@@ -57,10 +57,10 @@ def _start(
     """Return the first node, with inner coordinates to start from, their sds there, and the spacing."""
     kept = log_weights > -torch.inf
     z, log_weights = z[kept].double(), log_weights[kept].double()
-    center, sd = _moments(z[:, outer], log_weights)
+    center, sd = moments_of(z[:, outer], log_weights)
     distance = ((z[:, outer] - center) / sd).square().sum(-1)
     near = distance.topk(min(_NUM_NEAREST, len(z)), largest=False).indices
-    point, scale = _moments(z[near], log_weights[near])
+    point, scale = moments_of(z[near], log_weights[near])
     point[outer] = center
     return point, scale.clamp(min=1e-6), _SPACING * sd
 
@@ -138,7 +138,7 @@ class _Flood:
         )
 
 
-def _moments(z: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return means and standard deviations of columns."""
+def moments_of(z: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return means and standard deviations of the columns of weighted draws."""
     mean = weighted_mean(z, log_weights)
     return mean, weighted_mean((z - mean).square(), log_weights).sqrt()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_adaann.nested.density import Density
+from pyro_adaann.nested.lattice import moments_of
 from pyro_adaann.nested.mixture import LaplaceMixture
 from pyro_adaann.nested.modes import find_modes
 from pyro_adaann.nested.tries import GOOD, NUM_TRIED, Tried, best_try
@@ -94,10 +95,16 @@ class _Modes:
     """
 
     def __init__(self, density: Density, z: Tensor, log_weights: Tensor, goes_on: Callable[[], bool]) -> None:
-        self._density, self._z, self._goes_on = density, z.double(), goes_on
-        self._weights = log_weights.double().softmax(0)
-        self._log_weights = log_weights.double()
-        self._log_p = density.log_p(z)
+        self._density, self._goes_on = density, goes_on
+        weights = log_weights.double().softmax(0)
+        kept = weights > 0  # others may have values that are not finite
+        self._z, self._log_weights, self._weights = (
+            z[kept].double(),
+            log_weights[kept].double(),
+            weights[kept],
+        )
+        self._sd = moments_of(self._z, self._log_weights)[1].clamp(min=1e-30)
+        self._log_p = density.log_p(self._z)
         self._parts: list[Tried] = []
 
     def whole(self) -> Found | None:
@@ -144,11 +151,11 @@ class _Modes:
 
     def _next(self, is_left: Tensor) -> Tried | None:
         """Return an approximation of the mode that the heaviest draw of those left out belongs to."""
-        height = torch.where(is_left & (self._weights > 0), self._log_p, -torch.inf)
+        height = torch.where(is_left, self._log_p, -torch.inf)
         if not height.max() > -torch.inf:
             return None
         start = self._z[height.argmax()]
-        distance = ((self._z - start) / self._z.std(0).clamp(min=1e-30)).square().sum(-1)
+        distance = ((self._z - start) / self._sd).square().sum(-1)
         near = self._z[distance.topk(max(int(_NEAREST * len(self._z)), 2), largest=False).indices]
         everywhere = torch.arange(len(start), device=start.device)
         mode = find_modes(
