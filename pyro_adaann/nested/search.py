@@ -36,7 +36,7 @@ MAX_MISSED = 0.02
 #: is given up.
 _MOST_MODES, _LEAST_PART = 16, 0.5
 #: Share of its draws that counts with which a part is one of a mixture.
-_LEAST_SHARE = 0.1
+_LEAST_SHARE = 0.3
 #: Of the draws, those nearest to one that tell how wide its mode may be.
 _NEAREST = 0.05
 #: Of the normal density at a mode: its sds, and effective draws with which its weights tell anything.
