@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pyro
@@ -15,9 +16,12 @@ import pyro_adaann.fitting.fit as fit_module
 import pyro_adaann.fitting.second_look as second_look
 from pyro_adaann import AnnealedSMC, fit
 from pyro_adaann.diagnostics.diagnose import statistics
+from pyro_adaann.diagnostics.rules import Level
 from pyro_adaann.diagnostics.verdict import Diagnosis
 from pyro_adaann.fitting.attempts import Plan
+from pyro_adaann.fitting.clock import Clock
 from pyro_adaann.fitting.coordinates import Coordinates
+from pyro_adaann.fitting.necks import search
 
 DIM, APART, SD = 16, 1.0, 0.25
 
@@ -50,7 +54,7 @@ def diagnosis_of(log_evidence):
 
 def test_a_mode_that_a_guide_lacks_is_seen_with_its_share(particles):
     coordinates, guide = Coordinates(model, (), {}), guide_of_larger_mode()
-    lost = second_look.share_lost(coordinates, guide, diagnosis_of(math.log(0.9)), particles)
+    lost = second_look.share_lost(coordinates, [guide], math.log(0.9), particles)
     share = float(
         particles.log_weights.softmax(0) @ (particles.samples["z"].mean(1) < 0).to(particles.log_weights)
     )
@@ -79,8 +83,78 @@ def test_modes_without_a_flow_need_a_second_look(monkeypatch):
     assert result.guides[0].num_modes == 2
     share = result.draws.log_weights.double().softmax(0) @ (result.draws.samples["z"].mean(1) > 0).double()
     assert abs(float(share) - 0.9) < 0.02  # six standard errors
-    monkeypatch.setattr(direct_module, "agree", lambda *_: False)
+    monkeypatch.setattr(direct_module, "share_lost", lambda *_: 0.5)
     assert fit(model, seed=0, budget=5.0, progress_bar=False).svi is not None
+
+
+def one_mode_of(particles, sign):
+    """Return particles of which those of the other mode have lost their weight."""
+    is_kept = sign * particles.samples["z"].mean(1) > 0
+    return dataclasses.replace(particles, log_weights=particles.log_weights.masked_fill(~is_kept, -torch.inf))
+
+
+class Watching:
+    """Progress, clock and Ctrl-C of a fit."""
+
+    requested = False
+
+    def phase(self, _):
+        """Show nothing."""
+
+    def watch(self, budget=None):
+        """Return all three."""
+        return self, Clock(budget), self
+
+
+def test_what_a_second_set_of_particles_finds_is_in_the_next_approximation(monkeypatch, particles):
+    # The first set has lost nine tenths of the posterior.
+    monkeypatch.setattr(direct_module, "fresh_particles", lambda *_: particles)
+    looks = [one_mode_of(particles, -1)]
+    found = direct_module.fit_directly(Coordinates(model, (), {}), looks, 4000, 0, Watching().watch())
+    assert len(looks) == 3
+    assert found.nested.guide.num_modes == 2
+    assert second_look.REMARK in found.remarks
+    share = found.draws.log_weights.double().softmax(0) @ (found.draws.samples["z"].mean(1) > 0).double()
+    assert abs(float(share) - 0.9) < 0.03  # six standard errors
+    assert abs(found.diagnosis.log_evidence) < 0.03
+
+
+def test_particles_that_lack_the_same_are_not_enough_for_all_time(monkeypatch, particles):
+    # Every look finds another mode than the approximation before: three are enough.
+    monkeypatch.setattr(direct_module, "fresh_particles", lambda *_: particles)
+    monkeypatch.setattr(direct_module, "share_lost", lambda *_: 0.5)
+    looks = [particles]
+    assert direct_module.fit_directly(Coordinates(model, (), {}), looks, 1000, 0, Watching().watch()) is None
+    assert len(looks) == 1 + direct_module._MAX_LOOKS
+
+
+@pytest.mark.parametrize("end", ["interrupt", "budget", "lag"])
+def test_a_second_look_that_ends_early_keeps_what_there_is_and_says_so(monkeypatch, particles, end):
+    monkeypatch.setattr(direct_module, "fresh_particles", lambda *_: None)
+    watching = Watching()
+    watching.requested = end == "interrupt"
+    watch = watching.watch(1000.0 if end == "budget" else None)
+    monkeypatch.setattr(direct_module, "search", lambda c, z, lw, _: search(c, z, lw))
+    found = direct_module.fit_directly(Coordinates(model, (), {}), [particles], 1000, 0, watch)
+    if end == "lag":  # of no use: flows are
+        assert found is None
+    else:
+        assert second_look.NO_TIME in found.remarks
+
+
+def test_what_particles_have_found_is_not_forgotten_when_two_fits_agree(monkeypatch):
+    def two(attempts, seed, num_fits):
+        return Plan(seed, {}, 500, is_check=True) if len(attempts) == 1 else None
+
+    monkeypatch.setattr(fit_module, "has_pilot", lambda _: True)
+    monkeypatch.setattr(fit_module, "fit_directly", lambda *_: None)
+    monkeypatch.setattr(fit_module, "find_nested", lambda *_: None)
+    monkeypatch.setattr(fit_module, "next_plan", two)
+    monkeypatch.setattr(second_look, "share_lost", lambda *_: 0.3)
+    result = fit(normal, seed=0, progress_bar=False)
+    assert result.level is Level.LOST_PART
+    assert "30% of the particles" in result.verdict
+    assert second_look.REMARK.sentence not in result.verdict
 
 
 def normal():

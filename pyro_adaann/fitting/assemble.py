@@ -16,6 +16,8 @@ from pyro_adaann.fitting.mixture import alone, weigh_guides
 from pyro_adaann.fitting.moments import measure_moments
 from pyro_adaann.fitting.necks import Nested, complete
 from pyro_adaann.fitting.result import FitResult, FitSummary
+from pyro_adaann.fitting.second_look import lost_of
+from pyro_adaann.sampling.result import SMCResult
 
 __all__ = ["result_of_attempts", "result_without_flow"]
 
@@ -28,6 +30,7 @@ def result_of_attempts(
     num_samples: int,
     clock: Clock,
     seen: Sequence[Finding] = (),
+    looks: Sequence[SMCResult] = (),
 ) -> FitResult:
     """Return the result of flows.
 
@@ -38,6 +41,7 @@ def result_of_attempts(
     :param num_samples: draws of every guide.
     :param clock: of the whole fit.
     :param seen: what else is known of it.
+    :param looks: particles of the posterior, of which the guides have to hold nearly all.
     """
     args, kwargs = coordinates.args, coordinates.kwargs
     chosen = choose(attempts)
@@ -65,6 +69,7 @@ def result_of_attempts(
         # Tails that the fits alone do not determine, a witness may.
         others = [] if completed is not None and is_witnessed else [attempt.moments for attempt in chosen]
         remarks = [*remarks, *tail_findings([moments, *others])]
+    seen = [*seen, *lost_of(coordinates, guides, diagnosis.log_evidence, looks)]
     return FitResult(
         draws=mixture.draws,
         diagnosis=diagnosis,
@@ -99,7 +104,7 @@ def result_without_flow(
 ) -> FitResult:
     """Return the result of a nested Laplace approximation alone."""
     draws, diagnosis = direct.draws, direct.diagnosis
-    remarks = [direct.remark, *tail_findings([measure_moments(draws.samples, draws.log_weights)])]
+    remarks = [*direct.remarks, *tail_findings([measure_moments(draws.samples, draws.log_weights)])]
     summary = FitSummary(
         log_evidence=diagnosis.log_evidence,
         log_evidence_se=diagnosis.log_evidence_se,

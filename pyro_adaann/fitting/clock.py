@@ -24,6 +24,11 @@ class Clock:
         """Seconds since the start."""
         return number_from_first(time.monotonic() - self._start)
 
+    @property
+    def is_endless(self) -> bool:
+        """Whether there is no budget."""
+        return self._budget is None
+
     def has(self, seconds: float) -> bool:
         """Whether there are more than so many seconds left."""
         return self._budget is None or self.passed + seconds < self._budget

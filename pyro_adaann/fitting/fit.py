@@ -128,17 +128,27 @@ def fit(
             if is_slow:
                 few = few_draws_of_step(guide.latent_dim, NUM_PARTICLES)
                 size = size._replace(num_particles=few, num_samples=_FEW_SAMPLES)
-            if start.particles is not None and has_pilot(guide.latent_dim) and num_fits is None:
+            looks = [] if start.particles is None else [start.particles]
+            if looks and has_pilot(guide.latent_dim) and num_fits is None:
                 progress.phase("draws")
-                direct = fit_directly(start.coordinates, start.particles, size.num_samples, seed, watch)
+                direct = fit_directly(start.coordinates, looks, size.num_samples, seed, watch)
                 if direct is not None:
                     return result_without_flow(model, start.coordinates, direct, clock)
-            fitter = _Fitter(start, size, watch)
+            if start.base is None:
+                looks = looks[1:]  # those that lag are no witnesses
+            fitter = _Fitter(start, size, watch, looks)
             attempts = fitter.run(seed, num_fits)
             progress.phase("draws")
             seen = [REMARK] if fitter.is_confirmed else []
             return result_of_attempts(
-                model, start.coordinates, attempts, fitter.nested, size.num_samples, clock, seen
+                model,
+                start.coordinates,
+                attempts,
+                fitter.nested,
+                size.num_samples,
+                clock,
+                seen,
+                fitter.looks,
             )
     finally:
         if random is not None:
@@ -164,9 +174,10 @@ class _Fitter:
     :param start: the coordinates in which the model is fitted, and where the first attempt starts.
     :param size: what there is to know of it.
     :param watch: progress, clock and Ctrl-C.
+    :param looks: particles of the posterior.
     """
 
-    def __init__(self, start: Start, size: _Size, watch: Watch) -> None:
+    def __init__(self, start: Start, size: _Size, watch: Watch, looks: list[SMCResult]) -> None:
         self._start, self._coordinates = start, start.coordinates
         self._size = size
         self._watch = watch
@@ -175,6 +186,8 @@ class _Fitter:
         #: Whether fresh particles have found nothing that the last fit lacks.
         self.is_confirmed = False
         self._fresh: SMCResult | None = None
+        #: All particles of the posterior so far, of which a result has to hold nearly all.
+        self.looks = looks
 
     def run(self, seed: int | None, num_fits: int | None) -> list[Attempt]:
         """Return all attempts, the first one first."""
@@ -187,6 +200,8 @@ class _Fitter:
             if following is None or (num_fits is None and self._has_second_opinion(attempts[-1], following)):
                 break
             plan = following
+            if not self._goes_on(attempts):  # the second look has taken some time
+                break
             if self._fresh is not None and has_pilot(attempts[-1].svi.guide.latent_dim):
                 plan = replace(plan, start=base_at(self._fresh), is_started=True)
             is_wider = plan.widths != attempts[-1].plan.widths
@@ -224,7 +239,8 @@ class _Fitter:
             self._fresh = fresh_particles(own, guide.latent_dim, following.seed, self._watch)
         if self._fresh is not None:
             held_by, found = witness or (guide, attempt.diagnosis)
-            self.is_confirmed = agree(own, held_by, found, self._fresh)
+            self.looks.append(self._fresh)
+            self.is_confirmed = all(agree(own, held_by, found, each) for each in self.looks)
         return self.is_confirmed
 
     def _witness(self, attempt: Attempt) -> tuple[NestedGuide, Diagnosis] | None:

@@ -124,7 +124,11 @@ def _guide(
     state: dict[str, Any],
 ) -> Guide:
     if NestedGuide.is_state(state):
-        return NestedGuide.of_state(model, state)
+        nested = NestedGuide.of_state(model, state).initialize(*args, **kwargs)
+        num = nested.get_posterior(*args, **kwargs).event_shape[0]
+        if num != nested.latent_dim:
+            raise _of_another(path, num, nested.latent_dim)
+        return nested
     guide = AutoSpline(continuous_part(model)).initialize(*args, **kwargs)
     # One that starts at a full covariance has a last part that others have not.
     factor = next((value for name, value in state.items() if name.endswith(".start_factor")), None)
@@ -133,12 +137,15 @@ def _guide(
     try:
         guide.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(
-            f"Expected the result of this model with these arguments; got {os.fspath(path)!r} of another, "
-            f"with {len(state['_base_loc'])} free numbers where this has {guide.latent_dim}. Give the model "
-            f"that was fitted."
-        ) from error
+        raise _of_another(path, len(state["_base_loc"]), guide.latent_dim) from error
     return guide
+
+
+def _of_another(path: str | os.PathLike[str], found: int, expected: int) -> ValueError:
+    return ValueError(
+        f"Expected the result of this model with these arguments; got {os.fspath(path)!r} of another, "
+        f"with {found} free numbers where this has {expected}. Give the model that was fitted."
+    )
 
 
 def _fields(record: Any) -> dict[str, Any]:

@@ -82,6 +82,8 @@ class NestedGuide(AutoContinuous):
 
 
 def _of_buffers(buffers: Mapping[str, Tensor], dtype: torch.dtype = torch.double) -> LaplaceMixture:
+    # In double precision, whatever a module has been cast to.
+    buffers = {name: each.double() if each.is_floating_point() else each for name, each in buffers.items()}
     log_shares = buffers[_SHARES]
     parts = [
         NestedLaplace(*(buffers[f"{_PREFIX}{k}_{each}"] for each in _NAMES), dtype=dtype)

@@ -23,7 +23,7 @@ from pyro_adaann.nested.outer import find_outer, most_skewed
 from pyro_adaann.nested.refine import refined
 from pyro_adaann.weights import effective_sample_size, finite_or_no_weight, log_mean_weight
 
-__all__ = ["GOOD", "NUM_TRIED", "Tried", "best_try", "try_out"]
+__all__ = ["GOOD", "NUM_TRIED", "Tried", "best_try", "is_missed", "try_out"]
 
 #: Draws that tell how good an approximation is; the share of them that counts from which no other is tried,
 #: and with less than which there is none.
@@ -52,14 +52,23 @@ class Tried(NamedTuple):
     log_weights: Tensor
     share: float
 
+    @property
+    def log_evidence(self) -> float:
+        """Log of the integral of what the approximation holds of the posterior."""
+        return log_mean_weight(self.log_weights)
+
     def is_missed(self, z: Tensor, log_p: Tensor) -> Tensor:
         """Return at which points the approximation has less than a hundredth of the posterior's density.
 
         :param z: the points, shape ``(n, d)``.
         :param log_p: log of the posterior's density there.
         """
-        log_cover = self.density.log_prob(z) + log_mean_weight(self.log_weights) - log_p
-        return ~(log_cover >= _MIN_COVER)
+        return is_missed(self.density.log_prob(z) + self.log_evidence, log_p)
+
+
+def is_missed(log_held: Tensor, log_p: Tensor) -> Tensor:
+    """Return where a density is less than a hundredth of another, or no number."""
+    return ~(log_held - log_p >= _MIN_COVER)
 
 
 def try_out(density: Density, nested: NestedLaplace, num_draws: int = NUM_TRIED) -> Tried:
