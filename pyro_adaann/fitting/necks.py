@@ -193,7 +193,7 @@ def _what_it_adds(guide: NestedGuide) -> str:
     """Return what fits may lack that an approximation has."""
     if guide.num_modes > 1:
         return "a mode, or the end of a neck"
-    return f"the end of a neck, where {names_of(guide)} makes others narrow"
+    return f"the end of a neck or a narrow part, seen around {names_of(guide)}"
 
 
 def names_of(guide: NestedGuide) -> str:
