@@ -69,10 +69,10 @@ def fit(
     are those of all fits that count, weighted against the mixture of their guides. What remains is said in
     the verdict.
 
-    Given one or two of its numbers a posterior may be nearly normal, however narrow, in one mode or in each of
-    several. A nested Laplace approximation around these brings in the ends of necks that the fits lack, and is
-    a witness for a fit that agrees with it; from sixteen latents on, where two sets of particles find nothing
-    that it lacks, it is the result, and no flow is fitted.
+    Given one or two of its numbers a posterior may be nearly normal, however narrow, in one mode or in each
+    of several. A nested Laplace approximation around these brings in the ends of necks that the fits lack,
+    and is a witness for a fit that agrees with it; from sixteen latents on, where two sets of particles find
+    nothing that it lacks, it is the result, and no flow is fitted.
 
     :param model: a Pyro model. One that does not run for many draws at once, under an outermost plate, is run
         for one after the other (:func:`one_by_one`), with a warning, since it takes many times as long.

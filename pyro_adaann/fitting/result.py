@@ -47,8 +47,8 @@ class FitResult:
     :param fits: what every fit found, the first one first.
     :param seconds: how long all of it took.
     :param guides: the guides whose draws they are, each with the same number of draws: those of the fits
-        and, where it adds to these or agrees with them, a nested Laplace approximation; it alone where no flow
-        was needed.
+        and, where it adds to these or agrees with them, a nested Laplace approximation; it alone where no
+        flow was needed.
     :param svi: the driver of the best of these, for those who want to go on; None after :meth:`load`, and
         where no flow was needed.
     :param call: model and arguments; None after :meth:`load` without a model.
