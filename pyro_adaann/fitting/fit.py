@@ -32,7 +32,7 @@ from pyro_adaann.fitting.pilot import Watch, base_at, has_pilot
 from pyro_adaann.fitting.plans import NUM_PARTICLES, next_plan
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.fitting.result import FitResult
-from pyro_adaann.fitting.second_look import REMARK, agree, fresh_particles
+from pyro_adaann.fitting.second_look import REMARK, agree, fresh_particles, without_lag
 from pyro_adaann.nested.guide import NestedGuide
 from pyro_adaann.sampling.missing import without_missing
 from pyro_adaann.sampling.result import SMCResult
@@ -134,9 +134,7 @@ def fit(
                 direct = fit_directly(start.coordinates, looks, size.num_samples, seed, watch)
                 if direct is not None:
                     return result_without_flow(model, start.coordinates, direct, clock)
-            if start.base is None:
-                looks = looks[1:]  # those that lag are no witnesses
-            fitter = _Fitter(start, size, watch, looks)
+            fitter = _Fitter(start, size, watch, without_lag(looks))
             attempts = fitter.run(seed, num_fits)
             progress.phase("draws")
             seen = [REMARK] if fitter.is_confirmed else []

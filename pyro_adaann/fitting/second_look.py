@@ -32,6 +32,7 @@ __all__ = [
     "fresh_particles",
     "lost_of",
     "share_lost",
+    "without_lag",
 ]
 
 #: What is said where a second look finds nothing, and where it has not come to its end.
@@ -49,7 +50,7 @@ _NUM_ERRORS, _NEGLIGIBLE = 3.0, 0.1
 def fresh_particles(
     coordinates: Coordinates, num_latents: int, seed: int | None, watch: Watch
 ) -> SMCResult | None:
-    """Return particles with another seed, None where they are of no use: they do not arrive, or lag.
+    """Return particles with another seed, None if they do not arrive.
 
     :param coordinates: in which the model is fitted.
     :param num_latents: unconstrained numbers of the model.
@@ -58,8 +59,12 @@ def fresh_particles(
     """
     watch[0].phase("second look")
     own = coordinates
-    particles = run_particles(own.model, own.args, own.kwargs, num_latents, seed, watch)
-    return None if particles is None or base_at(particles) is None else particles
+    return run_particles(own.model, own.args, own.kwargs, num_latents, seed, watch)
+
+
+def without_lag(looks: Sequence[SMCResult]) -> list[SMCResult]:
+    """Return the sets of particles that have arrived at the posterior; others are no witnesses."""
+    return [particles for particles in looks if base_at(particles) is not None]
 
 
 def agree(coordinates: Coordinates, guide: Any, diagnosis: Diagnosis, particles: SMCResult) -> bool:
