@@ -73,6 +73,9 @@ def test_what_holds_all_particles_agrees_unless_they_find_more_evidence(particle
 
     coordinates = Coordinates(model, (), {})
     assert second_look.agree(coordinates, Exact, diagnosis_of(0.0), particles)
+    # What a guide holds of the posterior is its density times the evidence.
+    assert second_look.share_lost(coordinates, [Exact], 0.0, particles) == 0.0
+    assert second_look.share_lost(coordinates, [Exact], -10.0, particles) == pytest.approx(1.0)
     # The evidence of particles is known within some .1.
     assert not second_look.agree(coordinates, Exact, diagnosis_of(-2.0), particles)
 
@@ -140,6 +143,24 @@ def test_a_second_look_that_ends_early_keeps_what_there_is_and_says_so(monkeypat
         assert found is None
     else:
         assert second_look.NO_TIME in found.remarks
+
+
+def test_a_second_look_at_a_flow_that_was_stopped_is_told_and_no_fit_follows(monkeypatch):
+    def one_more(attempts, seed, num_fits):
+        return Plan(seed, {}, 500, is_check=True) if len(attempts) == 1 else None
+
+    def stopped(coordinates, num_latents, seed, watch):
+        watch[2].requested = True
+
+    monkeypatch.setattr(fit_module, "has_pilot", lambda _: True)
+    monkeypatch.setattr(fit_module, "fit_directly", lambda *_: None)
+    monkeypatch.setattr(fit_module, "find_nested", lambda *_: None)
+    monkeypatch.setattr(fit_module, "next_plan", one_more)
+    monkeypatch.setattr(fit_module, "fresh_particles", stopped)
+    result = fit(normal, seed=0, progress_bar=False)
+    assert len(result.fits) == 1
+    assert second_look.NO_TIME.sentence in result.verdict
+    assert result.level is Level.NOT_FINISHED
 
 
 def test_what_particles_have_found_is_not_forgotten_when_two_fits_agree(monkeypatch):

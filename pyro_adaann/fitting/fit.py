@@ -32,7 +32,7 @@ from pyro_adaann.fitting.pilot import Watch, base_at, has_pilot
 from pyro_adaann.fitting.plans import NUM_PARTICLES, next_plan
 from pyro_adaann.fitting.progress import FitProgress
 from pyro_adaann.fitting.result import FitResult
-from pyro_adaann.fitting.second_look import REMARK, agree, fresh_particles, without_lag
+from pyro_adaann.fitting.second_look import NO_TIME, REMARK, agree, fresh_particles, without_lag
 from pyro_adaann.nested.guide import NestedGuide
 from pyro_adaann.sampling.missing import without_missing
 from pyro_adaann.sampling.result import SMCResult
@@ -137,7 +137,7 @@ def fit(
             fitter = _Fitter(start, size, watch, without_lag(looks))
             attempts = fitter.run(seed, num_fits)
             progress.phase("draws")
-            seen = [REMARK] if fitter.is_confirmed else []
+            seen = [REMARK] if fitter.is_confirmed else [NO_TIME] if fitter.is_cut_short else []
             return result_of_attempts(
                 model,
                 start.coordinates,
@@ -183,6 +183,8 @@ class _Fitter:
         self.nested: Nested | None = None
         #: Whether fresh particles have found nothing that the last fit lacks.
         self.is_confirmed = False
+        #: Whether there was no time for them, or somebody has stopped them.
+        self.is_cut_short = False
         self._fresh: SMCResult | None = None
         #: All particles of the posterior so far, of which a result has to hold nearly all.
         self.looks = looks
@@ -198,7 +200,8 @@ class _Fitter:
             if following is None or (num_fits is None and self._has_second_opinion(attempts[-1], following)):
                 break
             plan = following
-            if not self._goes_on(attempts):  # the second look has taken some time
+            if not self._goes_on(attempts):  # the second look has taken some time, or was ended
+                self.is_cut_short = self._fresh is None
                 break
             if self._fresh is not None and has_pilot(attempts[-1].svi.guide.latent_dim):
                 plan = replace(plan, start=base_at(self._fresh), is_started=True)
